@@ -1,0 +1,23 @@
+"""DSpark speculative decoding for Transformers: a faster `generate()` with the same output."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from dspark_hf.generation.integration import install, install_unless_refused, uninstall
+from dspark_hf.generation.outputs import DSparkGenerateOutput
+from dspark_hf.generation.statistics import SpeculationStatistics
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+
+__all__ = [
+    "DSparkAssistantModel",
+    "DSparkConfig",
+    "DSparkGenerateOutput",
+    "SpeculationStatistics",
+    "install",
+    "uninstall",
+]
+
+AutoConfig.register(DSparkConfig.model_type, DSparkConfig, exist_ok=True)
+AutoModel.register(DSparkConfig, DSparkAssistantModel, exist_ok=True)
+AutoModelForCausalLM.register(DSparkConfig, DSparkAssistantModel, exist_ok=True)
+install_unless_refused()

@@ -1,0 +1,119 @@
+"""Key/value caches whose rows have their own lengths: the drafter's context and the target's.
+
+B batch, T tokens, C capacity, H key/value heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class RaggedStore:
+    """Keys and values of one layer, `(B, H, C, E)`; row r's token j lies in slot j.
+
+    Writing past a row's length is harmless: what lies there is masked and written over. So a rollback is nothing but
+    a smaller length.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def write(self, keys: Tensor, values: Tensor, starts: Sequence[int], starts_tensor: Tensor) -> None:
+        """Write keys and values `(B, H, T, E)` into the slots from `starts[r]` on."""
+        num_tokens = keys.shape[2]
+        end = max(starts) + num_tokens
+        if self.keys is None or self.values is None:
+            self.keys, self.values = _reserve(keys, end), _reserve(values, end)
+        elif end > self.keys.shape[2]:
+            self.keys, self.values = _grow(self.keys, end), _grow(self.values, end)
+        if min(starts) == max(starts):
+            self.keys[:, :, starts[0] : end] = keys
+            self.values[:, :, starts[0] : end] = values
+            return
+        slots = starts_tensor[:, None] + torch.arange(num_tokens, device=keys.device)
+        index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.keys.scatter_(2, index, keys)
+        self.values.scatter_(2, index[..., :1].expand(-1, -1, -1, values.shape[3]), values)
+
+    def read(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values `(B, H, length, E)`."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        if self.keys is not None and self.values is not None:
+            rows = rows.to(self.keys.device)
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def _reserve(states: Tensor, length: int) -> Tensor:
+    # room to grow; zeros, since a masked slot still enters a product and must not be NaN
+    capacity = 64 * (length // 64 + 2)
+    return states.new_zeros(states.shape[0], states.shape[1], capacity, states.shape[3])
+
+
+def _grow(store: Tensor, length: int) -> Tensor:
+    larger = store.new_zeros(store.shape[0], store.shape[1], max(length, 2 * store.shape[2]), store.shape[3])
+    larger[:, :, : store.shape[2]] = store
+    return larger
+
+
+class RaggedLengths:
+    """Lengths of the rows of a ragged cache, on the host and on the device."""
+
+    def __init__(self, batch_size: int, device: torch.device):
+        self.host = [0] * batch_size
+        self.device = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def set(self, lengths: Sequence[int]) -> None:
+        """Set every row's length."""
+        self.host = list(lengths)
+        self.device = torch.tensor(self.host, dtype=torch.long, device=self.device.device)
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Lengthen every row."""
+        self.set([length + count for length, count in zip(self.host, counts, strict=True)])
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        self.set([self.host[row] for row in rows.tolist()])
+
+
+class ContextCache:
+    """The drafter's context keys and values, one store per drafter layer.
+
+    Entries are in slot order; their positions live in the rotated keys, so a row may leave positions out.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, device: torch.device):
+        self.lengths = RaggedLengths(batch_size, device)
+        self.stores = [RaggedStore() for _ in range(num_layers)]
+
+    def append(self, states: Sequence[tuple[Tensor, Tensor]], num_tokens: Sequence[int]) -> None:
+        """Append per-layer keys and values `(B, H, T, E)`, of which row r keeps the first `num_tokens[r]`."""
+        for store, (keys, values) in zip(self.stores, states, strict=True):
+            store.write(keys, values, self.lengths.host, self.lengths.device)
+        self.lengths.add(num_tokens)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values `(B, H, longest row, E)` of one layer."""
+        return self.stores[layer].read(max(self.lengths.host))
+
+    def mask(self) -> Tensor | None:
+        """Return which entries exist, `(B, 1, longest row)`, or None if all rows are equally long."""
+        lengths = self.lengths.host
+        if min(lengths) == max(lengths):
+            return None
+        slots = torch.arange(max(lengths), device=self.lengths.device.device)
+        return (slots < self.lengths.device[:, None])[:, None]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        self.lengths.select_rows(rows)
+        for store in self.stores:
+            store.select_rows(rows)

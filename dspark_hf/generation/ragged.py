@@ -1,0 +1,304 @@
+"""Several rows of different lengths over one preallocated cache, for any target with ordinary attention.
+
+A row's token at position p lies in slot p; left padding is gone. Each pass writes at per-row slots and the attention
+mask is built from slots and lengths, so a rollback is a change of length.
+
+B batch, T tokens, C slots, H key/value heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from dspark_hf.generation.cache import RaggedLengths, RaggedStore
+from dspark_hf.generation.integration import (
+    CACHE_KEY,
+    attention_implementation,
+    empty_cache_like,
+    is_placeholder_layer,
+    mask_length,
+)
+from dspark_hf.generation.passes import TargetPass
+from dspark_hf.generation.target import TargetAdapter
+
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's keys and values, every token kept; a sliding window lives in the mask alone."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, lengths: RaggedLengths):
+        super().__init__()
+        self._lengths = lengths
+        self.store = RaggedStore()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the store makes room when it is written."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write `(B, H, T, E)` behind every row's end and return all slots up to the longest row's new end."""
+        self.is_initialized = True
+        self.store.write(key_states, value_states, self._lengths.host, self._lengths.device)
+        return self.store.read(max(self._lengths.host) + key_states.shape[2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many slots a pass of `query_length` tokens sees, and the first."""
+        return max(self._lengths.host) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the longest row's length."""
+        return max(self._lengths.host)
+
+    def get_max_length(self) -> int:
+        """Return -1: it grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class RaggedCache(Cache):
+    """A cache for `model` in which every row has its own length.
+
+    Raises:
+        ValueError: if a layer of the model is no ordinary or sliding attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int):
+        self.lengths = RaggedLengths(batch_size, model.device)
+        template = empty_cache_like(model)
+        _check_attention_kinds(model)
+        self.windows: list[int | None] = []
+        layers: list[Any] = []
+        for layer in template.layers:
+            if type(layer) not in _PLAIN_LAYERS and not is_placeholder_layer(layer):
+                raise ValueError(
+                    "`assistant_model` must be left out for several rows, or padded ones, of a target whose cache has "
+                    f"{type(layer).__name__}, as {type(model).__name__} has. Generate the rows one by one, unpadded."
+                )
+            self.windows.append(getattr(layer, "sliding_window", None))
+            layers.append(layer if is_placeholder_layer(layer) else RaggedLayer(self.lengths))
+        super().__init__(layers=layers)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        self.lengths.select_rows(rows)
+        for layer in self.layers:
+            if isinstance(layer, RaggedLayer):
+                layer.store.select_rows(rows)
+
+
+class RaggedTarget:
+    """Run the target on a batch of left-padded rows, each at its own length.
+
+    Args:
+        adapter: the target, entered by the caller.
+        input_ids: the prompts `(B, P)`.
+        generation_config: the prepared generation configuration.
+        model_kwargs: what `generate` prepared for the forward pass: the cache, and the attention mask `(B, S)`, S at
+            least P where the cache came with tokens; None means no padding.
+
+    Raises:
+        ValueError: if the target, its cache or an input cannot be handled row by row.
+    """
+
+    def __init__(
+        self,
+        adapter: TargetAdapter,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        self._adapter = adapter
+        self._model: PreTrainedModel = adapter.model
+        _check_inputs(adapter, generation_config, model_kwargs)
+        cache, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
+        self._given = cache
+        self._wants_hidden_states = bool(generation_config.output_hidden_states)
+        self.cache = RaggedCache(adapter.model, len(input_ids))
+        past_length = int(cache.get_seq_length())
+        mask = _full_mask(input_ids, attention_mask, past_length, mask_length(generation_config, attention_mask))
+        if mask.shape[1] == input_ids.shape[1]:
+            input_ids = input_ids[:, past_length:]
+        self._num_padded = (mask.shape[1] - mask.long().sum(-1)).tolist()
+        self._new_mask = mask[:, past_length:]
+        self._prompt_ids = input_ids
+        if past_length:
+            _adopt(self.cache, cache, mask[:, :past_length])
+        self._width = 0
+
+    def prefill(self) -> TargetPass:
+        """Process the prompts, packed to slot 0, with logits of every row's last token."""
+        order, num_new = _pack_order(self._new_mask)
+        token_ids = self._prompt_ids.gather(1, order)
+        last = torch.tensor(num_new, device=token_ids.device) - 1
+        kept, index = torch.unique(last, return_inverse=True)
+        target_pass = self._run(token_ids, num_new, kept)
+        rows = torch.arange(len(token_ids), device=index.device)
+        target_pass.logits = target_pass.logits[rows, index.to(target_pass.logits.device)][:, None]
+        if target_pass.hidden_states is not None:
+            target_pass.hidden_states = tuple(
+                _unpack(states, self._new_mask, order) for states in target_pass.hidden_states
+            )
+        self.cache.lengths.add(num_new)
+        return target_pass
+
+    def verify(self, token_ids: Tensor) -> TargetPass:
+        """Process every row's anchor and drafts `(B, W)`."""
+        width = token_ids.shape[1]
+        self._width = width
+        return self._run(token_ids, [width] * len(token_ids), torch.arange(width, device=token_ids.device))
+
+    def _run(self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor) -> TargetPass:
+        positions = self.cache.lengths.device[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
+        keeps = self._adapter.accepts("logits_to_keep")
+        limit = getattr(self._adapter.config, "max_position_embeddings", None)
+        outputs = self._model(
+            input_ids=token_ids,
+            # padding behind a row's end may stand past the last position a learned embedding knows
+            position_ids=positions if limit is None else positions.clamp(max=limit - 1),
+            attention_mask=self._masks(token_ids.shape[1]),
+            use_cache=True,
+            output_hidden_states=self._wants_hidden_states or None,
+            return_dict=True,
+            **{CACHE_KEY: self.cache},
+            **({"logits_to_keep": kept_logits} if keeps else {}),
+        )
+        return TargetPass(
+            logits=outputs.logits if keeps else outputs.logits[:, kept_logits],
+            context_hidden_states=self._adapter.pop_context_hidden_states(),
+            positions=positions,
+            num_tokens=num_tokens,
+            hidden_states=outputs.get("hidden_states"),
+        )
+
+    def _masks(self, num_tokens: int) -> Tensor | dict[str, Tensor]:
+        kinds = {"sliding_attention" if window else "full_attention": window for window in self.cache.windows}
+        masks = {kind: self._mask(num_tokens, window) for kind, window in kinds.items()}
+        # a model with one kind of layer takes one mask, a hybrid one a mask per kind
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, num_tokens: int, window: int | None) -> Tensor:
+        lengths = self.cache.lengths
+        slots = torch.arange(max(lengths.host) + num_tokens, device=lengths.device.device)
+        query = (lengths.device[:, None] + torch.arange(num_tokens, device=slots.device))[..., None]
+        visible = slots <= query
+        if window:
+            visible &= slots > query - window
+        visible = visible[:, None]
+        if attention_implementation(self._model) != "eager":
+            return visible
+        dtype = self._model.dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+    def keep(self, num_kept: Sequence[int]) -> None:
+        """Lengthen every row by its kept tokens."""
+        self.cache.lengths.add(num_kept)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        self.cache.select_rows(rows)
+
+    def returned_cache(self) -> Cache:
+        """Return a cache as plain `generate` would: left-padded rows; what follows a finished row's end is zero.
+
+        A cache that the user brought is filled in place.
+        """
+        starts, lengths = self._num_padded, self.cache.lengths.host
+        width = max(start + length for start, length in zip(starts, lengths, strict=True))
+        padded = empty_cache_like(self._model)
+        for index, layer in enumerate(self.cache.layers):
+            if isinstance(layer, RaggedLayer) and layer.store.keys is not None and layer.store.values is not None:
+                keys = _left_padded(layer.store.keys, starts, lengths, width)
+                values = _left_padded(layer.store.values, starts, lengths, width)
+                padded.update(keys, values, index)
+        self._given.layers = padded.layers
+        return self._given
+
+
+_TEXT_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", CACHE_KEY)
+
+
+def _check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    others = sorted(
+        name
+        for name, value in model_kwargs.items()
+        if value is not None and name not in _TEXT_INPUTS and not name.startswith("output_")
+    )
+    if others or not adapter.accepts("position_ids"):
+        raise ValueError(
+            "`assistant_model` must be left out for several rows, or padded ones, unless the target takes `position_ids` "
+            f"and the input is text alone, got {others or type(adapter.model).__name__}. Generate the rows one by one, "
+            "unpadded."
+        )
+    if generation_config.return_dict_in_generate and generation_config.output_attentions:
+        raise ValueError(
+            "`output_attentions` must be False for several rows, or padded ones, when a drafter assists, got True. "
+            "Generate the rows one by one, unpadded."
+        )
+
+
+def _check_attention_kinds(model: PreTrainedModel) -> None:
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    implementation = attention_implementation(model)
+    if not kinds <= {"full_attention", "sliding_attention"} or implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            "`assistant_model` must be left out for several rows, or padded ones, unless the target has full or sliding "
+            f"attention under 'eager' or 'sdpa', got {sorted(kinds) or 'full_attention'} under {implementation!r}. "
+            'Generate the rows one by one, unpadded, or load the target with `attn_implementation="sdpa"`.'
+        )
+
+
+def _full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int, width: int) -> Tensor:
+    if attention_mask is not None:
+        return attention_mask.bool()
+    # generate dropped a mask of ones; its width tells whether the ids repeat what the cache holds
+    width = input_ids.shape[1] if width == input_ids.shape[1] else past_length + input_ids.shape[1]
+    return torch.ones(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
+
+
+def _pack_order(mask: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the columns `(B, longest)` of every row's real tokens, in order, and how many there are."""
+    counts: list[int] = mask.long().sum(-1).tolist()
+    order = torch.argsort((~mask).long(), dim=1, stable=True)
+    return order[:, : max(counts)], counts
+
+
+def _unpack(states: Tensor, mask: Tensor, order: Tensor) -> Tensor:
+    """Return packed states `(B, T, D)` laid out as in the padded prompt, zeros where padding was."""
+    padded = states.new_zeros(len(states), mask.shape[1], states.shape[-1])
+    index = order[..., None].expand(-1, -1, states.shape[-1])
+    return padded.scatter(1, index, states) * mask[..., None]
+
+
+def _adopt(ragged: RaggedCache, given: Cache, mask: Tensor) -> None:
+    """Fill a ragged cache from a left-padded one whose tokens `mask` `(B, S)` marks."""
+    order, counts = _pack_order(mask)
+    lengths = RaggedLengths(len(mask), mask.device)
+    for layer, source in zip(ragged.layers, given.layers, strict=True):
+        if not isinstance(layer, RaggedLayer) or source.keys is None:
+            continue
+        # a sliding layer kept its window only; earlier slots are never looked at again
+        missing = mask.shape[1] - source.keys.shape[2]
+        states = [torch.nn.functional.pad(x, (0, 0, missing, 0)) for x in (source.keys, source.values)]
+        index = order[:, None, :, None].expand(-1, states[0].shape[1], -1, -1)
+        keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in states)
+        layer.store.write(keys, values, lengths.host, lengths.device)
+    ragged.lengths.set(counts)
+
+
+def _left_padded(states: Tensor, starts: list[int], lengths: list[int], width: int) -> Tensor:
+    padded = states.new_zeros(states.shape[0], states.shape[1], width, states.shape[3])
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        padded[row, :, start : start + length] = states[row, :, :length]
+    return padded

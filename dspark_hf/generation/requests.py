@@ -1,0 +1,81 @@
+"""Checks of a call of `generate` before any work is done, and the run-time knobs it carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+
+from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.integration import CACHE_KEY, explicit_knob, is_stateful
+from dspark_hf.generation.scheduling import FixedScheduler, Scheduler, ThresholdScheduler
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """`num_drafts`: drafts per round at most; `scheduler`: how many of them are verified."""
+
+    num_drafts: int
+    scheduler: Scheduler
+
+
+def read_knobs(generation_config: GenerationConfig, drafter: Drafter) -> Knobs:
+    """Return the run-time knobs.
+
+    Raises:
+        ValueError: if more drafts are asked for than the drafter was trained to propose, or the threshold is no
+            probability.
+    """
+    num_drafts = explicit_knob(generation_config, "num_assistant_tokens")
+    if num_drafts is not None and not 1 <= num_drafts <= drafter.block_size:
+        raise ValueError(
+            f"`num_assistant_tokens` must lie in [1, {drafter.block_size}] for this drafter (its block_size), got "
+            f"{num_drafts}. Slots beyond the trained block are noise: lower it, or leave it out."
+        )
+    threshold = explicit_knob(generation_config, "assistant_confidence_threshold")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(
+            f"`assistant_confidence_threshold` must lie in [0, 1], got {threshold}. It is compared with a probability."
+        )
+    scheduler = ThresholdScheduler(threshold) if threshold else FixedScheduler()
+    return Knobs(num_drafts or drafter.block_size, scheduler)
+
+
+def check_request(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    synced_gpus: bool,
+) -> None:
+    """Raise a `ValueError` that names the obstacle if speculation cannot run exactly."""
+    if model.config.is_encoder_decoder:
+        _refuse("`assistant_model`", "assist a decoder-only target", f"the encoder-decoder {type(model).__name__}")
+    if is_stateful(model):
+        _refuse("`assistant_model`", "assist a target whose cache can be rolled back", type(model).__name__)
+    if (generation_config.num_beams or 1) > 1:
+        _refuse("`num_beams`", "be 1 when a drafter assists", generation_config.num_beams, "Use greedy or sampling.")
+    if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
+        weight = generation_config.assistant_ensemble_weight
+        _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
+    if synced_gpus:
+        _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
+    check_cache(model_kwargs.get(CACHE_KEY))
+
+
+def check_cache(cache: Any) -> None:
+    """Raise a `ValueError` unless `cache` is one that a rollback leaves no trace in."""
+    if not isinstance(cache, Cache):
+        given = None if cache is None else type(cache).__name__
+        _refuse("`use_cache`", "be True when a drafter assists, with a Transformers cache", given, "Do not turn it off.")
+    if not isinstance(cache, DynamicCache) or not cache.is_croppable:
+        _refuse(
+            "`cache_implementation`",
+            "be a dynamic cache that can be rolled back when a drafter assists",
+            type(cache).__name__,
+            "Leave out `cache_implementation`, or generate without `assistant_model`.",
+        )
+
+
+def _refuse(name: str, rule: str, value: Any, remedy: str = "Generate without `assistant_model`.") -> None:
+    raise ValueError(f"{name} must {rule}, got {value!r}. {remedy}")

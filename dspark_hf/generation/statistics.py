@@ -1,0 +1,95 @@
+"""What one call of `generate` measured about its speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+
+@dataclass
+class SpeculationStatistics:
+    """Count rounds and drafts of one call of `generate`, over all rows.
+
+    A round of a row is one verify pass that the row took part in; the prefill is none.
+
+    Attributes:
+        num_target_passes: forward passes of the target, the prefill included; a pass serves all rows.
+        num_rounds: verify passes, summed over rows.
+        num_drafted: tokens the drafter proposed.
+        num_verified: drafts the target checked, after the scheduler's cut.
+        num_accepted: drafts that became output.
+        num_committed: tokens of the rounds' output: accepted drafts and the target's own, up to each row's end. The
+            prefill's token is not among them.
+        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k.
+        accepted_by_position: number of rounds in which draft k was accepted.
+        draft_seconds: time in the drafter.
+        verify_seconds: time in the target, the prefill left out.
+        prefill_seconds: time in the prefill.
+        other_seconds: the rest of the rounds: sampling, bookkeeping, criteria, streaming.
+        origins: per row, for every generated token, whether it was a draft.
+    """
+
+    num_target_passes: int = 0
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_verified: int = 0
+    num_accepted: int = 0
+    num_committed: int = 0
+    verified_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    other_seconds: float = 0.0
+    origins: list[list[bool]] = field(default_factory=list)
+
+    @property
+    def tau(self) -> float:
+        """Accepted length, tokens per round, the bonus token included (the paper's tau)."""
+        return self.num_committed / max(self.num_rounds, 1)
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted drafts, tokens per round, without the bonus token (Transformers' `n_matches`)."""
+        return self.num_accepted / max(self.num_rounds, 1)
+
+    @property
+    def accept_rate_by_position(self) -> list[float]:
+        """Share of verified drafts accepted at each position, given that the prefix was."""
+        pairs = zip(self.accepted_by_position, self.verified_by_position, strict=True)
+        return [accepted / max(verified, 1) for accepted, verified in pairs]
+
+    def start_rows(self, num_rows: int) -> None:
+        """Make room for the rows' origins."""
+        self.origins = [[] for _ in range(num_rows)]
+
+    def add_round(self, num_drafted: int, num_verified: int, num_accepted: int, num_committed: int) -> None:
+        """Count one row's round; `num_committed` tokens survived the stopping criteria."""
+        self.num_rounds += 1
+        self.num_drafted += num_drafted
+        self.num_verified += num_verified
+        self.num_committed += num_committed
+        self.num_accepted += min(num_accepted, num_committed)
+        missing = num_verified - len(self.verified_by_position)
+        self.verified_by_position.extend([0] * missing)
+        self.accepted_by_position.extend([0] * missing)
+        for position in range(min(num_verified, num_accepted + 1)):
+            self.verified_by_position[position] += 1
+            self.accepted_by_position[position] += position < num_accepted
+
+    def add_tokens(self, row: int, are_drafts: Sequence[bool]) -> None:
+        """Remember where a row's new tokens came from."""
+        self.origins[row].extend(are_drafts)
+
+    @contextmanager
+    def timed(self, name: str, device: torch.device) -> Iterator[None]:
+        """Add the time of a block to `name`; on an accelerator, after the queue has drained."""
+        start = perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        setattr(self, name, getattr(self, name) + perf_counter() - start)

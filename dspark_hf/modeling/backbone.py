@@ -1,0 +1,171 @@
+"""Parallel block backbone of a DSpark drafter: every slot sees the context and the whole block (Eq. 1-3).
+
+B batch, N blocks per row, K block_size, C context slots, H heads, G query heads per key/value head, E head_dim,
+D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square in fp32, then by a learned weight (none if `with_scale` is False)."""
+
+    def __init__(self, size: int, eps: float, with_scale: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size)) if with_scale else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        states = hidden_states.float()
+        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            states = states * self.weight.float()
+        return states.to(hidden_states.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Return cosines and sines `(*, head_dim)` for positions `(*)`.
+
+    Two kinds: `"default"`, and Gemma 4's `"proportional"`, which rotates only the first `partial_rotary_factor` of
+    the head and keeps the full head's frequencies. Other kinds in a released configuration describe the target.
+    """
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        parameters = config.rope_parameters
+        self.theta = float(parameters.get("rope_theta", 10000.0))
+        is_proportional = parameters.get("rope_type") == "proportional"
+        self.rotated = float(parameters.get("partial_rotary_factor", 1.0)) if is_proportional else 1.0
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # computed on the fly: a non-persistent buffer would be left unset by loading on the meta device
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        frequencies = 1.0 / (self.theta**exponents)
+        num_rotated = int(self.rotated * self.head_dim // 2)
+        frequencies[num_rotated:] = 0.0
+        angles = positions[..., None].float() * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary positions `(B, *, E)` to states `(B, *, H, E)`."""
+    cos, sin = rotary[0].unsqueeze(-2), rotary[1].unsqueeze(-2)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class BlockAttention(nn.Module):
+    """Attend from every slot of a block to its context and, both ways, to the block itself (Eq. 3)."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        is_gemma = config.backbone_type == "gemma4"
+        self.scaling = 1.0 if is_gemma else self.head_dim**-0.5
+        width, kv_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.v_proj = None if config.attention_k_eq_v else nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        if config.use_qk_norm:
+            self.q_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+        self.v_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False) if is_gemma else nn.Identity()
+
+    def keys_and_values(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return keys (rotated) and values `(B, *, H_kv, E)` of hidden states `(B, *, D)`."""
+        shape = (*hidden_states.shape[:-1], self.num_key_value_heads, self.head_dim)
+        raw_keys = self.k_proj(hidden_states).view(shape)
+        values = raw_keys if self.v_proj is None else self.v_proj(hidden_states).view(shape)
+        return rotate(self.k_norm(raw_keys), rotary), self.v_norm(values)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: tuple[Tensor, Tensor],
+        context_mask: Tensor | None,
+    ) -> Tensor:
+        """Return the attention output `(B, N, K, D)` for block states `(B, N, K, D)`.
+
+        `context` holds keys and values `(B, H_kv, C, E)`; `context_mask` `(B, N, C)` is True where block n may look.
+        """
+        batch, blocks, size, _ = hidden_states.shape
+        groups = self.num_heads // self.num_key_value_heads
+        shape = (batch, blocks, size, self.num_key_value_heads, groups, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(batch, blocks, size, self.num_heads, self.head_dim))
+        query = rotate(query, rotary).view(shape).permute(0, 3, 1, 4, 2, 5)  # [B, H, N, G, K, E]
+        key, value = (x.permute(0, 3, 1, 2, 4) for x in self.keys_and_values(hidden_states, rotary))  # [B, H, N, K, E]
+        query = query.reshape(batch, self.num_key_value_heads, blocks, groups * size, self.head_dim) * self.scaling
+
+        context_key, context_value = context
+        context_scores = query.flatten(2, 3) @ context_key.transpose(-1, -2)
+        context_scores = context_scores.view(*query.shape[:-1], context_key.shape[2])
+        if context_mask is not None:
+            context_scores = context_scores.masked_fill(~context_mask[:, None, :, None], float("-inf"))
+        block_scores = query @ key.transpose(-1, -2)
+        weights = torch.cat([context_scores, block_scores], dim=-1).softmax(-1, dtype=torch.float32)
+        weights = weights.to(value.dtype)
+        context_weights, block_weights = weights.split([context_key.shape[2], size], dim=-1)
+        output = (context_weights.flatten(2, 3) @ context_value).view(query.shape) + block_weights @ value
+        output = output.view(batch, self.num_key_value_heads, blocks, groups, size, self.head_dim)
+        return self.o_proj(output.permute(0, 2, 4, 1, 3, 5).reshape(batch, blocks, size, -1))
+
+
+class GatedMLP(nn.Module):
+    """Gated feed-forward network of Llama, Qwen and Gemma."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DSparkLayer(GradientCheckpointingLayer):
+    """One drafter layer: pre-norm as in Qwen3, or Gemma 4's sandwich norms with a layer scalar."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.self_attn = BlockAttention(config)
+        self.mlp = GatedMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_gemma = config.backbone_type == "gemma4"
+        if self.is_gemma:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: tuple[Tensor, Tensor],
+        context_mask: Tensor | None,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, context, context_mask)
+        if not self.is_gemma:
+            hidden_states = hidden_states + attended
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.post_attention_layernorm(attended)
+        fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+        return (hidden_states + self.post_feedforward_layernorm(fed)) * self.layer_scalar

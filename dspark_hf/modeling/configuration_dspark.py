@@ -1,0 +1,225 @@
+"""Configuration of a DSpark drafter (arXiv 2607.05147)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from dspark_hf.modeling import conversion, remote_code
+
+BACKBONE_TYPES = ("qwen3", "gemma4")
+MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
+
+
+class DSparkConfig(PreTrainedConfig):
+    """Describe a DSpark drafter: a parallel block backbone, a Markov head and a confidence head.
+
+    Args:
+        vocab_size: size of the target's vocabulary.
+        hidden_size: width of the drafter and of the target's hidden states (they are the same).
+        intermediate_size: width of the gated MLP.
+        num_hidden_layers: number of drafter layers (5 in the released checkpoints).
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads; defaults to `num_attention_heads`.
+        head_dim: size of one head; defaults to `hidden_size // num_attention_heads`.
+        hidden_act: activation of the MLP.
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_parameters: rotary embedding in Transformers' form, for example
+            `{"rope_type": "default", "rope_theta": 10000.0}`.
+        max_position_embeddings: longest context the rotary embedding is meant for, in tokens.
+        attention_bias: whether the attention projections carry a bias.
+        use_qk_norm: whether queries and keys pass an RMSNorm per head (Qwen3's way; the released drafters do).
+        attention_k_eq_v: whether values are the unnormalised keys (Gemma 4; then there is no `v_proj`).
+        backbone_type: `"qwen3"` (pre-norm) or `"gemma4"` (sandwich norms, value norm, layer scalar).
+        embed_scale: factor on the drafter's own token embedding (`sqrt(hidden_size)` for Gemma 4). A borrowed
+            embedding brings the target's own scale.
+        final_logit_softcapping: soft cap of the drafter's own output head. A borrowed head brings the target's.
+        owns_embeddings: whether the checkpoint carries its own `embed_tokens` and `lm_head` (the released DeepSpec
+            checkpoints do). Otherwise both are borrowed from the target by reference.
+        block_size: drafted tokens per round, also the number of input slots: anchor + `block_size - 1` masks (Eq. 1).
+        mask_token_id: token that fills the slots after the anchor.
+        target_layer_ids: target decoder layers whose outputs are injected as context (Eq. 2-3), strictly increasing.
+        num_target_layers: number of decoder layers of the target.
+        markov_rank: rank of the Markov head's transition bias (Eq. 5); 0 means none, which is a plain DFlash drafter.
+        markov_head_type: `"vanilla"`, `"gated"` or `"rnn"`.
+        enable_confidence_head: whether a confidence head predicts each draft's acceptance (Eq. 7).
+        confidence_head_with_markov: whether that head also reads the previous token's Markov embedding.
+        draft_vocab_size: number of tokens the drafter can propose; `None` means all of them. The tokens are named by
+            the buffer `d2t` of the weights.
+        sts_temperatures: `block_size` temperatures of the confidence, from Sequential Temperature Scaling; `None`
+            means uncalibrated.
+        initializer_range: standard deviation of fresh weights.
+
+    Raises:
+        ValueError: if a field breaks a rule above; the message names the field, the rule and the value.
+
+    Example:
+
+        >>> from dspark_hf import DSparkConfig
+        >>> config = DSparkConfig(vocab_size=128, hidden_size=32, num_attention_heads=4, target_layer_ids=[0, 1])
+        >>> config.block_size
+        7
+    """
+
+    model_type = "dspark"
+
+    def __init__(
+        self,
+        vocab_size: int = 151936,
+        hidden_size: int = 2560,
+        intermediate_size: int | None = None,
+        num_hidden_layers: int = 5,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        rms_norm_eps: float = 1e-6,
+        rope_parameters: dict[str, Any] | None = None,
+        max_position_embeddings: int = 32768,
+        attention_bias: bool = False,
+        use_qk_norm: bool = True,
+        attention_k_eq_v: bool = False,
+        backbone_type: str = "qwen3",
+        embed_scale: float = 1.0,
+        final_logit_softcapping: float | None = None,
+        owns_embeddings: bool = False,
+        block_size: int = 7,
+        mask_token_id: int = 0,
+        target_layer_ids: list[int] | None = None,
+        num_target_layers: int | None = None,
+        markov_rank: int = 256,
+        markov_head_type: str = "vanilla",
+        enable_confidence_head: bool = True,
+        confidence_head_with_markov: bool = True,
+        draft_vocab_size: int | None = None,
+        sts_temperatures: list[float] | None = None,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.hidden_act = hidden_act
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.max_position_embeddings = max_position_embeddings
+        self.attention_bias = attention_bias
+        self.use_qk_norm = use_qk_norm
+        self.attention_k_eq_v = attention_k_eq_v
+        self.backbone_type = backbone_type
+        self.embed_scale = embed_scale
+        self.final_logit_softcapping = final_logit_softcapping
+        self.owns_embeddings = owns_embeddings
+        self.block_size = block_size
+        self.mask_token_id = mask_token_id
+        self.target_layer_ids = [0] if target_layer_ids is None else [int(layer_id) for layer_id in target_layer_ids]
+        self.num_target_layers = (
+            max(self.target_layer_ids, default=0) + 1 if num_target_layers is None else num_target_layers
+        )
+        self.markov_rank = markov_rank
+        self.markov_head_type = markov_head_type
+        self.enable_confidence_head = enable_confidence_head
+        self.confidence_head_with_markov = confidence_head_with_markov and markov_rank > 0
+        self.draft_vocab_size = draft_vocab_size
+        self.sts_temperatures = sts_temperatures
+        self.initializer_range = initializer_range
+        # the drafter never ties: a borrowed head and embedding keep whatever tie the target has
+        kwargs.pop("tie_word_embeddings", None)
+        self._validate()
+        super().__init__(tie_word_embeddings=False, **kwargs)
+
+    @property
+    def num_draft_logits(self) -> int:
+        """Number of tokens the drafter can propose."""
+        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the fields of a drafter folder or hub name, in our own layout or a released DeepSpec one.
+
+        Raises:
+            ValueError: if there is no DSpark drafter.
+        """
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if conversion.is_deepspec(fields):
+            shapes = conversion.read_tensor_shapes(pretrained_model_name_or_path, kwargs)
+            fields = conversion.fields_from_deepspec(fields, shapes)
+        if fields.get("model_type") != cls.model_type:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold a DSpark drafter, got "
+                f"{str(pretrained_model_name_or_path)!r} with model type {fields.get('model_type')!r}. Make a drafter "
+                "for a target with `DSparkAssistantModel.from_target(target)`."
+            )
+        return fields, unused
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save `config.json`, and the remote-code shim beside it if `auto_map` is set."""
+        # the Pipeline looks a class up by these names among those of Transformers: an Auto class leads back to ours
+        self.architectures = ["DSparkAssistantModel", "AutoModelForCausalLM"]
+        if getattr(self, "auto_map", None):
+            remote_code.write_shim(save_directory)
+            self.auto_map = dict(remote_code.AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: the code lives in the installed package, and a saved folder must not receive a copy of it."""
+
+    def _validate(self) -> None:
+        _require(
+            self.backbone_type in BACKBONE_TYPES, "backbone_type", f"be one of {BACKBONE_TYPES}", self.backbone_type
+        )
+        _require(
+            self.markov_head_type in MARKOV_HEAD_TYPES,
+            "markov_head_type",
+            f"be one of {MARKOV_HEAD_TYPES}",
+            self.markov_head_type,
+        )
+        _require(self.block_size >= 1, "block_size", "be at least 1", self.block_size)
+        _require(self.markov_rank >= 0, "markov_rank", "be at least 0 (0 means no Markov head)", self.markov_rank)
+        _require(
+            0 <= self.mask_token_id < self.vocab_size,
+            "mask_token_id",
+            f"lie in [0, {self.vocab_size - 1}]",
+            self.mask_token_id,
+        )
+        ids = self.target_layer_ids
+        increasing = len(ids) > 0 and all(a < b for a, b in zip(ids, ids[1:], strict=False))
+        _require(increasing, "target_layer_ids", "be strictly increasing and not empty", ids)
+        _require(
+            ids[0] >= 0 and ids[-1] < self.num_target_layers,
+            "target_layer_ids",
+            f"lie in [0, {self.num_target_layers - 1}]",
+            ids,
+        )
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_attention_heads",
+            f"be a multiple of num_key_value_heads={self.num_key_value_heads}",
+            self.num_attention_heads,
+        )
+        if self.draft_vocab_size is not None:
+            _require(
+                0 < self.draft_vocab_size <= self.vocab_size,
+                "draft_vocab_size",
+                f"lie in [1, {self.vocab_size}]",
+                self.draft_vocab_size,
+            )
+        if self.sts_temperatures is not None:
+            valid = len(self.sts_temperatures) == self.block_size and min(self.sts_temperatures) > 0
+            _require(
+                valid, "sts_temperatures", f"be {self.block_size} positive numbers (block_size)", self.sts_temperatures
+            )
+
+
+def _require(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` must {rule}, got {value!r}. Correct it in the drafter's configuration.")

@@ -1,0 +1,158 @@
+"""Derive a drafter's configuration and first weights from its target, and check that the two belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
+
+if TYPE_CHECKING:
+    from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+
+
+def check_decoder_only(target: PreTrainedModel) -> PreTrainedModel:
+    """Return `target`, or raise a `ValueError` if it is an encoder-decoder."""
+    if getattr(target.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`target` must be a decoder-only causal LM, got the encoder-decoder {type(target).__name__}. "
+            "DSpark has no drafter for encoder-decoders."
+        )
+    return target
+
+
+def config_for_target(
+    target: TargetAdapter,
+    *,
+    num_hidden_layers: int | None,
+    target_layer_ids: Sequence[int] | None,
+    mask_token_id: int | None,
+    warm_start: bool,
+    **fields: Any,
+) -> DSparkConfig:
+    """Return the configuration of a drafter for `target`; `None` takes the default that fits the target."""
+    config, num_layers = target.config, target.num_layers
+    layer_config = _last_layer_config(config)
+    num_heads = layer_config.num_attention_heads
+    derived = {
+        "vocab_size": target.vocab_size,
+        "hidden_size": target.hidden_size,
+        "intermediate_size": getattr(layer_config, "intermediate_size", None),
+        "num_hidden_layers": min(5, num_layers) if num_hidden_layers is None else num_hidden_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": getattr(layer_config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(layer_config, "head_dim", None),
+        "hidden_act": getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu",
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+        "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(config)},
+        "max_position_embeddings": getattr(config, "max_position_embeddings", 32768),
+        "target_layer_ids": _spaced_layer_ids(num_layers) if target_layer_ids is None else list(target_layer_ids),
+        "num_target_layers": num_layers,
+        "mask_token_id": _default_mask_token_id(config) if mask_token_id is None else mask_token_id,
+        # copied attention weights know no query and key norm unless the target's do
+        "use_qk_norm": not warm_start or hasattr(_attention(target.layers[-1]), "q_norm"),
+        # the Pipeline keeps the target's tokenizer only if these agree
+        **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    return DSparkConfig(**{**derived, **fields})
+
+
+def _last_layer_config(config: Any) -> Any:
+    # Gemma 4's heads differ from layer to layer, and its configuration refuses to answer for all of them
+    return (
+        config.per_layer_config[config.num_hidden_layers - 1] if getattr(config, "is_heterogeneous", False) else config
+    )
+
+
+def _spaced_layer_ids(num_layers: int, count: int = 5) -> list[int]:
+    first, last = min(1, num_layers - 1), max(num_layers - 3, 0)
+    return sorted({round(i) for i in torch.linspace(min(first, last), last, count).tolist()})
+
+
+def _default_mask_token_id(config: Any) -> int:
+    bos, eos, pad = (getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad"))
+    taken = [bos, *eos] if isinstance(eos, list) else [bos, eos]
+    is_free = pad is not None and pad not in taken and 0 <= pad < config.vocab_size
+    return pad if is_free else config.vocab_size - 1
+
+
+def _rope_theta(config: Any) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention", parameters)
+    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+
+
+def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
+    """Raise a `ValueError` that names the first mismatch between a drafter and a target."""
+    for name, ours, theirs in (
+        ("hidden_size", config.hidden_size, target.hidden_size),
+        ("vocab_size", config.vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"`assistant_model` must have the target's `{name}` {theirs}, got {ours}. "
+                "This drafter was trained for another target: load the one made for this model."
+            )
+    last = target.num_layers - 1
+    if config.target_layer_ids[-1] > last:
+        raise ValueError(
+            f"`target_layer_ids` must lie in [0, {last}] for this target, got {config.target_layer_ids}. "
+            "Re-export the drafter for this model or pass the right target."
+        )
+
+
+def _attention(layer: torch.nn.Module) -> torch.nn.Module | None:
+    return getattr(layer, "self_attn", None)
+
+
+def copy_last_layers(target: TargetAdapter, drafter: DSparkAssistantModel) -> None:
+    """Copy the target's last layers and final norm into the drafter, and let `fc` pass its last tapped layer through.
+
+    Raises:
+        ValueError: if the target's layers are too few, or not built like the drafter's (Llama and Qwen kinds are).
+    """
+    count = len(drafter.layers)
+    if count > target.num_layers:
+        raise ValueError(
+            f"`num_hidden_layers` must be at most {target.num_layers} for a warm start from this target, got {count}. "
+            "Pass fewer layers or `warm_start=False`."
+        )
+    with torch.no_grad():
+        for ours, theirs in zip(drafter.layers, target.layers[-count:], strict=True):
+            _copy_layer(ours, theirs)
+        drafter.fc.weight.mul_(0.1)
+        width = target.hidden_size
+        drafter.fc.weight[:, -width:].add_(torch.eye(width, device=drafter.fc.weight.device))
+        final_norm = getattr(target.model.get_decoder(), "norm", None)
+        if final_norm is not None:
+            drafter.norm.weight.copy_(_norm_scale(final_norm))
+        drafter.hidden_norm.weight.copy_(drafter.layers[0].input_layernorm.weight)
+        if drafter.markov_head is not None:
+            drafter.markov_head.markov_w2.weight.zero_()
+
+
+def _copy_layer(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    parameters = dict(ours.named_parameters())
+    source = {name: tensor for name, tensor in theirs.named_parameters() if not name.endswith("bias")}
+    shapes, source_shapes = ({name: tuple(x.shape) for name, x in part.items()} for part in (parameters, source))
+    if shapes != source_shapes:
+        odd = sorted(name for name, _ in shapes.items() ^ source_shapes.items())
+        raise ValueError(
+            f"`warm_start` must find the target's layers built like the drafter's, got {type(theirs).__name__}, which "
+            f"differs in {sorted(set(odd))}. Pass `warm_start=False`."
+        )
+    for name, parameter in parameters.items():
+        is_norm = parameter.ndim == 1
+        parameter.copy_(_norm_scale(theirs.get_submodule(name.removesuffix(".weight"))) if is_norm else source[name])
+
+
+def _norm_scale(norm: torch.nn.Module) -> torch.Tensor:
+    """Return what a norm multiplies by: its weight, or 1 + weight where the weight is stored around zero (Gemma)."""
+    weight = norm.weight
+    scaled = norm(torch.ones_like(weight))
+    is_around_zero = (scaled - weight - 1).abs().mean() < (scaled - weight).abs().mean()
+    return weight + 1 if is_around_zero else weight

@@ -1,0 +1,98 @@
+"""Sequential heads of a DSpark drafter: Markov heads (Eq. 4-6) and the confidence head (Eq. 7).
+
+B batch, K block_size, V proposable tokens, D hidden, R markov rank; `*` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
+
+
+class MarkovHead(nn.Module):
+    """Add a low-rank transition bias `W2 W1[x_{k-1}]` to the logits of slot k (Eq. 5)."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.markov_rank = config.markov_rank
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.num_draft_logits, bias=False)
+
+    def embed(self, prev_ids: Tensor) -> Tensor:
+        """Return the Markov embedding `W1[x_{k-1}]` of `prev_ids` `(*)` as `(*, R)`."""
+        return self.markov_w1(prev_ids)
+
+    def initial_state(self, hidden_states: Tensor) -> Tensor | None:
+        """Return the state before the first slot, given any `(*, D)` hidden states of that slot."""
+        return None
+
+    def step(self, prev_ids: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the latent `(*, R)` of one slot and the next state; `project` turns the latent into the bias."""
+        return self.embed(prev_ids), None
+
+    def project(self, latent: Tensor) -> Tensor:
+        """Return the bias `(*, V)` on the logits for a latent `(*, R)`."""
+        return self.markov_w2(latent)
+
+    def latents(self, prev_ids: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return the latents `(*, K, R)` of whole blocks, teacher-forced on `prev_ids` `(*, K)`."""
+        state = self.initial_state(hidden_states[..., 0, :])
+        steps = []
+        for k in range(prev_ids.shape[-1]):
+            latent, state = self.step(prev_ids[..., k], hidden_states[..., k, :], state)
+            steps.append(latent)
+        return torch.stack(steps, dim=-2)
+
+
+class GatedMarkovHead(MarkovHead):
+    """Markov head whose embedding is gated by the slot's hidden state."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size + config.markov_rank, config.markov_rank)
+
+    def step(self, prev_ids: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        embedding = self.embed(prev_ids)
+        gate = self.gate_proj(torch.cat([hidden_states, embedding], dim=-1)).sigmoid()
+        return gate * embedding, None
+
+
+class RNNHead(MarkovHead):
+    """Markov head with a gated recurrent state over the slots of a block (Eq. 6)."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        # one matrix for gate, candidate and output
+        self.joint_proj = nn.Linear(2 * config.markov_rank + config.hidden_size, 3 * config.markov_rank)
+
+    def initial_state(self, hidden_states: Tensor) -> Tensor | None:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.markov_rank)
+
+    def step(self, prev_ids: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        joint = self.joint_proj(torch.cat([state, self.embed(prev_ids), hidden_states], dim=-1))
+        gate, candidate, output = joint.chunk(3, dim=-1)
+        gate = gate.sigmoid()
+        return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
+
+
+class ConfidenceHead(nn.Module):
+    """Predict the logit of a draft's conditional acceptance from its hidden state (Eq. 7)."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        width = config.hidden_size + (config.markov_rank if config.confidence_head_with_markov else 0)
+        self.proj = nn.Linear(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits `(*)`, fp32, for features `(*, D)` or `(*, D + R)`."""
+        return self.proj(features).squeeze(-1).float()
+
+
+def build_markov_head(config: DSparkConfig) -> MarkovHead | None:
+    """Return the Markov head that `config` asks for, or None for a plain DFlash drafter."""
+    if config.markov_rank == 0:
+        return None
+    heads = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RNNHead}
+    return heads[config.markov_head_type](config)

@@ -1,0 +1,391 @@
+"""The DSpark drafter as a Transformers model (arXiv 2607.05147).
+
+B batch, N blocks per row, K block_size, T tokens, V vocab, D hidden, M tapped layers, R markov rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dspark_hf.generation.cache import ContextCache
+from dspark_hf.generation.decoding import decode
+from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler, sample_block
+from dspark_hf.generation.target import TargetAdapter, cap_logits
+from dspark_hf.modeling import from_target
+from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm, RotaryEmbedding
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
+from dspark_hf.modeling.remote_code import AUTO_MAP
+
+
+@dataclass
+class BlockStates:
+    """Backbone outputs of a training pass: `hidden_states` `(B, N, K, D)` after the final norm, and what the heads add.
+
+    `latents` `(B, N, K, R)` are the Markov head's (None without one); `confidence_logits` `(B, N, K)`, fp32 (None
+    without a confidence head).
+    """
+
+    hidden_states: Tensor
+    latents: Tensor | None
+    confidence_logits: Tensor | None
+
+
+class DSparkAssistantModel(PreTrainedModel, Drafter):
+    """Propose blocks of tokens for a target model, from the target's own hidden states.
+
+    Pass it as `assistant_model` to `target.generate(...)`. The embedding and the output head are borrowed from the
+    target by reference unless the checkpoint brought its own.
+
+    Example:
+
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dspark_hf import DSparkAssistantModel
+        >>> target = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, eos_token_id=None))
+        >>> drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+        >>> prompt = torch.tensor([[5, 6, 7]])
+        >>> plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+        >>> assisted = target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=drafter)
+        >>> torch.equal(plain, assisted)
+        True
+    """
+
+    config_class = DSparkConfig
+    base_model_prefix = ""
+    main_input_name = "context_hidden_states"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DSparkLayer"]
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
+        self.hidden_norm = RMSNorm(width, config.rms_norm_eps)
+        self.layers = nn.ModuleList([DSparkLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.markov_head = build_markov_head(config)
+        self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
+        if config.owns_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, width)
+            self.lm_head = nn.Linear(width, config.num_draft_logits, bias=False)
+        if config.draft_vocab_size is not None:
+            # as vLLM and speculators store it: draft id + d2t[draft id] = target id; t2d marks proposable tokens
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.post_init()
+
+    @classmethod
+    def from_target(
+        cls,
+        target: PreTrainedModel,
+        *,
+        block_size: int = 7,
+        num_hidden_layers: int | None = None,
+        target_layer_ids: Sequence[int] | None = None,
+        mask_token_id: int | None = None,
+        markov_rank: int = 256,
+        markov_head_type: str = "vanilla",
+        enable_confidence_head: bool = True,
+        draft_token_ids: Tensor | Sequence[int] | None = None,
+        warm_start: bool = False,
+        **overrides: Any,
+    ) -> DSparkAssistantModel:
+        """Return a fresh, untrained drafter for `target`, on its device and in its dtype.
+
+        Args:
+            target: any decoder-only causal LM.
+            block_size: drafts per round (7, as released).
+            num_hidden_layers: drafter layers; default 5 as released, at most as many as the target has.
+            target_layer_ids: layers to read; default 5 evenly spaced ones from the second to the third from last.
+            mask_token_id: default the target's padding token, or its last token id where padding is a real token.
+            markov_rank: rank of the Markov head; 0 for none.
+            markov_head_type: `"vanilla"`, `"gated"` or `"rnn"`.
+            enable_confidence_head: whether to add a confidence head.
+            draft_token_ids: the tokens the drafter may propose, for a reduced draft vocabulary; default all.
+            warm_start: copy the target's last layers into the drafter where their shapes agree.
+            overrides: other fields of `DSparkConfig`.
+
+        Raises:
+            ValueError: if `target` is an encoder-decoder, or a field breaks a rule of `DSparkConfig`, or `warm_start`
+                finds no layer that fits.
+        """
+        adapter = TargetAdapter(from_target.check_decoder_only(target))
+        config = from_target.config_for_target(
+            adapter,
+            block_size=block_size,
+            num_hidden_layers=num_hidden_layers,
+            target_layer_ids=target_layer_ids,
+            mask_token_id=mask_token_id,
+            markov_rank=markov_rank,
+            markov_head_type=markov_head_type,
+            enable_confidence_head=enable_confidence_head,
+            draft_vocab_size=None if draft_token_ids is None else len(draft_token_ids),
+            warm_start=warm_start,
+            **overrides,
+        )
+        drafter = cls(config)
+        if draft_token_ids is not None:
+            drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids))
+        if warm_start:
+            from_target.copy_last_layers(adapter, drafter)
+        dtype = target.dtype if target.dtype.is_floating_point else torch.float32
+        return drafter.to(device=target.device, dtype=dtype).eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load a drafter from a folder or a hub name: our own layout, or the released DeepSpec one.
+
+        Takes every argument of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the folder holds no DSpark drafter, or its tensors are not exactly the drafter's: one left
+                at random would draft badly without an error.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        drafter, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        for kind in ("missing_keys", "unexpected_keys"):
+            if info[kind]:
+                raise ValueError(
+                    f"`pretrained_model_name_or_path` must hold exactly the drafter's tensors, got "
+                    f"{kind.replace('_', ' ')} {sorted(info[kind])} in {str(pretrained_model_name_or_path)!r}. Its "
+                    "weights and its configuration do not belong together: save the drafter anew."
+                )
+        return (drafter, info) if wants_info else drafter
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, remote_code: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Save weights and configuration.
+
+        With `remote_code=True` the folder also holds a shim, so that `trust_remote_code=True` loads the installed
+        class without `import dspark_hf`. Default: as in the folder the drafter was loaded from.
+        """
+        if remote_code:
+            # the configuration writes the shim when it is saved
+            self.config.auto_map = dict(AUTO_MAP)
+        elif remote_code is False and hasattr(self.config, "auto_map"):
+            del self.config.auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: the code lives in the installed package, and a saved folder must not receive a copy of it."""
+
+    # what the decoding loop asks of a drafter
+
+    @property
+    def block_size(self) -> int:
+        """Drafts per round the drafter was trained for."""
+        return self.config.block_size
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        """Target layers whose outputs the drafter reads."""
+        return self.config.target_layer_ids
+
+    def check_target(self, target: TargetAdapter) -> None:
+        """Raise a `ValueError` that names the mismatch if this drafter was not made for `target`."""
+        from_target.check_match(self.config, target)
+
+    def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
+        """Return an empty context for `batch_size` sequences of `target`."""
+        return _DSparkContext(self, target, batch_size)
+
+    def decode(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Run the decoding loop: `target.generate(**inputs, custom_generate=drafter.decode)`, the door without a patch.
+
+        Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
+        """
+        return decode(model, input_ids, drafter=self, **kwargs)
+
+    @property
+    def draft_token_ids(self) -> Tensor | None:
+        """The proposable tokens `(draft_vocab_size,)`, or None if all are."""
+        if self.config.draft_vocab_size is None:
+            return None
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def set_draft_token_ids(self, token_ids: Tensor) -> None:
+        """Make `token_ids` the proposable tokens, in ascending order.
+
+        Raises:
+            ValueError: unless they are `draft_vocab_size` different tokens of the vocabulary.
+        """
+        token_ids = torch.unique(token_ids.to(self.d2t.device))
+        size = self.config.draft_vocab_size
+        if len(token_ids) != size or token_ids[0] < 0 or token_ids[-1] >= self.config.vocab_size:
+            raise ValueError(
+                f"`draft_token_ids` must be {size} different ids in [0, {self.config.vocab_size - 1}], got "
+                f"{len(token_ids)} different ids from {token_ids[0]} to {token_ids[-1]}. Remove duplicates."
+            )
+        self.d2t.copy_(token_ids - torch.arange(size, device=self.d2t.device))
+        self.t2d.zero_()
+        self.t2d[token_ids] = True
+
+    # the parts
+
+    def embed(self, token_ids: Tensor, target: TargetAdapter) -> Tensor:
+        """Return embeddings `(*, D)` in the drafter's dtype and on its device."""
+        if self.config.owns_embeddings:
+            # rounded to the weights' dtype first, as Gemma does
+            scale = torch.tensor(self.config.embed_scale).to(self.dtype).item()
+            return self.embed_tokens(token_ids) * scale
+        return target.embed(token_ids).to(device=self.device, dtype=self.dtype)
+
+    def project_context(self, context_hidden_states: Tensor) -> Tensor:
+        """Return the context features `(B, T, D)` of tapped hidden states `(B, T, M * D)` (Eq. 2)."""
+        return self.hidden_norm(self.fc(context_hidden_states.to(device=self.device, dtype=self.dtype)))
+
+    def context_keys_and_values(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return every layer's context keys and values `(B, H, T, E)` for features `(B, T, D)` at `(B, T)` (Eq. 3)."""
+        rotary = self.rotary_emb(positions, features.dtype)
+        pairs = [layer.self_attn.keys_and_values(features, rotary) for layer in self.layers]
+        return [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pairs]
+
+    def run_blocks(
+        self,
+        anchor_ids: Tensor,
+        anchor_positions: Tensor,
+        num_slots: int,
+        context: Sequence[tuple[Tensor, Tensor]],
+        context_mask: Tensor | None,
+        target: TargetAdapter,
+    ) -> Tensor:
+        """Return hidden states `(B, N, num_slots, D)` of blocks that start at the anchors `(B, N)` (Eq. 1).
+
+        `context` holds every layer's keys and values, `context_mask` `(B, N, C)` what each block may see of them.
+        """
+        slots = torch.arange(num_slots, device=anchor_ids.device)
+        block_ids = anchor_ids[..., None].expand(*anchor_ids.shape, num_slots)
+        block_ids = torch.where(slots == 0, block_ids, self.config.mask_token_id)
+        hidden_states = self.embed(block_ids, target)
+        rotary = self.rotary_emb(anchor_positions[..., None] + slots, hidden_states.dtype)
+        for layer, layer_context in zip(self.layers, context, strict=True):
+            hidden_states = layer(hidden_states, rotary, layer_context, context_mask)
+        return self.norm(hidden_states)
+
+    def confidence_logits(self, hidden_states: Tensor, previous_ids: Tensor) -> Tensor | None:
+        """Return the logits `(*, K)` of the drafts' acceptance (Eq. 7), or None without a confidence head."""
+        if self.confidence_head is None:
+            return None
+        if self.config.confidence_head_with_markov and self.markov_head is not None:
+            embedding = self.markov_head.embed(previous_ids).to(hidden_states.dtype)
+            hidden_states = torch.cat([hidden_states, embedding], dim=-1)
+        return self.confidence_head(hidden_states)
+
+    def forward(
+        self,
+        context_hidden_states: Tensor,
+        anchor_ids: Tensor,
+        anchor_positions: Tensor,
+        previous_ids: Tensor,
+        target: TargetAdapter,
+    ) -> BlockStates:
+        """Run blocks of whole sequences, teacher-forced: the training pass.
+
+        Args:
+            context_hidden_states: tapped hidden states `(B, T, M * D)` of positions 0 to T - 1.
+            anchor_ids: first token of every block `(B, N)`.
+            anchor_positions: their positions `(B, N)`; block n sees the context before its anchor only.
+            previous_ids: the true token before every slot's prediction `(B, N, K)`; slot 0's is the anchor.
+            target: the target, which lends its embedding.
+        """
+        length = context_hidden_states.shape[1]
+        positions = torch.arange(length, device=anchor_ids.device).expand(len(anchor_ids), -1)
+        context = self.context_keys_and_values(self.project_context(context_hidden_states), positions)
+        visible = positions[:, None, :] < anchor_positions[..., None]
+        hidden_states = self.run_blocks(anchor_ids, anchor_positions, self.config.block_size, context, visible, target)
+        latents = None if self.markov_head is None else self.markov_head.latents(previous_ids, hidden_states)
+        return BlockStates(hidden_states, latents, self.confidence_logits(hidden_states, previous_ids))
+
+    def draft_head(self, target: TargetAdapter) -> _DraftHead:
+        """Return the function from hidden states to logits over the proposable tokens."""
+        return _DraftHead(self, target)
+
+
+class _DraftHead:
+    """Base logits over the proposable tokens, through the drafter's own head or the target's."""
+
+    def __init__(self, drafter: DSparkAssistantModel, target: TargetAdapter):
+        self._target = target
+        self._own_head = drafter.lm_head if drafter.config.owns_embeddings else None
+        self._cap = drafter.config.final_logit_softcapping
+        self._ids = drafter.draft_token_ids
+        self._device = drafter.device
+        # a full copy of the head is never made; the rows of a reduced vocabulary are few
+        self.rows = target.head_rows(self._ids) if self._ids is not None and self._own_head is None else None
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Return logits `(*, V_draft)` on the drafter's device for hidden states `(*, D)`."""
+        if self._own_head is not None:
+            return cap_logits(self._own_head(hidden_states), self._cap)
+        if self.rows is not None:
+            weight, bias = self.rows
+            states = hidden_states.to(device=weight.device, dtype=weight.dtype)
+            return self._target.finish_logits(nn.functional.linear(states, weight, bias)).to(self._device)
+        logits = self._target.head(hidden_states).to(self._device)
+        return logits if self._ids is None else logits[..., self._ids]
+
+
+class _DSparkContext(DraftContext):
+    """The drafter's context cache over one call of `generate`."""
+
+    def __init__(self, drafter: DSparkAssistantModel, target: TargetAdapter, batch_size: int):
+        self._drafter = drafter
+        self._target = target
+        self._head = drafter.draft_head(target)
+        self._ids = drafter.draft_token_ids
+        self.cache = ContextCache(len(drafter.layers), batch_size, drafter.device)
+        temperatures = drafter.config.sts_temperatures
+        self._temperatures = None if temperatures is None else torch.tensor(temperatures, device=drafter.device)
+
+    def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
+        drafter = self._drafter
+        features = drafter.project_context(hidden_states)
+        states = drafter.context_keys_and_values(features, positions.to(drafter.device))
+        self.cache.append(states, num_tokens)
+
+    def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
+        drafter = self._drafter
+        anchors, positions = anchor_ids.to(drafter.device), positions.to(drafter.device)
+        context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
+        # all slots run even if fewer drafts are wanted: the block was trained at its full width
+        hidden_states = drafter.run_blocks(
+            anchors[:, None], positions[:, None], drafter.block_size, context, self.cache.mask(), self._target
+        )[:, 0, :num_drafts]
+        token_ids, probs, previous_ids = sample_block(
+            self._head(hidden_states),
+            hidden_states,
+            anchors,
+            sampler,
+            markov_head=drafter.markov_head,
+            expand_logits=self._expand,
+        )
+        logits = drafter.confidence_logits(hidden_states, previous_ids)
+        if logits is not None and self._temperatures is not None:
+            logits = logits / self._temperatures[:num_drafts]
+        return DraftedBlock(token_ids, probs, None if logits is None else logits.sigmoid())
+
+    def _expand(self, logits: Tensor) -> Tensor:
+        if self._ids is None:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self._drafter.config.vocab_size), float("-inf"))
+        full[..., self._ids] = logits
+        return full
+
+    def select_rows(self, rows: Tensor) -> None:
+        self.cache.select_rows(rows)
