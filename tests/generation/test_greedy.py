@@ -1,0 +1,123 @@
+"""Greedy decoding with a drafter writes, token for token, what plain `generate` writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark_hf import DSparkAssistantModel
+from tests.generation.drafters import ScriptedDrafter
+from tests.generation.prompts import num_padded, ragged_prompts
+from tests.tiny import FAMILIES, SLIDING_FAMILIES, tiny_target
+
+NEW_TOKENS = 24
+# Gemma 2 has no sdpa: its attention is soft-capped
+PAIRS = [(family, attention) for family in FAMILIES for attention in ("eager", "sdpa") if family != "gemma2"]
+PAIRS.append(("gemma2", "eager"))
+
+
+def _drafter(kind, target, plain, inputs):
+    if kind == "untrained":
+        return DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=5)
+    accuracy = {"right": 1.0, "wrong": 0.0, "often right": 0.7}[kind]
+    return ScriptedDrafter(target, plain, num_padded(inputs), accuracy)
+
+
+@pytest.mark.parametrize("kind", ["untrained", "right", "wrong", "often right"])
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize(("family", "attention"), PAIRS)
+def test_output_is_token_identical(family, attention, num_rows, kind):
+    """A drafter changes the text of a family of targets."""
+    target = tiny_target(family, attn_implementation=attention)
+    inputs = ragged_prompts(num_rows)
+    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    drafter = _drafter(kind, target, plain, inputs)
+    assisted = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter)
+    assert torch.equal(assisted, plain)
+    statistics = drafter.last_statistics
+    # the prefill commits one token, the rounds the rest
+    assert statistics.num_committed == num_rows * (NEW_TOKENS - 1)
+    if kind == "right":
+        assert statistics.num_accepted == statistics.num_verified
+        assert statistics.num_target_passes == 1 + -(-(NEW_TOKENS - 1) // 6)
+    if kind == "wrong":
+        assert statistics.num_accepted == 0
+        assert statistics.num_target_passes == NEW_TOKENS
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("family", SLIDING_FAMILIES)
+def test_prompts_longer_than_the_window(family, num_rows):
+    """Rolling back a sliding-window cache loses or keeps a token too many."""
+    target = tiny_target(family)
+    inputs = ragged_prompts(num_rows, lengths=(29, 21, 40))
+    plain = target.generate(**inputs, max_new_tokens=40, do_sample=False)
+    drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.7)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=40, do_sample=False, assistant_model=drafter), plain)
+
+
+def test_one_padded_row():
+    """A single left-padded row is decoded as if its padding were text."""
+    target = tiny_target("llama")
+    inputs = {name: tensor[1:2] for name, tensor in ragged_prompts(4).items()}
+    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.7)
+    assisted = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter)
+    assert torch.equal(assisted, plain)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_custom_generate_door_runs_the_same_loop(num_rows):
+    """The door without a patch gives another output than the one with it."""
+    target = tiny_target("qwen3")
+    inputs = ragged_prompts(num_rows)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    through_door = target.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, custom_generate=drafter.decode
+    )
+    assert torch.equal(through_door, plain)
+    assert drafter.last_statistics.num_rounds > 0
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_processors_that_look_at_the_prefix(num_rows):
+    """A processor sees another prefix than the one plain `generate` shows it."""
+    target = tiny_target("llama")
+    inputs = ragged_prompts(num_rows)
+    options = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "repetition_penalty": 1.7,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[5], [7, 9]],
+        "prefix_allowed_tokens_fn": lambda row, ids: [t for t in range(2, 64) if (t + row + len(ids)) % 3],
+    }
+    plain = target.generate(**inputs, **options)
+    drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.7)
+    assert torch.equal(target.generate(**inputs, **options, assistant_model=drafter), plain)
+    assert drafter.last_statistics.num_accepted > 0
+
+
+def test_inputs_embeds():
+    """A prompt given as embeddings is not continued as plain `generate` continues it."""
+    target = tiny_target("llama")
+    embeds = target.get_input_embeddings()(ragged_prompts(1)["input_ids"])
+    plain = target.generate(inputs_embeds=embeds, max_new_tokens=NEW_TOKENS, do_sample=False)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    assisted = target.generate(
+        inputs_embeds=embeds, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter
+    )
+    assert torch.equal(assisted, plain)
+
+
+def test_reduced_draft_vocabulary():
+    """A drafter that cannot propose every token changes the text."""
+    target = tiny_target("llama")
+    inputs = ragged_prompts(4)
+    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    drafter = DSparkAssistantModel.from_target(
+        target, num_hidden_layers=1, markov_rank=8, draft_token_ids=range(0, 64, 3)
+    )
+    assisted = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter)
+    assert torch.equal(assisted, plain)

@@ -1,0 +1,101 @@
+"""The seam into Transformers: installed once, reversible, and out of the way of every other assistant."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GenerationMixin
+
+from dspark_hf import DSparkAssistantModel, install, uninstall
+from dspark_hf.generation import integration
+from tests.generation.prompts import ragged_prompts
+from tests.tiny import tiny_target
+
+
+@pytest.fixture
+def restored():
+    yield
+    install()
+
+
+def test_install_is_idempotent_and_reversible(restored):
+    """Importing twice wraps twice, or Transformers cannot be had back as it was."""
+    uninstall()
+    original = GenerationMixin._assisted_decoding
+    assert not integration.is_installed()
+    install()
+    wrapped = GenerationMixin._assisted_decoding
+    install()
+    assert GenerationMixin._assisted_decoding is wrapped
+    assert wrapped.__wrapped__ is original
+    uninstall()
+    assert GenerationMixin._assisted_decoding is original
+
+
+def test_uninstalled_door_still_works(restored):
+    """The documented hook depends on the patch."""
+    target = tiny_target("llama")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    inputs = ragged_prompts(3)
+    plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
+    uninstall()
+    assert torch.equal(
+        target.generate(**inputs, max_new_tokens=12, do_sample=False, custom_generate=drafter.decode), plain
+    )
+
+
+def test_other_assistants_go_to_the_original():
+    """An ordinary assistant model no longer works after importing us."""
+    target, assistant = tiny_target("llama"), tiny_target("llama", num_hidden_layers=1)
+    inputs = ragged_prompts(1)
+    plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(
+        target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=assistant), plain
+    )
+    assert torch.equal(
+        target.generate(**inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), plain
+    )
+
+
+def test_changed_seam_is_reported(restored, monkeypatch):
+    """A Transformers that renamed the seam fails somewhere inside instead of here."""
+    uninstall()
+
+    def stranger(self, ids):
+        return ids
+
+    monkeypatch.setattr(GenerationMixin, "_assisted_decoding", stranger)
+    with pytest.raises(RuntimeError, match=r"`transformers` must be a version that dspark_hf knows"):
+        install()
+
+
+def test_environment_variable_prevents_installation():
+    """There is no way to import us without the patch."""
+    code = (
+        "import dspark_hf; from dspark_hf.generation.integration import is_installed; "
+        "raise SystemExit(int(is_installed()))"
+    )
+    for value, expected in (("1", 0), ("", 1)):
+        environment = {"DSPARK_HF_NO_INSTALL": value, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+        assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == expected
+
+
+def test_user_values_of_the_knobs_are_told_from_defaults():
+    """A value the user set is taken for Transformers' default, or the other way round."""
+    target = tiny_target("llama")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    inputs = ragged_prompts(1)
+    # the default of Transformers, 20, is no wish of the user's
+    target.generate(**inputs, max_new_tokens=9, do_sample=False, assistant_model=drafter)
+    assert len(drafter.last_statistics.verified_by_position) == 7
+    target.generate(**inputs, max_new_tokens=9, do_sample=False, assistant_model=drafter, num_assistant_tokens=3)
+    assert len(drafter.last_statistics.verified_by_position) == 3
+    target.generation_config.num_assistant_tokens = 2
+    try:
+        target.generate(**inputs, max_new_tokens=9, do_sample=False, assistant_model=drafter)
+    finally:
+        target.generation_config.num_assistant_tokens = None
+    assert len(drafter.last_statistics.verified_by_position) == 2

@@ -1,0 +1,216 @@
+"""Every way to stop acts at the very token where plain `generate` acts."""
+
+from __future__ import annotations
+
+import string
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import MaxTimeCriteria, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+
+from tests.generation.drafters import ScriptedDrafter
+from tests.generation.prompts import num_padded, ragged_prompts
+from tests.tiny import tiny_target
+
+NEW_TOKENS = 24
+
+
+def character_tokenizer():
+    """Return a tokenizer of 64 characters, one token each."""
+    characters = string.ascii_letters + string.digits + "+/"
+    model = WordLevel({character: index for index, character in enumerate(characters)}, unk_token="+")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class StopAfter(StoppingCriteria):
+    """Stop a row whose last token is in `tokens` once it has `length` tokens; count the calls."""
+
+    def __init__(self, tokens, length):
+        self.tokens, self.length, self.lengths = torch.tensor(tokens), length, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        return torch.isin(input_ids[:, -1], self.tokens) & (input_ids.shape[1] >= self.length)
+
+
+class StopAll(StoppingCriteria):
+    """Stop the whole batch at one length, with a single answer."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor(input_ids.shape[1] >= 23)
+
+
+def _compare(target, inputs, options, accuracy=0.8, script=None):
+    if script is None:
+        script = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    drafter = ScriptedDrafter(target, script, num_padded(inputs), accuracy)
+    plain = target.generate(**inputs, do_sample=False, **options())
+    assisted = target.generate(**inputs, do_sample=False, assistant_model=drafter, **options())
+    assert torch.equal(assisted, plain)
+    return plain, drafter.last_statistics
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama")
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def inputs(request):
+    return ragged_prompts(request.param)
+
+
+@pytest.fixture(scope="module")
+def script(target, inputs):
+    return target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 7, 12])
+@pytest.mark.parametrize("accuracy", [0.0, 0.8, 1.0])
+def test_eos(target, inputs, script, offset, accuracy):
+    """Generation runs past an EOS inside an accepted block, or stops before it."""
+    eos = int(script[-1, inputs["input_ids"].shape[1] + offset])
+    plain, _ = _compare(
+        target, inputs, lambda: {"max_new_tokens": NEW_TOKENS, "eos_token_id": eos}, accuracy, script
+    )
+    assert plain.shape[1] <= script.shape[1]
+
+
+def test_several_eos_ids(target, inputs, script):
+    """Only the first of several EOS ids stops."""
+    width = inputs["input_ids"].shape[1]
+    eos = [int(script[0, width + 9]), int(script[-1, width + 5])]
+    _compare(target, inputs, lambda: {"max_new_tokens": NEW_TOKENS, "eos_token_id": eos}, script=script)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 5, 6, 7, 13])
+def test_max_new_tokens(target, inputs, script, new_tokens):
+    """A block at the end commits more tokens than were asked for."""
+    plain, statistics = _compare(target, inputs, lambda: {"max_new_tokens": new_tokens}, 1.0, script)
+    assert plain.shape[1] == inputs["input_ids"].shape[1] + new_tokens
+    # a draft that cannot be committed is never verified
+    assert statistics.num_verified <= len(plain) * max(new_tokens - 1, 0)
+
+
+def test_max_length(target, inputs, script):
+    """`max_length` counts the prompt otherwise than plain `generate` does."""
+    _compare(target, inputs, lambda: {"max_length": 30}, script=script)
+
+
+def test_min_new_tokens(target, inputs, script):
+    """An EOS that is still forbidden is let through in a block."""
+    eos = int(script[-1, inputs["input_ids"].shape[1] + 2])
+    _compare(
+        target,
+        inputs,
+        lambda: {"max_new_tokens": NEW_TOKENS, "min_new_tokens": 9, "eos_token_id": eos},
+        script=script,
+    )
+
+
+def test_stop_strings(target, inputs, script):
+    """A stop string inside an accepted block is overrun."""
+    width = inputs["input_ids"].shape[1]
+    tokenizer = character_tokenizer()
+    word = tokenizer.decode(script[-1, width + 6 : width + 8])
+    plain, _ = _compare(
+        target,
+        inputs,
+        lambda: {"max_new_tokens": NEW_TOKENS, "stop_strings": [word], "tokenizer": tokenizer, "eos_token_id": 1},
+        0.9,
+        script,
+    )
+    assert torch.equal(plain[-1, : width + 8], script[-1, : width + 8])
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+def test_custom_criterion(target, inputs, script, eos):
+    """A row-wise criterion stops at another token; without an EOS stopped rows are written on as plain does."""
+    width = inputs["input_ids"].shape[1]
+    tokens = script[:, width + 4 : width + 6].flatten().tolist()
+    _compare(
+        target,
+        inputs,
+        lambda: {
+            "max_new_tokens": NEW_TOKENS,
+            "eos_token_id": eos,
+            "stopping_criteria": StoppingCriteriaList([StopAfter(tokens, width + 3)]),
+        },
+        0.9,
+        script,
+    )
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+def test_criterion_for_the_whole_batch(target, inputs, script, eos):
+    """A criterion that answers once for all rows is misread."""
+    _compare(
+        target,
+        inputs,
+        lambda: {
+            "max_new_tokens": NEW_TOKENS,
+            "eos_token_id": eos,
+            "stopping_criteria": StoppingCriteriaList([StopAll()]),
+        },
+        0.9,
+        script,
+    )
+
+
+def test_criterion_is_asked_once_per_token(target):
+    """A criterion that counts its calls sees a token twice or never."""
+    inputs = ragged_prompts(1)
+    script = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    criterion = StopAfter([], 0)
+    drafter = ScriptedDrafter(target, script, [0], 0.7)
+    target.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        assistant_model=drafter,
+        stopping_criteria=StoppingCriteriaList([criterion]),
+    )
+    width = inputs["input_ids"].shape[1]
+    assert criterion.lengths == list(range(width + 1, width + NEW_TOKENS + 1))
+
+
+def test_max_time(target):
+    """`max_time` is ignored."""
+    inputs = ragged_prompts(1)
+    script = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    drafter = ScriptedDrafter(target, script, [0], 1.0)
+    criterion = MaxTimeCriteria(max_time=0.5, initial_timestamp=time.time() - 10)
+    output = target.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        assistant_model=drafter,
+        stopping_criteria=StoppingCriteriaList([criterion]),
+    )
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+def test_constrained_decoding(target, inputs, script):
+    """`prefix_allowed_tokens_fn` lets a token through, asks about another row, or acts a token late."""
+    width = inputs["input_ids"].shape[1]
+    asked = []
+
+    def allowed(row, ids):
+        asked.append((row, len(ids)))
+        return [10 + row, 20 + (len(ids) - width) % 5]
+
+    _compare(
+        target,
+        inputs,
+        lambda: {"max_new_tokens": NEW_TOKENS, "prefix_allowed_tokens_fn": allowed},
+        script=script,
+    )
+    assert {row for row, _ in asked} == set(range(len(script)))
