@@ -98,9 +98,9 @@ class ProcessorChain:
     def _places(self, rows: Sequence[int], ahead: Tensor, width: int) -> dict[int, list[tuple[int, int]]]:
         """Return, by prefix length, the indices and positions whose prefix has not ended."""
         skipped = ahead.shape[1] - (width - 1)
-        # how many of the tokens ahead a prefix may hold
-        has_end = torch.isin(ahead, self._eos_token_ids).long().cumsum(-1)
-        num_open = (has_end == 0).sum(-1).tolist()
+        num_ends = torch.isin(ahead, self._eos_token_ids).long().cumsum(-1)
+        # how many of the tokens ahead an open prefix can hold
+        num_open = (num_ends == 0).sum(-1).tolist()
         places = defaultdict(list)
         for index, row in enumerate(rows):
             for position in range(min(width, num_open[index] - skipped + 1)):

@@ -15,8 +15,8 @@ def verify(
     """Accept the longest lossless prefix of each row's drafts and sample the bonus token.
 
     Takes `draft_ids` `(B, K)`, `draft_probs` `(B, K, V)`, `target_probs` `(B, K + 1, V)` (fp32, rows sum to 1) and
-    `num_verified` `(B)`: only the first so many drafts of a row are up for acceptance. Returns `num_accepted` `(B)` and
-    `bonus` `(B)`; the committed tokens follow the target exactly.
+    `num_verified` `(B)`: only the first so many drafts of a row are up for acceptance. Returns `num_accepted` `(B)`
+    and `bonus` `(B)`; the committed tokens follow the target exactly.
     """
     num_drafts = draft_ids.shape[1]
     p_draft = draft_probs.gather(-1, draft_ids[..., None]).squeeze(-1)

@@ -130,9 +130,9 @@ class DSparkConfig(PreTrainedConfig):
         self.sts_temperatures = sts_temperatures
         self.initializer_range = initializer_range
         # the drafter never ties: a borrowed head and embedding keep whatever tie the target has
-        kwargs.pop("tie_word_embeddings", None)
+        kwargs["tie_word_embeddings"] = False
         self._validate()
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**kwargs)
 
     @property
     def num_draft_logits(self) -> int:

@@ -76,8 +76,9 @@ def _spaced_layer_ids(num_layers: int, count: int = 5) -> list[int]:
 def _default_mask_token_id(config: Any) -> int:
     bos, eos, pad = (getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad"))
     taken = [bos, *eos] if isinstance(eos, list) else [bos, eos]
-    is_free = pad is not None and pad not in taken and 0 <= pad < config.vocab_size
-    return pad if is_free else config.vocab_size - 1
+    if pad is not None and pad not in taken and 0 <= pad < config.vocab_size:
+        return pad
+    return config.vocab_size - 1
 
 
 def _rope_theta(config: Any) -> float:
@@ -129,8 +130,9 @@ def copy_last_layers(target: TargetAdapter, drafter: DSparkAssistantModel) -> No
         drafter.fc.weight[:, -width:].add_(torch.eye(width, device=drafter.fc.weight.device))
         final_norm = getattr(target.model.get_decoder(), "norm", None)
         if final_norm is not None:
-            drafter.norm.weight.copy_(_norm_scale(final_norm))
-        drafter.hidden_norm.weight.copy_(drafter.layers[0].input_layernorm.weight)
+            drafter.norm.load_state_dict({"weight": _norm_scale(final_norm)})
+        # the context passes the norm that the copied layer would have applied to it
+        drafter.hidden_norm.load_state_dict(drafter.layers[0].get_submodule("input_layernorm").state_dict())
         if drafter.markov_head is not None:
             drafter.markov_head.markov_w2.weight.zero_()
 
@@ -152,7 +154,7 @@ def _copy_layer(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
 
 def _norm_scale(norm: torch.nn.Module) -> torch.Tensor:
     """Return what a norm multiplies by: its weight, or 1 + weight where the weight is stored around zero (Gemma)."""
-    weight = norm.weight
+    weight = norm.get_parameter("weight")
     scaled = norm(torch.ones_like(weight))
     is_around_zero = (scaled - weight - 1).abs().mean() < (scaled - weight).abs().mean()
     return weight + 1 if is_around_zero else weight

@@ -71,6 +71,7 @@ class RNNHead(MarkovHead):
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.markov_rank)
 
     def step(self, prev_ids: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert state is not None
         joint = self.joint_proj(torch.cat([state, self.embed(prev_ids), hidden_states], dim=-1))
         gate, candidate, output = joint.chunk(3, dim=-1)
         gate = gate.sigmoid()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,10 @@ from dspark_hf.modeling.remote_code import AUTO_MAP
 
 @dataclass
 class BlockStates:
-    """Backbone outputs of a training pass: `hidden_states` `(B, N, K, D)` after the final norm, and what the heads add.
+    """Outputs of a training pass.
 
-    `latents` `(B, N, K, R)` are the Markov head's (None without one); `confidence_logits` `(B, N, K)`, fp32 (None
-    without a confidence head).
+    `hidden_states` `(B, N, K, D)` are the backbone's, after the final norm; `latents` `(B, N, K, R)` the Markov head's
+    (None without one); `confidence_logits` `(B, N, K)`, fp32, the confidence head's (None without one).
     """
 
     hidden_states: Tensor
@@ -64,6 +64,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     main_input_name = "context_hidden_states"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DSparkLayer"]
+    config: DSparkConfig
     d2t: Tensor
     t2d: Tensor
 
@@ -141,10 +142,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if warm_start:
             from_target.copy_last_layers(adapter, drafter)
         dtype = target.dtype if target.dtype.is_floating_point else torch.float32
-        return drafter.to(device=target.device, dtype=dtype).eval()
+        drafter.to(device=target.device, dtype=dtype)  # type: ignore[call-arg]  # Transformers hides the signature
+        return drafter.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]  # every further argument is passed on
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load a drafter from a folder or a hub name: our own layout, or the released DeepSpec one.
 
         Takes every argument of `PreTrainedModel.from_pretrained`.
@@ -154,9 +158,9 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                 at random would draft badly without an error.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        drafter, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        kwargs["output_loading_info"] = True
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        drafter, info = loaded
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:
                 raise ValueError(
@@ -206,7 +210,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         return _DSparkContext(self, target, batch_size)
 
     def decode(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
-        """Run the decoding loop: `target.generate(**inputs, custom_generate=drafter.decode)`, the door without a patch.
+        """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
 
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
@@ -253,7 +257,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     def context_keys_and_values(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return every layer's context keys and values `(B, H, T, E)` for features `(B, T, D)` at `(B, T)` (Eq. 3)."""
         rotary = self.rotary_emb(positions, features.dtype)
-        pairs = [layer.self_attn.keys_and_values(features, rotary) for layer in self.layers]
+        pairs = [cast(DSparkLayer, layer).self_attn.keys_and_values(features, rotary) for layer in self.layers]
         return [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pairs]
 
     def run_blocks(

@@ -35,6 +35,8 @@ def read_conversations(path: str | Path, tokenizer: Any, *, max_length: int = 10
     conversations = []
     with Path(path).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             record = json.loads(line)
             if "user" not in record or "assistant" not in record:
                 raise ValueError(
@@ -71,5 +73,7 @@ def split_held_out(conversations: Sequence[Conversation], count: int) -> tuple[l
     """Return training and held-out conversations; every n-th one is held out, so that both have the same mixture."""
     stride = max(len(conversations) // max(count, 1), 1)
     held_out = list(conversations[::stride])[:count]
-    kept = [conversation for index, conversation in enumerate(conversations) if index % stride or index // stride >= count]
+    kept = [
+        conversation for index, conversation in enumerate(conversations) if index % stride or index // stride >= count
+    ]
     return kept, held_out

@@ -35,7 +35,7 @@ class StateSource:
     """Compute sequences' states and remember them while they fit.
 
     Args:
-        target: the frozen target, entered as a context manager by the caller.
+        target: the frozen target.
         dtype: what the target computes in; autocast where it differs from the weights.
         max_cache_bytes: memory for remembered states; 0 computes every sequence anew.
     """
@@ -59,10 +59,11 @@ class StateSource:
     @torch.no_grad()
     def _compute(self, input_ids: Tensor, chunk_size: int = 256) -> SequenceStates:
         model = self._target.model
-        with torch.autocast(model.device.type, self._dtype, enabled=self._dtype != model.dtype):
+        with self._target, torch.autocast(model.device.type, self._dtype, enabled=self._dtype != model.dtype):
             output = model.get_decoder()(input_ids=input_ids[None].to(model.device), use_cache=False)
-            context = self._target.pop_context_hidden_states()[0]
-            last = output.last_hidden_state[0]
+            context = self._target.pop_context_hidden_states()[0].to(torch.bfloat16)
+            # rounded first: probabilities taken from the stored states sum to one with a sum over the same states
+            last = output.last_hidden_state[0].to(torch.bfloat16)
             # the whole vocabulary only ever exists for one chunk of positions
             lse = [self._target.head(part).float().logsumexp(-1) for part in last.split(chunk_size)]
-        return SequenceStates(context.to(torch.bfloat16), last.to(torch.bfloat16), torch.cat(lse))
+        return SequenceStates(context, last, torch.cat(lse))

@@ -125,6 +125,10 @@ class DrafterTrainer:
         self.drafter = drafter
         self.target = TargetAdapter(target.eval().requires_grad_(False), drafter.target_layer_ids)
         drafter.check_target(self.target)
+        if drafter.config.owns_embeddings:
+            # copies of the target's, and frozen like them
+            drafter.embed_tokens.requires_grad_(False)
+            drafter.lm_head.requires_grad_(False)
         self.conversations = list(conversations)
         self.held_out = list(held_out)
         self.output_dir = Path(output_dir)
@@ -140,7 +144,7 @@ class DrafterTrainer:
         """Train to `max_steps`, then save the drafter. Returns the last evaluation."""
         self._resume()
         summary: dict[str, Any] = {}
-        with self.target, tqdm(total=self.options.max_steps, initial=self.step, unit="step") as bar:
+        with tqdm(total=self.options.max_steps, initial=self.step, unit="step") as bar:
             while self.step < self.options.max_steps:
                 metrics = self._train_step()
                 self.step += 1
@@ -153,17 +157,19 @@ class DrafterTrainer:
                     self._log({"step": self.step, "train": shown, "held_out": summary})
                 if last or self.step % self.options.save_steps == 0:
                     self._save()
+        self.drafter.eval().save_pretrained(self.output_dir / "drafter")
         return summary
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Return loss, expected tau and accept rate by position on the held-out conversations."""
+        """Return loss, expected tau and accept rate by position on the held-out conversations; `{}` without any."""
+        if not self.held_out:
+            return {}
         self.drafter.eval()
         metrics = Metrics()
         generator = torch.Generator().manual_seed(self.options.seed)
-        with self.target:
-            for index, conversation in enumerate(self.held_out):
-                self._sequence_losses(-1 - index, conversation, generator, metrics)
+        for index, conversation in enumerate(self.held_out):
+            self._sequence_losses(-1 - index, conversation, generator, metrics)
         return metrics.summary()
 
     def _train_step(self) -> Metrics:
@@ -206,9 +212,7 @@ class DrafterTrainer:
         drafter, options = self.drafter, self.options
         device = drafter.device
         states = self._states.get(index, conversation.input_ids)
-        blocks = sample_blocks(
-            conversation.loss_mask, options.anchors_per_sequence, drafter.block_size, generator
-        )
+        blocks = sample_blocks(conversation.loss_mask, options.anchors_per_sequence, drafter.block_size, generator)
         input_ids, valid = conversation.input_ids.to(device), blocks.valid.to(device)
         previous = input_ids[blocks.previous_positions.to(device)]
         anchors = blocks.anchors.to(device)
@@ -292,15 +296,16 @@ class DrafterTrainer:
 
 
 def _build_optimizers(drafter: DSparkAssistantModel, options: TrainingOptions) -> list[torch.optim.Optimizer]:
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in drafter.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_hidden_matrix = parameter.ndim == 2 and (name.startswith("layers.") or name == "fc.weight")
         (hidden if is_hidden_matrix and options.optimizer == "muon" else rest).append(parameter)
     adamw = torch.optim.AdamW(rest, lr=options.learning_rate, weight_decay=0.0)
     if not hidden:
         return [adamw]
     # the adjusted rate lets both optimisers share one schedule
-    muon = torch.optim.Muon(
-        hidden, lr=options.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(hidden, lr=options.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]

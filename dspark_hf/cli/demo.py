@@ -1,0 +1,60 @@
+"""`dspark-hf demo`: a packaged model answers questions, plain and with its drafter."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+class DemoModel(str, Enum):
+    """A target whose weights install as a package."""
+
+    smollm2 = "smollm2"
+    gemma = "gemma"
+
+
+class Dtype(str, Enum):
+    """What target and drafter compute in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def demo(
+    model: Annotated[DemoModel, typer.Option(help="Packaged target to answer.")] = DemoModel.smollm2,
+    dtype: Annotated[Dtype, typer.Option(help="fp32 answers are identical; bf16 may decide near ties otherwise.")] = (
+        Dtype.fp32
+    ),
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 96,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to ask.")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="Answers per prompt and way; times are their medians.")] = 3,
+    drafter: Annotated[str | None, typer.Option(help="Folder or hub name of another drafter.")] = None,
+    target: Annotated[str | None, typer.Option(help="Folder or hub name of another target; needs --drafter.")] = None,
+) -> None:
+    """Answer questions with and without a drafter: the same text, in fewer passes of the target."""
+    # imported here, so that the help is instant
+    from dspark_hf.demo.app import DemoOptions, run_demo
+    from dspark_hf.demo.packaged import UnavailableError
+
+    try:
+        options = DemoOptions(
+            model=model.value,
+            target=target,
+            drafter=drafter,
+            dtype=dtype.value,
+            max_new_tokens=max_new_tokens,
+            num_prompts=prompts,
+            num_runs=runs,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
+        is_right = run_demo(options, Console())
+    except UnavailableError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    if not is_right:
+        raise typer.Exit(1)

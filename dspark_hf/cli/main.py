@@ -1,0 +1,24 @@
+"""The command line: `dspark-hf COMMAND`, or `python -m dspark_hf COMMAND`."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import typer
+
+from dspark_hf.cli.demo import demo
+
+app = typer.Typer(
+    name="dspark-hf",
+    help="DSpark speculative decoding for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.command()(demo)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of what decides the output."""
+    for package in ("dspark-hf", "transformers", "torch"):
+        typer.echo(f"{package} {metadata.version(package)}")

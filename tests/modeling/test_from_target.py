@@ -1,0 +1,152 @@
+"""A fresh drafter fits any causal LM, and a drafter for another model is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation.target import TargetAdapter
+from tests.modeling.drafting import draft_greedily
+from tests.tiny import FAMILIES, tiny_target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_a_working_drafter(family: str) -> None:
+    """`from_target` would fail for a family, or its drafter could not read the target's states."""
+    target = tiny_target(family)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, block_size=3)
+    assert not drafter.training
+    adapter = TargetAdapter(target, drafter.target_layer_ids)
+    drafter.check_target(adapter)
+    with adapter, torch.no_grad():
+        target(torch.tensor([[5, 6, 7, 8]]))
+        context = adapter.pop_context_hidden_states()
+    block = draft_greedily(drafter, adapter, context, [4], [9])
+    assert block.token_ids.shape == (1, 3)
+    assert block.logits.shape == (1, 3, target.config.vocab_size)
+    assert block.logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"),
+    [(36, [1, 9, 17, 25, 33]), (40, [1, 10, 19, 28, 37]), (8, [1, 2, 3, 4, 5]), (4, [1]), (2, [0]), (1, [0])],
+)
+def test_layers_are_evenly_spaced(num_layers: int, expected: list[int]) -> None:
+    """Fresh drafters would read other layers than the released ones of the same target."""
+    drafter = DSparkAssistantModel.from_target(
+        tiny_target("llama", num_hidden_layers=num_layers), num_hidden_layers=1, markov_rank=4
+    )
+    assert drafter.target_layer_ids == expected
+    assert drafter.config.num_target_layers == num_layers
+
+
+@pytest.mark.parametrize(
+    ("special", "expected"),
+    [
+        ({"pad_token_id": 5, "eos_token_id": 2}, 5),
+        ({"pad_token_id": 2, "eos_token_id": 2}, 63),
+        ({"pad_token_id": 3, "eos_token_id": [2, 3]}, 63),
+        ({"pad_token_id": 1, "bos_token_id": 1}, 63),
+        ({"pad_token_id": None}, 63),
+    ],
+)
+def test_mask_token_is_no_real_token(special: dict, expected: int) -> None:
+    """The masked slots would carry a token that means something to the target."""
+    drafter = DSparkAssistantModel.from_target(tiny_target("llama", **special), num_hidden_layers=1, markov_rank=4)
+    assert drafter.config.mask_token_id == expected
+    given = DSparkAssistantModel.from_target(tiny_target(), num_hidden_layers=1, markov_rank=4, mask_token_id=7)
+    assert given.config.mask_token_id == 7
+
+
+def test_rope_theta_is_the_targets() -> None:
+    """Drafters would rotate at another rate than the target whose states they read."""
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    llama = tiny_target("llama", rope_parameters=rope)
+    assert _theta(DSparkAssistantModel.from_target(llama, markov_rank=4)) == 500000.0
+    hybrid = {"full_attention": {**rope, "rope_theta": 7e5}, "sliding_attention": rope}
+    gemma = tiny_target("gemma3_text", rope_parameters=hybrid)
+    assert _theta(DSparkAssistantModel.from_target(gemma, markov_rank=4)) == 7e5
+    assert _theta(DSparkAssistantModel.from_target(tiny_target("gpt2"), markov_rank=4)) == 10000.0
+
+
+def _theta(drafter: DSparkAssistantModel) -> float:
+    return drafter.config.rope_parameters["rope_theta"]
+
+
+def test_takes_dtype_and_special_tokens_of_the_target() -> None:
+    """A drafter would need a move by hand, or the Pipeline would keep a second tokenizer for it."""
+    target = tiny_target("qwen3", eos_token_id=[2, 3]).to(torch.bfloat16)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    assert drafter.dtype == torch.bfloat16
+    for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(drafter.config, name) == getattr(target.config, name)
+
+
+def test_overrides_win() -> None:
+    """Fields of the configuration could not be chosen."""
+    drafter = DSparkAssistantModel.from_target(
+        tiny_target(), num_hidden_layers=1, markov_rank=4, intermediate_size=16, use_qk_norm=False, block_size=4
+    )
+    assert drafter.layers[0].mlp.up_proj.weight.shape == (16, 32)
+    assert not any("q_norm" in name for name, _ in drafter.named_parameters())
+    assert drafter.block_size == 4
+
+
+def test_encoder_decoders_are_refused() -> None:
+    """An encoder-decoder would fail deep inside, without a reason."""
+    config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="`target` must be a decoder-only causal LM, got .*T5"):
+        DSparkAssistantModel.from_target(T5ForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 64, "head_dim": 16}, "must have the target's `hidden_size` 64, got 32"),
+        ({"vocab_size": 80}, "must have the target's `vocab_size` 80, got 64"),
+        ({"num_hidden_layers": 2}, r"`target_layer_ids` must lie in \[0, 1\] for this target, got \[1, 2\]"),
+    ],
+)
+def test_drafters_of_other_targets_are_refused(overrides: dict, message: str) -> None:
+    """A drafter for another model would crash late, or draft noise."""
+    own = tiny_target("llama", num_hidden_layers=4)
+    drafter = DSparkAssistantModel.from_target(own, num_hidden_layers=1, markov_rank=4, target_layer_ids=[1, 2])
+    drafter.check_target(TargetAdapter(own))
+    with pytest.raises(ValueError, match=message):
+        drafter.check_target(TargetAdapter(tiny_target("llama", **overrides)))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_warm_start_copies_the_last_layers(family: str) -> None:
+    """A warm start would begin from other layers, or with norms off by the one that Gemma leaves out."""
+    target = tiny_target(family, num_hidden_layers=3)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=2, markov_rank=4, warm_start=True)
+    layers, states = TargetAdapter(target).layers[1:], torch.randn(1, 4, 32)
+    for ours, theirs in zip(drafter.layers, layers, strict=True):
+        assert torch.equal(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight)
+        assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
+        torch.testing.assert_close(ours.input_layernorm(states), theirs.input_layernorm(states))
+        torch.testing.assert_close(ours.post_attention_layernorm(states), theirs.post_attention_layernorm(states))
+        torch.testing.assert_close(ours.mlp(states), theirs.mlp(states))
+    torch.testing.assert_close(drafter.norm(states), target.get_decoder().norm(states))
+    # the last tapped layer passes through, seen as the first copied layer would see it
+    torch.testing.assert_close(drafter.hidden_norm(states), layers[0].input_layernorm(states))
+    passed = drafter.fc.weight[:, -32:]
+    assert (passed.diagonal() > 0.5).all()
+    assert drafter.markov_head.markov_w2.weight.count_nonzero() == 0
+    assert drafter.config.use_qk_norm == (family == "qwen3")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma4_text", "olmo2", "phi3", "gpt2", "qwen3_moe"])
+def test_warm_start_refuses_other_layers(family: str) -> None:
+    """Weights of a layer built otherwise would be copied to where they mean something else."""
+    with pytest.raises(ValueError, match="`warm_start` must find the target's layers built like the drafter's"):
+        DSparkAssistantModel.from_target(tiny_target(family), num_hidden_layers=1, markov_rank=4, warm_start=True)
+
+
+def test_warm_start_needs_enough_layers() -> None:
+    """More drafter layers than the target has would fail without a reason."""
+    with pytest.raises(ValueError, match="`num_hidden_layers` must be at most 2 .*, got 3"):
+        DSparkAssistantModel.from_target(tiny_target(), num_hidden_layers=3, markov_rank=4, warm_start=True)

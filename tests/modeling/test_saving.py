@@ -1,0 +1,200 @@
+"""A drafter folder loads wherever Transformers loads one: by class, by Auto class, as remote code, by the Pipeline."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+import dspark_hf
+from dspark_hf import DSparkAssistantModel, DSparkConfig
+from tests.tiny import tiny_target
+
+REPOSITORY = Path(dspark_hf.__file__).parents[1]
+
+
+@pytest.fixture
+def drafter() -> DSparkAssistantModel:
+    return DSparkAssistantModel.from_target(
+        tiny_target("llama", eos_token_id=[2, 3]), num_hidden_layers=1, markov_rank=4, sts_temperatures=[1.5] * 7
+    )
+
+
+def _assert_equal(ours: DSparkAssistantModel, theirs: DSparkAssistantModel) -> None:
+    assert type(ours) is type(theirs) is DSparkAssistantModel
+    assert ours.config.to_json_string() == theirs.config.to_json_string()
+    ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+    assert ours_state.keys() == theirs_state.keys()
+    assert all(torch.equal(ours_state[name], theirs_state[name]) for name in ours_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loader", [DSparkAssistantModel, AutoModel, AutoModelForCausalLM])
+def test_round_trip(loader: type, dtype: torch.dtype, drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+    """A saved drafter would load as another class, in another dtype or with other weights."""
+    drafter.to(dtype).save_pretrained(tmp_path)
+    again = loader.from_pretrained(tmp_path)
+    assert again.dtype == dtype
+    assert not again.training
+    _assert_equal(again, drafter)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is DSparkConfig
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_options_of_from_pretrained(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+    """What Transformers offers while loading would not be offered for drafters."""
+    drafter.save_pretrained(tmp_path / "there", max_shard_size="5KB")
+    assert len(list((tmp_path / "there").glob("*.safetensors"))) > 1
+    again, info = DSparkAssistantModel.from_pretrained(
+        tmp_path,
+        subfolder="there",
+        dtype=torch.bfloat16,
+        device_map="cpu",
+        output_loading_info=True,
+        attn_implementation="eager",
+        sts_temperatures=[2.0] * 7,
+    )
+    assert not any(info.values())
+    assert again.dtype == torch.bfloat16
+    assert again.config.sts_temperatures == [2.0] * 7
+    given = DSparkAssistantModel.from_pretrained(tmp_path / "there", config=drafter.config)
+    _assert_equal(given, drafter)
+
+
+def test_pickle_and_deepcopy(drafter: DSparkAssistantModel) -> None:
+    """A drafter could not be sent to another process."""
+    _assert_equal(pickle.loads(pickle.dumps(drafter)), drafter)
+    _assert_equal(copy.deepcopy(drafter), drafter)
+
+
+def test_remote_code_is_kept_until_taken_out(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+    """A folder meant for `trust_remote_code` would lose its shim when saved again, or never get rid of it."""
+    drafter.save_pretrained(tmp_path / "first", remote_code=True)
+    loaded = DSparkAssistantModel.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    loaded.save_pretrained(tmp_path / "third", remote_code=False)
+    for name, has_shim in (("first", True), ("second", True), ("third", False)):
+        folder = tmp_path / name
+        assert (folder / "dspark_hf_shim.py").exists() == has_shim
+        assert ("auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))) == has_shim
+        # with the package imported, its class is used without asking for trust
+        assert type(AutoModel.from_pretrained(folder)) is DSparkAssistantModel
+
+
+def _run_python(code: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    # elsewhere, so that only PYTHONPATH or an installation can find the package
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+_LOAD_AS_REMOTE_CODE = """
+import sys
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+folder, copy = sys.argv[1:]
+assert not any(name.startswith("dspark_hf") for name in sys.modules)
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+models = [cls.from_pretrained(folder, trust_remote_code=True) for cls in (AutoModel, AutoModelForCausalLM)]
+
+import dspark_hf
+assert type(config) is dspark_hf.DSparkConfig, type(config)
+assert all(type(model) is dspark_hf.DSparkAssistantModel for model in models), models
+models[0].save_pretrained(copy)
+AutoModel.from_pretrained(copy, trust_remote_code=True)
+"""
+
+
+def test_remote_code_gives_the_installed_class(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+    """Who loads with `trust_remote_code=True` and no import would get an error or a second copy of the class."""
+    drafter.save_pretrained(tmp_path / "folder", remote_code=True)
+    result = _run_python(_LOAD_AS_REMOTE_CODE, tmp_path, str(tmp_path / "folder"), str(tmp_path / "copy"))
+    assert result.returncode == 0, result.stderr
+    # the package's own files are not copied along
+    saved = sorted(path.name for path in (tmp_path / "copy").iterdir())
+    assert saved == ["config.json", "dspark_hf_shim.py", "model.safetensors"]
+    _assert_equal(DSparkAssistantModel.from_pretrained(tmp_path / "copy"), drafter)
+
+
+_LOAD_WITHOUT_THE_PACKAGE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "dspark_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+from transformers import AutoModel
+
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+
+
+def test_missing_package_is_named(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+    """Without the package, the error would not tell what to install."""
+    drafter.save_pretrained(tmp_path / "folder", remote_code=True)
+    result = _run_python(_LOAD_WITHOUT_THE_PACKAGE, tmp_path, str(tmp_path / "folder"))
+    assert result.returncode != 0
+    message = result.stderr.splitlines()[-1]
+    assert "ImportError" in result.stderr
+    assert "dspark_hf" in message, result.stderr
+    assert "pip install" in message
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{token}": token for token in range(64)}
+    model = Tokenizer(WordLevel(words, unk_token="w4"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w4"
+    )
+
+
+def test_pipeline_loads_by_name(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """`pipeline(assistant_model="folder")` would not find the class, or would keep a second tokenizer."""
+    target = tiny_target("llama", eos_token_id=2)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    drafter.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("w7 w9").input_ids == [7, 9]
+    generator = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=str(tmp_path))
+    assert type(generator.assistant_model) is DSparkAssistantModel
+    assert generator.assistant_model.dtype == torch.float32
+    assert generator.assistant_tokenizer is None
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assisted = generator("w5 w6 w7", return_tensors=True, **options)[0]["generated_token_ids"]
+    assert assisted == target.generate(torch.tensor([[5, 6, 7]]), **options)[0].tolist()
