@@ -47,6 +47,4 @@ def _commit() -> str:
 
 def _git(*arguments: str) -> str:
     folder = Path(__file__).parent.parent
-    return subprocess.run(
-        ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

@@ -9,7 +9,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel
 
 from dspark_hf.demo.streaming import TimedStreamer
 from dspark_hf.generation.statistics import SpeculationStatistics
@@ -63,7 +63,7 @@ class Summary:
         return self.assisted_speed / self.plain_speed
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
+def encode_prompt(tokenizer: Any, prompt: str) -> BatchEncoding:
     """Return the model inputs for a question, through the chat template where the tokenizer has one."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
@@ -71,9 +71,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncod
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def answer(
-    target: PreTrainedModel, inputs: BatchEncoding, *, streamer: TimedStreamer | None = None, **options: Any
-) -> Answer:
+def answer(target: Any, inputs: BatchEncoding, *, streamer: TimedStreamer | None = None, **options: Any) -> Answer:
     """Return the target's greedy answer; `options` go to `generate`."""
     inputs = inputs.to(target.device)
     with _counted_passes(target) as passes:

@@ -93,6 +93,8 @@ class _Run:
         self._recorder = OutputRecorder(generation_config, len(input_ids))
         self._statistics = SpeculationStatistics()
         self._statistics.start_rows(len(input_ids))
+        # there from the start, so that a streamer can ask where a token came from
+        drafter.last_statistics = self._statistics
         # rows in the order in which the caches hold them; how much of each the target's cache holds
         self._rows = list(range(len(input_ids)))
         self._num_processed = [0] * len(input_ids)
@@ -285,9 +287,8 @@ class _Run:
             self._rows = [self._rows[i] for i in live]
 
     def finish(self) -> Tensor | DSparkGenerateOutput:
-        """Return what `generate` returns, and leave the statistics on the drafter."""
+        """Return what `generate` returns."""
         self._stream.end()
-        self._drafter.last_statistics = self._statistics
         sequences = self._sequences.padded()
         cache = self._target.returned_cache() if self._returns_cache else None
         if not self._recorder.returns_dict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class DraftContext(ABC):
 
     @abstractmethod
     def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
-        """Append the target's hidden states `(B, T, M * D)` at `positions` `(B, T)`: the first `num_tokens[r]` of row r."""
+        """Append hidden states `(B, T, M * D)` of the target at `positions` `(B, T)`: `num_tokens[r]` of row r."""
 
     @abstractmethod
     def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
@@ -85,7 +85,7 @@ def sample_block(
     anchor_ids: Tensor,
     sampler: Sampler,
     *,
-    markov_head: torch.nn.Module | None,
+    markov_head: Any,
     expand_logits: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Draw the drafts of a block left to right (Eq. 4).

@@ -46,7 +46,9 @@ _EXPLICIT = "_dspark_explicit"
 
 
 def install() -> None:
-    """Let `generate(assistant_model=drafter)` run DSpark. Importing `dspark_hf` calls this; calling it again is harmless.
+    """Let `generate(assistant_model=drafter)` run DSpark.
+
+    Importing `dspark_hf` calls this; calling it again is harmless.
 
     Raises:
         RuntimeError: if this version of Transformers does not have the seam that is wrapped.
@@ -85,8 +87,8 @@ def _check_seam() -> None:
     missing += [name for name in (_CONFIG_SEAM, _MODE_SEAM) if not hasattr(GenerationMixin, name)]
     if missing:
         raise RuntimeError(
-            f"`transformers` must be a version that dspark_hf knows (>=5.17,<6), got {transformers.__version__}, whose "
-            f"`GenerationMixin.{_SEAM}` and its kin lack {missing}. Install another version, or set "
+            f"`transformers` must be a version that dspark_hf knows (>=5.17,<6), got {transformers.__version__}, "
+            f"whose `GenerationMixin.{_SEAM}` and its kin lack {missing}. Install another version, or set "
             f"{NO_INSTALL_VARIABLE}=1 and use `custom_generate=drafter.decode`."
         )
 
@@ -110,11 +112,11 @@ def _remember_knobs(original: Any) -> Any:
     def prepare_generation_config(
         self: PreTrainedModel, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> Any:
-        given = [source for source in (generation_config, getattr(self, "generation_config", None)) if source is not None]
+        given = [
+            source for source in (generation_config, getattr(self, "generation_config", None)) if source is not None
+        ]
         explicit = {
-            name
-            for name in _KNOBS
-            if kwargs.get(name) is not None or any(getattr(source, name, None) is not None for source in given)
+            name for name in _KNOBS if kwargs.get(name) is not None or any(_is_set(source, name) for source in given)
         }
         prepared, model_kwargs = original(self, generation_config, **kwargs)
         setattr(prepared, _EXPLICIT, explicit)
@@ -122,6 +124,11 @@ def _remember_knobs(original: Any) -> Any:
 
     prepare_generation_config.is_dspark = True  # type: ignore[attr-defined]
     return prepare_generation_config
+
+
+def _is_set(source: GenerationConfig, name: str) -> bool:
+    # a config that was prepared before, as the Pipeline's is in 5.17, has Transformers' defaults filled in
+    return getattr(source, name, None) is not None and name in getattr(source, _EXPLICIT, _KNOBS)
 
 
 def _check_mode(original: Any) -> Any:
@@ -135,8 +142,8 @@ def _check_mode(original: Any) -> Any:
         if isinstance(generation_mode_kwargs.get("assistant_model"), Drafter):
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
-                    f"`num_beams` must be 1 when a drafter assists, got the mode {generation_mode.value!r}. Use greedy "
-                    "decoding or sampling, or generate without `assistant_model`."
+                    f"`num_beams` must be 1 when a drafter assists, got the mode {generation_mode.value!r}. Use "
+                    "greedy decoding or sampling, or generate without `assistant_model`."
                 )
             if generation_config.do_sample and generation_config.num_return_sequences > 1:
                 # the original refuses, since its own loop knows a single row only

@@ -76,19 +76,21 @@ class OutputRecorder:
 
     def build(self, sequences: Tensor, cache: Any, statistics: SpeculationStatistics) -> DSparkGenerateOutput:
         """Return the output object; what a finished row has no entry for is zero."""
-        return DSparkGenerateOutput(
-            sequences=sequences,
-            scores=_line_up(self._scores) if self.wants_scores else None,
-            logits=_line_up(self._logits) if self.wants_logits else None,
-            hidden_states=self._lined_up_hidden_states() if self.wants_hidden_states else None,
-            attentions=tuple(self._attentions) if self.wants_attentions else None,
-            statistics=statistics,
-            **{CACHE_KEY: cache},
-        )
+        fields: dict[str, Any] = {
+            "sequences": sequences,
+            "scores": _line_up(self._scores) if self.wants_scores else None,
+            "logits": _line_up(self._logits) if self.wants_logits else None,
+            "hidden_states": self._lined_up_hidden_states() if self.wants_hidden_states else None,
+            "attentions": tuple(self._attentions) if self.wants_attentions else None,
+            CACHE_KEY: cache,
+        }
+        return DSparkGenerateOutput(**fields, statistics=statistics)
 
     def _lined_up_hidden_states(self) -> tuple[tuple[Tensor, ...], ...]:
         num_layers = len(self._hidden_states[0][0])
-        layers = [_line_up([[token[layer] for token in row] for row in self._hidden_states]) for layer in range(num_layers)]
+        layers = [
+            _line_up([[token[layer] for token in row] for row in self._hidden_states]) for layer in range(num_layers)
+        ]
         return tuple(zip(*layers, strict=True))
 
 
@@ -105,5 +107,6 @@ def _attention_at(attentions: tuple[Tensor, ...], position: int, is_prefill: boo
         return attentions
     # a later position's keys are not yet there when tokens come one by one
     return tuple(
-        layer[:, :, position : position + 1, : layer.shape[-1] - (layer.shape[2] - 1 - position)] for layer in attentions
+        layer[:, :, position : position + 1, : layer.shape[-1] - (layer.shape[2] - 1 - position)]
+        for layer in attentions
     )

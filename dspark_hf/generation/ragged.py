@@ -237,9 +237,9 @@ def _check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, m
     )
     if others or not adapter.accepts("position_ids"):
         raise ValueError(
-            "`assistant_model` must be left out for several rows, or padded ones, unless the target takes `position_ids` "
-            f"and the input is text alone, got {others or type(adapter.model).__name__}. Generate the rows one by one, "
-            "unpadded."
+            "`assistant_model` must be left out for several rows, or padded ones, unless the target takes "
+            f"`position_ids` and the input is text alone, got {others or type(adapter.model).__name__}. Generate the "
+            "rows one by one, unpadded."
         )
     if generation_config.return_dict_in_generate and generation_config.output_attentions:
         raise ValueError(
@@ -253,8 +253,9 @@ def _check_attention_kinds(model: PreTrainedModel) -> None:
     implementation = attention_implementation(model)
     if not kinds <= {"full_attention", "sliding_attention"} or implementation not in ("eager", "sdpa"):
         raise ValueError(
-            "`assistant_model` must be left out for several rows, or padded ones, unless the target has full or sliding "
-            f"attention under 'eager' or 'sdpa', got {sorted(kinds) or 'full_attention'} under {implementation!r}. "
+            "`assistant_model` must be left out for several rows, or padded ones, unless the target has full or "
+            f"sliding attention under 'eager' or 'sdpa', got {sorted(kinds) or 'full_attention'} under "
+            f"{implementation!r}. "
             'Generate the rows one by one, unpadded, or load the target with `attn_implementation="sdpa"`.'
         )
 
@@ -281,7 +282,7 @@ def _unpack(states: Tensor, mask: Tensor, order: Tensor) -> Tensor:
     return padded.scatter(1, index, states) * mask[..., None]
 
 
-def _adopt(ragged: RaggedCache, given: Cache, mask: Tensor) -> None:
+def _adopt(ragged: RaggedCache, given: Any, mask: Tensor) -> None:
     """Fill a ragged cache from a left-padded one whose tokens `mask` `(B, S)` marks."""
     order, counts = _pack_order(mask)
     lengths = RaggedLengths(len(mask), mask.device)

@@ -67,7 +67,9 @@ def check_cache(cache: Any) -> None:
     """Raise a `ValueError` unless `cache` is one that a rollback leaves no trace in."""
     if not isinstance(cache, Cache):
         given = None if cache is None else type(cache).__name__
-        _refuse("`use_cache`", "be True when a drafter assists, with a Transformers cache", given, "Do not turn it off.")
+        _refuse(
+            "`use_cache`", "be True when a drafter assists, with a Transformers cache", given, "Do not turn it off."
+        )
     if not isinstance(cache, DynamicCache) or not cache.is_croppable:
         _refuse(
             "`cache_implementation`",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from dspark_hf.generation.integration import CACHE_KEY, last_positions, mask_length
 from dspark_hf.generation.passes import TargetPass
@@ -37,7 +37,7 @@ class SingleRowTarget:
         model_kwargs: dict[str, Any],
     ):
         self._adapter = adapter
-        self._model: PreTrainedModel = adapter.model
+        self._model: Any = adapter.model
         self._cache = model_kwargs[CACHE_KEY]
         # sliding layers forget on update unless told to wait for a crop
         self._cache.activate_past_recording()
@@ -69,7 +69,8 @@ class SingleRowTarget:
         if not self._cache.is_croppable:
             raise ValueError(
                 f"`{CACHE_KEY}` must be a cache that can be rolled back, got {type(self._cache).__name__} for "
-                f"{type(self._model).__name__}. Leave out `cache_implementation`, or generate without `assistant_model`."
+                f"{type(self._model).__name__}. Leave out `cache_implementation`, or generate without "
+                "`assistant_model`."
             )
         self._cache.crop(0)
         self._prompt_length = past_length + num_tokens

@@ -27,7 +27,9 @@ class StopRules:
     def __init__(self, criteria: StoppingCriteriaList, sequences: Sequences):
         self._sequences = sequences
         self._eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-        self._max_lengths = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+        self._max_lengths = [
+            criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)
+        ]
         self._others = [
             criterion for criterion in criteria if not isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria))
         ]

@@ -135,8 +135,8 @@ def _decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
     raise ValueError(
-        f"`target` must hold its {num_layers} decoder layers in one ModuleList, got {type(model).__name__} without one. "
-        "Use a decoder-only causal LM of Transformers."
+        f"`target` must hold its {num_layers} decoder layers in one ModuleList, got {type(model).__name__} without "
+        "one. Use a decoder-only causal LM of Transformers."
     )
 
 

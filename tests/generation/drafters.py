@@ -55,7 +55,8 @@ class _ScriptedContext(DraftContext):
     def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
         drafted, probs = anchor_ids.new_empty(len(self.rows), 0), []
         for slot in range(num_drafts):
-            wanted = torch.tensor([self._token(row, int(p) + 1 + slot) for row, p in zip(self.rows, positions)])
+            places = zip(self.rows, positions.tolist(), strict=True)
+            wanted = torch.tensor([self._token(row, position + 1 + slot) for row, position in places])
             logits = torch.nn.functional.one_hot(wanted, self.vocab_size) * 20.0
             token_ids, slot_probs = sampler(slot, logits, drafted)
             drafted = torch.cat([drafted, token_ids[:, None]], dim=1)

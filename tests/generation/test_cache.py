@@ -112,7 +112,9 @@ def test_second_turn_continues_from_the_returned_cache(family, ids_repeat_the_pa
     follow_up = torch.tensor([[9, 33, 4]])
 
     def second_turn(first_options, second_options):
-        first = target.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, **first_options)
+        first = target.generate(
+            **inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, **first_options
+        )
         ids = torch.cat([first.sequences, follow_up], dim=1)
         mask = torch.ones_like(ids)
         past = first[CACHE_KEY]

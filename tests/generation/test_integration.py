@@ -52,9 +52,7 @@ def test_other_assistants_go_to_the_original():
     target, assistant = tiny_target("llama"), tiny_target("llama", num_hidden_layers=1)
     inputs = ragged_prompts(1)
     plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
-    assert torch.equal(
-        target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=assistant), plain
-    )
+    assert torch.equal(target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=assistant), plain)
     assert torch.equal(
         target.generate(**inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), plain
     )

@@ -83,9 +83,7 @@ def test_streamer_gets_the_same_tokens(num_rows):
     plain, assisted = Recorder(), Recorder()
     _both(target, inputs, streamer=plain, eos_token_id=eos)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": eos, "streamer": assisted}
-    target.generate(
-        **inputs, **options, assistant_model=ScriptedDrafter(target, script, num_padded(inputs), 0.7)
-    )
+    target.generate(**inputs, **options, assistant_model=ScriptedDrafter(target, script, num_padded(inputs), 0.7))
     # the first recorder heard both calls of the helper: plain, then assisted
     half = len(plain.values) // 2
     for heard in (plain.values[half:], assisted.values):
@@ -107,7 +105,9 @@ def test_statistics_add_up(num_rows):
     assert statistics.num_committed == statistics.num_accepted + statistics.num_rounds
     assert statistics.tau == pytest.approx(statistics.mean_accepted + 1)
     assert sum(statistics.accepted_by_position) == statistics.num_accepted
-    assert statistics.verified_by_position[0] >= statistics.accepted_by_position[0] >= statistics.verified_by_position[1]
+    assert (
+        statistics.verified_by_position[0] >= statistics.accepted_by_position[0] >= statistics.verified_by_position[1]
+    )
     assert all(0 <= rate <= 1 for rate in statistics.accept_rate_by_position)
     assert [len(row) for row in statistics.origins] == [NEW_TOKENS] * num_rows
     assert sum(sum(row) for row in statistics.origins) == statistics.num_accepted

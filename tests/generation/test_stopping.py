@@ -78,9 +78,7 @@ def script(target, inputs):
 def test_eos(target, inputs, script, offset, accuracy):
     """Generation runs past an EOS inside an accepted block, or stops before it."""
     eos = int(script[-1, inputs["input_ids"].shape[1] + offset])
-    plain, _ = _compare(
-        target, inputs, lambda: {"max_new_tokens": NEW_TOKENS, "eos_token_id": eos}, accuracy, script
-    )
+    plain, _ = _compare(target, inputs, lambda: {"max_new_tokens": NEW_TOKENS, "eos_token_id": eos}, accuracy, script)
     assert plain.shape[1] <= script.shape[1]
 
 

@@ -1,0 +1,28 @@
+"""The public names are pinned, and the examples in their docstrings run."""
+
+from __future__ import annotations
+
+import doctest
+
+import dspark_hf
+from dspark_hf.modeling import configuration_dspark, modeling_dspark
+
+
+def test_public_names():
+    """A public name disappears, or an internal one becomes public by accident."""
+    assert dspark_hf.__all__ == [
+        "DSparkAssistantModel",
+        "DSparkConfig",
+        "DSparkGenerateOutput",
+        "SpeculationStatistics",
+        "install",
+        "uninstall",
+    ]
+    assert all(hasattr(dspark_hf, name) for name in dspark_hf.__all__)
+
+
+def test_docstring_examples():
+    """An example in the documentation does not run."""
+    results = [doctest.testmod(module) for module in (configuration_dspark, modeling_dspark)]
+    assert sum(result.attempted for result in results) > 0
+    assert sum(result.failed for result in results) == 0
