@@ -114,7 +114,8 @@ def copy_last_layers(target: TargetAdapter, drafter: DSparkAssistantModel) -> No
     """Copy the target's last layers and final norm into the drafter, and let `fc` pass its last tapped layer through.
 
     Raises:
-        ValueError: if the target's layers are too few, or not built like the drafter's (Llama and Qwen kinds are).
+        ValueError: if the target's layers are too few, or not built like the drafter's (Llama and Qwen kinds are),
+            or quantised.
     """
     count = len(drafter.layers)
     if count > target.num_layers:
@@ -146,6 +147,11 @@ def _copy_layer(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
         raise ValueError(
             f"`warm_start` must find the target's layers built like the drafter's, got {type(theirs).__name__}, which "
             f"differs in {sorted(set(odd))}. Pass `warm_start=False`."
+        )
+    if not all(tensor.is_floating_point() for tensor in source.values()):
+        raise ValueError(
+            f"`warm_start` must find the target's layers in floating point, got a quantised {type(theirs).__name__}. "
+            "Pass `warm_start=False`."
         )
     for name, parameter in parameters.items():
         is_norm = parameter.ndim == 1
