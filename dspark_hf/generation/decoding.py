@@ -22,7 +22,7 @@ from dspark_hf.generation.ragged import RaggedTarget
 from dspark_hf.generation.requests import Knobs, check_request, read_knobs
 from dspark_hf.generation.sequences import Sequences
 from dspark_hf.generation.single_row import SingleRowTarget
-from dspark_hf.generation.statistics import SpeculationStatistics
+from dspark_hf.generation.statistics import Round, SpeculationStatistics
 from dspark_hf.generation.stopping import StopRules
 from dspark_hf.generation.streaming import OrderedStream
 from dspark_hf.generation.target import TargetAdapter
@@ -271,6 +271,10 @@ class _Run:
         self, drafted: DraftedBlock | None, num_verified: list[int], num_accepted: list[int], num_kept: list[int]
     ) -> None:
         num_drafted = 0 if drafted is None else drafted.token_ids.shape[1]
+        confidence = None if drafted is None else drafted.confidence
+        self._statistics.rounds.append(
+            Round(tuple(self._rows), confidence, tuple(num_verified), tuple(num_accepted))
+        )
         for verified, accepted, kept in zip(num_verified, num_accepted, num_kept, strict=True):
             if kept:
                 self._statistics.add_round(num_drafted, verified, accepted, kept)

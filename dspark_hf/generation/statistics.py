@@ -8,6 +8,22 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Round:
+    """One verify pass, before stop rules cut its tokens: what was believed of the drafts, and what came of them.
+
+    `rows` are the batch's rows that took part, b of them; `num_verified` and `num_accepted` hold one count a row.
+    `confidence` `(b, K)`, fp32, is on the drafter's device, after calibration if the drafter has any; None without a
+    confidence head, or without drafts.
+    """
+
+    rows: tuple[int, ...]
+    confidence: Tensor | None
+    num_verified: tuple[int, ...]
+    num_accepted: tuple[int, ...]
 
 
 @dataclass
@@ -31,6 +47,7 @@ class SpeculationStatistics:
         prefill_seconds: time in the prefill.
         other_seconds: the rest of the rounds: sampling, bookkeeping, criteria, streaming.
         origins: per row, for every generated token, whether it was a draft.
+        rounds: every verify pass, in order.
     """
 
     num_target_passes: int = 0
@@ -46,6 +63,7 @@ class SpeculationStatistics:
     prefill_seconds: float = 0.0
     other_seconds: float = 0.0
     origins: list[list[bool]] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list, repr=False)
 
     @property
     def tau(self) -> float:

@@ -141,7 +141,7 @@ class GatedMLP(nn.Module):
 
 
 class DSparkLayer(GradientCheckpointingLayer):
-    """One drafter layer: pre-norm as in Qwen3, or Gemma 4's sandwich norms with a layer scalar."""
+    """One drafter layer: pre-norm as in Qwen3, or Gemma's sandwich norms, for Gemma 4 with a layer scalar."""
 
     def __init__(self, config: DSparkConfig):
         super().__init__()
@@ -149,10 +149,12 @@ class DSparkLayer(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.is_gemma = config.backbone_type == "gemma4"
-        if self.is_gemma:
+        self.has_sandwich_norms = config.backbone_type in ("gemma3", "gemma4")
+        self.has_scalar = config.backbone_type == "gemma4"
+        if self.has_sandwich_norms:
             self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.has_scalar:
             self.register_buffer("layer_scalar", torch.ones(1))
 
     def forward(
@@ -163,9 +165,10 @@ class DSparkLayer(GradientCheckpointingLayer):
         context_mask: Tensor | None,
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(hidden_states), rotary, context, context_mask)
-        if not self.is_gemma:
+        if not self.has_sandwich_norms:
             hidden_states = hidden_states + attended
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
         fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-        return (hidden_states + self.post_feedforward_layernorm(fed)) * self.layer_scalar
+        hidden_states = hidden_states + self.post_feedforward_layernorm(fed)
+        return hidden_states * self.layer_scalar if self.has_scalar else hidden_states

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from dspark_hf.modeling import conversion, remote_code
 
-BACKBONE_TYPES = ("qwen3", "gemma4")
+BACKBONE_TYPES = ("qwen3", "gemma3", "gemma4")
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 
 
@@ -32,7 +32,8 @@ class DSparkConfig(PreTrainedConfig):
         attention_bias: whether the attention projections carry a bias.
         use_qk_norm: whether queries and keys pass an RMSNorm per head (Qwen3's way; the released drafters do).
         attention_k_eq_v: whether values are the unnormalised keys (Gemma 4; then there is no `v_proj`).
-        backbone_type: `"qwen3"` (pre-norm) or `"gemma4"` (sandwich norms, value norm, layer scalar).
+        backbone_type: `"qwen3"` (pre-norm), `"gemma3"` (sandwich norms) or `"gemma4"` (sandwich norms, value norm,
+            layer scalar).
         embed_scale: factor on the drafter's own token embedding (`sqrt(hidden_size)` for Gemma 4). A borrowed
             embedding brings the target's own scale.
         final_logit_softcapping: soft cap of the drafter's own output head. A borrowed head brings the target's.
@@ -44,6 +45,9 @@ class DSparkConfig(PreTrainedConfig):
         num_target_layers: number of decoder layers of the target.
         markov_rank: rank of the Markov head's transition bias (Eq. 5); 0 means none, which is a plain DFlash drafter.
         markov_head_type: `"vanilla"`, `"gated"` or `"rnn"`.
+        markov_over_draft_vocab: whether the Markov head tells previous tokens apart only where the drafter can propose
+            them; all others share one row. Drafts are proposable, so only anchors can be others. Needs
+            `draft_vocab_size`; makes drafters for large vocabularies many times smaller.
         enable_confidence_head: whether a confidence head predicts each draft's acceptance (Eq. 7).
         confidence_head_with_markov: whether that head also reads the previous token's Markov embedding.
         draft_vocab_size: number of tokens the drafter can propose; `None` means all of them. The tokens are named by
@@ -91,6 +95,7 @@ class DSparkConfig(PreTrainedConfig):
         num_target_layers: int | None = None,
         markov_rank: int = 256,
         markov_head_type: str = "vanilla",
+        markov_over_draft_vocab: bool = False,
         enable_confidence_head: bool = True,
         confidence_head_with_markov: bool = True,
         draft_vocab_size: int | None = None,
@@ -124,6 +129,7 @@ class DSparkConfig(PreTrainedConfig):
         )
         self.markov_rank = markov_rank
         self.markov_head_type = markov_head_type
+        self.markov_over_draft_vocab = markov_over_draft_vocab
         self.enable_confidence_head = enable_confidence_head
         self.confidence_head_with_markov = confidence_head_with_markov and markov_rank > 0
         self.draft_vocab_size = draft_vocab_size
@@ -205,6 +211,12 @@ class DSparkConfig(PreTrainedConfig):
             "num_attention_heads",
             f"be a multiple of num_key_value_heads={self.num_key_value_heads}",
             self.num_attention_heads,
+        )
+        _require(
+            not self.markov_over_draft_vocab or self.draft_vocab_size is not None,
+            "markov_over_draft_vocab",
+            "be False without `draft_vocab_size`",
+            self.markov_over_draft_vocab,
         )
         if self.draft_vocab_size is not None:
             _require(

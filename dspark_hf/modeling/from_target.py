@@ -55,6 +55,7 @@ def config_for_target(
         "mask_token_id": _default_mask_token_id(config) if mask_token_id is None else mask_token_id,
         # copied attention weights know no query and key norm unless the target's do
         "use_qk_norm": not warm_start or hasattr(_attention(target.layers[-1]), "q_norm"),
+        "backbone_type": "gemma3" if warm_start and _is_gemma3_kind(target.layers[-1]) else "qwen3",
         # the Pipeline keeps the target's tokenizer only if these agree
         **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
@@ -104,6 +105,13 @@ def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
             f"`target_layer_ids` must lie in [0, {last}] for this target, got {config.target_layer_ids}. "
             "Re-export the drafter for this model or pass the right target."
         )
+
+
+def _is_gemma3_kind(layer: torch.nn.Module) -> bool:
+    """Return whether a layer has sandwich norms and scales its scores by the usual root of the head's size."""
+    scaling, size = (getattr(_attention(layer), name, None) for name in ("scaling", "head_dim"))
+    usual = scaling is not None and size is not None and abs(scaling - size**-0.5) < 1e-6
+    return usual and hasattr(layer, "pre_feedforward_layernorm")
 
 
 def _attention(layer: torch.nn.Module) -> torch.nn.Module | None:

@@ -14,15 +14,28 @@ from dspark_hf.modeling.configuration_dspark import DSparkConfig
 class MarkovHead(nn.Module):
     """Add a low-rank transition bias `W2 W1[x_{k-1}]` to the logits of slot k (Eq. 5)."""
 
+    known_ids: Tensor
+
     def __init__(self, config: DSparkConfig):
         super().__init__()
         self.markov_rank = config.markov_rank
-        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.is_reduced = config.markov_over_draft_vocab
+        # over the draft vocabulary, one more row serves every token that cannot be proposed
+        num_rows = config.num_draft_logits + 1 if self.is_reduced else config.vocab_size
+        self.markov_w1 = nn.Embedding(num_rows, config.markov_rank)
         self.markov_w2 = nn.Linear(config.markov_rank, config.num_draft_logits, bias=False)
+        if self.is_reduced:
+            # the proposable tokens, ascending; a table over a vocabulary of 262,144 would outweigh small drafters
+            self.register_buffer("known_ids", torch.zeros(config.num_draft_logits, dtype=torch.long))
 
     def embed(self, prev_ids: Tensor) -> Tensor:
         """Return the Markov embedding `W1[x_{k-1}]` of `prev_ids` `(*)` as `(*, R)`."""
-        return self.markov_w1(prev_ids)
+        return self.markov_w1(self._rows(prev_ids) if self.is_reduced else prev_ids)
+
+    def _rows(self, prev_ids: Tensor) -> Tensor:
+        size = len(self.known_ids)
+        rows = torch.searchsorted(self.known_ids, prev_ids.contiguous()).clamp(max=size - 1)
+        return torch.where(self.known_ids[rows] == prev_ids, rows, size)
 
     def initial_state(self, hidden_states: Tensor) -> Tensor | None:
         """Return the state before the first slot, given any `(*, D)` hidden states of that slot."""

@@ -239,6 +239,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         self.d2t.copy_(token_ids - torch.arange(size, device=self.d2t.device))
         self.t2d.zero_()
         self.t2d[token_ids] = True
+        if self.config.markov_over_draft_vocab and self.markov_head is not None:
+            self.markov_head.known_ids.copy_(token_ids)
 
     # the parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,16 @@ from tests.tiny import tiny_target
 DRAFT_IDS = [3, 4, 9, 17, 30, 31, 62]
 
 
-def _pair(family: str = "llama", **overrides: object) -> tuple[DSparkAssistantModel, TargetAdapter]:
-    target = tiny_target(family, **overrides)
+def _pair(family: str = "llama", **options: Any) -> tuple[DSparkAssistantModel, TargetAdapter]:
+    target = tiny_target(family)
     drafter = DSparkAssistantModel.from_target(
-        target, num_hidden_layers=1, block_size=4, markov_rank=6, initializer_range=0.3, draft_token_ids=DRAFT_IDS
+        target,
+        num_hidden_layers=1,
+        block_size=4,
+        markov_rank=6,
+        initializer_range=0.3,
+        draft_token_ids=DRAFT_IDS,
+        **options,
     )
     return drafter, TargetAdapter(target, drafter.target_layer_ids)
 
@@ -74,6 +81,29 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.nonzero(again.t2d).flatten().tolist() == DRAFT_IDS
     # the names and the meaning that other servers read: draft id + d2t[draft id] = token
     assert again.d2t.tolist() == [token - draft for draft, token in enumerate(DRAFT_IDS)]
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_a_reduced_markov_head_knows_the_proposable_tokens(head: str, tmp_path: Path) -> None:
+    """A proposable token would take another one's row, or a token that is none would crash or take any row."""
+    drafter, _ = _pair(markov_over_draft_vocab=True, markov_head_type=head)
+    assert drafter.markov_head.markov_w1.weight.shape == (len(DRAFT_IDS) + 1, 6)
+    ids = torch.arange(64).view(4, 16)
+    rows = [DRAFT_IDS.index(token) if token in DRAFT_IDS else len(DRAFT_IDS) for token in range(64)]
+    expected = drafter.markov_head.markov_w1.weight[rows].view(4, 16, 6)
+    assert torch.equal(drafter.markov_head.embed(ids), expected)
+    drafter.save_pretrained(tmp_path)
+    again = DSparkAssistantModel.from_pretrained(tmp_path)
+    assert torch.equal(again.markov_head.embed(ids), expected)
+
+
+def test_a_reduced_markov_head_drafts_for_any_anchor() -> None:
+    """Text with a token outside the draft vocabulary would stop generation, or change its output."""
+    drafter, target = _pair(markov_over_draft_vocab=True)
+    prompt = torch.tensor([[5, 9, 63]])
+    plain = target.model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assisted = target.model.generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=drafter)
+    assert torch.equal(plain, assisted)
 
 
 def test_order_does_not_matter() -> None:

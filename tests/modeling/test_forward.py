@@ -44,7 +44,7 @@ def _previous(ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     return ids.gather(1, places.flatten(1)).view_as(places)
 
 
-@pytest.mark.parametrize("backbone", ["qwen3", "gemma4"])
+@pytest.mark.parametrize("backbone", ["qwen3", "gemma3", "gemma4"])
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "dflash"])
 def test_training_equals_drafting_block_by_block(head: str, backbone: str) -> None:
     """A drafter would be trained on blocks it never sees while drafting: another context, position or slot."""

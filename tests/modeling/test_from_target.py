@@ -118,12 +118,12 @@ def test_drafters_of_other_targets_are_refused(overrides: dict, message: str) ->
         drafter.check_target(TargetAdapter(tiny_target("llama", **overrides)))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
 def test_warm_start_copies_the_last_layers(family: str) -> None:
     """A warm start would begin from other layers, or with norms off by the one that Gemma leaves out."""
-    target = tiny_target(family, num_hidden_layers=3)
-    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=2, markov_rank=4, warm_start=True)
-    layers, states = TargetAdapter(target).layers[1:], torch.randn(1, 4, 32)
+    target = tiny_target(family, **({} if family.startswith("gemma") else {"num_hidden_layers": 3}))
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, warm_start=True)
+    layers, states = TargetAdapter(target).layers[-1:], torch.randn(1, 4, 32)
     for ours, theirs in zip(drafter.layers, layers, strict=True):
         assert torch.equal(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight)
         assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
@@ -136,10 +136,40 @@ def test_warm_start_copies_the_last_layers(family: str) -> None:
     passed = drafter.fc.weight[:, -32:]
     assert (passed.diagonal() > 0.5).all()
     assert drafter.markov_head.markov_w2.weight.count_nonzero() == 0
-    assert drafter.config.use_qk_norm == (family == "qwen3")
+    assert drafter.config.use_qk_norm == (family in ("qwen3", "gemma3_text"))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma4_text", "olmo2", "phi3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma3_text"])
+def test_a_copied_layer_computes_what_the_targets_does(family: str) -> None:
+    """A warm start would copy weights into a layer that norms, scales or turns its states otherwise."""
+    target = tiny_target(family)
+    adapter = TargetAdapter(target)
+    drafter = DSparkAssistantModel.from_target(
+        target, num_hidden_layers=1, target_layer_ids=[0], markov_rank=4, warm_start=True
+    )
+    seen: dict[str, torch.Tensor] = {}
+    hook = adapter.layers[-1].register_forward_hook(
+        lambda module, args, kwargs, output: seen.update(
+            entered=kwargs.get("hidden_states", args[0] if args else None),
+            left=output[0] if isinstance(output, tuple) else output,
+        ),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        target(torch.randint(2, 60, (1, 6)))
+    hook.remove()
+    layer, entered = drafter.layers[0], seen["entered"]
+    positions = torch.arange(6)[None]
+    with torch.no_grad():
+        rotary = drafter.rotary_emb(positions[:, :5], torch.float32)
+        context = layer.self_attn.keys_and_values(layer.input_layernorm(entered[:, :5]), rotary)
+        context = tuple(part.transpose(1, 2) for part in context)
+        rotary = drafter.rotary_emb(positions[:, None, 5:], torch.float32)
+        left = layer(entered[:, None, 5:], rotary, context, None)
+    torch.testing.assert_close(left[:, 0], seen["left"][:, 5:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "olmo2", "phi3", "gpt2", "qwen3_moe"])
 def test_warm_start_refuses_other_layers(family: str) -> None:
     """Weights of a layer built otherwise would be copied to where they mean something else."""
     with pytest.raises(ValueError, match="`warm_start` must find the target's layers built like the drafter's"):
