@@ -1,25 +1,21 @@
-"""Files that are whole or absent: training checkpoints that a later run resumes from."""
+"""Checkpoints of a training run: the newest one that is whole."""
 
 from __future__ import annotations
 
-import os
+import re
+import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
-
-
-def write_whole(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`; a crash on the way leaves the previous file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+# Trainer writes it last
+_LAST_FILE = "trainer_state.json"
 
 
-def read_if_there(path: Path) -> dict[str, Any] | None:
-    """Return the state in `path`, or None if there is none."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+def last_whole_checkpoint(output_dir: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None; remove newer ones that a crash left half-written."""
+    folders = {int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name))}
+    for step in sorted(folders, reverse=True):
+        if (folders[step] / _LAST_FILE).is_file():
+            return folders[step]
+        shutil.rmtree(folders[step])
+    return None

@@ -6,6 +6,7 @@ P slots, V proposable tokens, D hidden, R markov rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,8 +80,10 @@ class _DraftLoss(Function):
         slots: Slots,
         loss_weights: LossWeights,
         chunk_size: int,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = head.weight.dtype
+        chunk_terms = _compiled_chunk_terms() if compiled else _chunk_terms
         grads = (torch.empty_like(hidden_states), _empty_like(latents), _zeros_like(markov_weight))
         transition = None if markov_weight is None else markov_weight.to(dtype)
         cross_entropy = hidden_states.new_zeros(len(hidden_states), dtype=torch.float32)
@@ -92,7 +95,9 @@ class _DraftLoss(Function):
             bias = None if latent is None or transition is None else latent @ transition.T
             plain = head.logits(states)
             draft_logits = plain if bias is None else plain + bias.float()
-            cross_entropy[part], distance[part], grad = _chunk_terms(draft_logits, head, slots, part, loss_weights)
+            cross_entropy[part], distance[part], grad = chunk_terms(
+                draft_logits, *_target_terms(head, slots, part), loss_weights
+            )
             grad_bias = grad.to(dtype)
             if head.cap:
                 grad = grad * (1 - (plain / head.cap) ** 2)
@@ -111,34 +116,47 @@ class _DraftLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads = [grad * grad_loss for grad in ctx.saved_tensors]
-        return (grads[0], *(grads[1:] if ctx.has_markov else (None, None)), None, None, None, None)
+        return (grads[0], *(grads[1:] if ctx.has_markov else (None, None)), None, None, None, None, None)
+
+
+def _target_terms(head: TargetHead, slots: Slots, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return one chunk's target logits by position, log-sum-exps, positions by slot, labels and weights."""
+    # neighbouring blocks look at the same positions: compute each position's target distribution once
+    rows, inverse = torch.unique(slots.target_rows[part], return_inverse=True)
+    weights = slots.weights[part] / slots.weights.sum().clamp_min(1e-6)
+    return head.logits(slots.target_states[rows]), slots.target_lse[rows], inverse, slots.labels[part], weights
 
 
 def _chunk_terms(
-    draft_logits: Tensor, head: TargetHead, slots: Slots, part: slice, loss_weights: LossWeights
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    target_lse: Tensor,
+    inverse: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    loss_weights: LossWeights,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return cross-entropy, L1 distance and the loss's gradient by the draft logits, for one chunk of slots."""
     log_norm = draft_logits.logsumexp(-1)
     draft_probs = torch.exp(draft_logits - log_norm[:, None])
-    # neighbouring blocks look at the same positions: compute each position's target distribution once
-    rows, inverse = torch.unique(slots.target_rows[part], return_inverse=True)
-    target_probs = torch.exp(head.logits(slots.target_states[rows]) - slots.target_lse[rows, None])
+    target_probs = torch.exp(target_logits - target_lse[:, None])
     outside = (1 - target_probs.sum(-1)).clamp_min(0)[inverse]
     difference = draft_probs - target_probs[inverse]
     distance = difference.abs().sum(-1) + outside
-    labels = slots.labels[part]
     proposable = labels >= 0
     at_label = draft_logits.gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
     cross_entropy = (log_norm - at_label) * proposable
 
-    weights = slots.weights[part] / slots.weights.sum().clamp_min(1e-6)
-    sign = difference.sign_()
-    grad = sign - (draft_probs * sign).sum(-1, keepdim=True)
-    grad.mul_(draft_probs).mul_((loss_weights.tv * weights)[:, None])
+    sign = difference.sign()
     ce_weights = loss_weights.ce * weights * proposable
-    grad.addcmul_(draft_probs, ce_weights[:, None])
-    grad.scatter_add_(-1, labels.clamp_min(0)[:, None], -ce_weights[:, None])
-    return cross_entropy, distance, grad
+    grad = sign - (draft_probs * sign).sum(-1, keepdim=True)
+    grad = draft_probs * (grad * (loss_weights.tv * weights)[:, None] + ce_weights[:, None])
+    return cross_entropy, distance, grad.scatter_add(-1, labels.clamp_min(0)[:, None], -ce_weights[:, None])
+
+
+@cache
+def _compiled_chunk_terms() -> Any:
+    return torch.compile(_chunk_terms, dynamic=True)
 
 
 def _empty_like(tensor: Tensor | None) -> Tensor | None:
@@ -174,6 +192,7 @@ def draft_losses(
     weights: LossWeights,
     *,
     chunk_size: int = 256,
+    compiled: bool = False,
 ) -> DraftLosses:
     """Return the paper's objective over P slots: cross-entropy, L1 distance and confidence (Eq. 9-12).
 
@@ -186,9 +205,10 @@ def draft_losses(
         slots: labels, target distributions and weights.
         weights: weights of the terms.
         chunk_size: slots per chunk; memory is `chunk_size * V`, whatever P is.
+        compiled: whether to run the vocabulary-sized element-wise work through `torch.compile`.
     """
     loss, cross_entropy, distance = _DraftLoss.apply(
-        hidden_states, latents, markov_weight, head, slots, weights, chunk_size
+        hidden_states, latents, markov_weight, head, slots, weights, chunk_size, compiled
     )
     confidence = torch.zeros_like(distance)
     if confidence_logits is not None:

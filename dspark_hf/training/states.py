@@ -1,69 +1,135 @@
-"""The frozen target's hidden states, computed online and kept in memory up to a stated size.
+"""The frozen target's hidden states: computed online, and kept on disk up to a stated size.
 
-T tokens, D hidden, M tapped layers, V vocab.
+B sequences, T tokens, D hidden, M tapped layers, V vocab.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dspark_hf.generation.target import TargetAdapter
 
 
 @dataclass
-class SequenceStates:
-    """What a drafter learns from one sequence.
+class TargetStates:
+    """What a drafter learns from sequences.
 
-    `context` `(T, M * D)` are the tapped hidden states, `last` `(T, D)` the states that enter the output head, both
-    bf16; `lse` `(T,)`, fp32, is the log-sum-exp of the logits over the whole vocabulary.
+    `context` `(B, T, M * D)` are the tapped hidden states, `last` `(B, T, D)` the states that enter the output head,
+    both bf16; `lse` `(B, T)`, fp32, is the log-sum-exp of the logits over the whole vocabulary.
     """
 
     context: Tensor
     last: Tensor
     lse: Tensor
 
-    @property
-    def num_bytes(self) -> int:
-        """Size in memory."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.context, self.last, self.lse))
-
 
 class StateSource:
-    """Compute sequences' states and remember them while they fit.
+    """Return sequences' states, from the cache or from the target.
 
     Args:
-        target: the frozen target.
+        target: the frozen target, on a device of its own.
         dtype: what the target computes in; autocast where it differs from the weights.
-        max_cache_bytes: memory for remembered states; 0 computes every sequence anew.
+        cache: remembers states on disk; None computes every sequence anew.
     """
 
-    def __init__(self, target: TargetAdapter, *, dtype: torch.dtype, max_cache_bytes: int):
+    def __init__(self, target: TargetAdapter, *, dtype: torch.dtype, cache: StateCache | None = None):
         self._target = target
         self._dtype = dtype
-        self._cache: dict[int, SequenceStates] = {}
-        self._free_bytes = max_cache_bytes
+        self._cache = cache
 
-    def get(self, index: int, input_ids: Tensor) -> SequenceStates:
-        """Return the states of sequence number `index`, whose tokens are `input_ids` `(T,)`."""
-        if index in self._cache:
-            return self._cache[index]
-        states = self._compute(input_ids)
-        if states.num_bytes <= self._free_bytes:
-            self._free_bytes -= states.num_bytes
-            self._cache[index] = states
-        return states
+    def get(self, sequences: list[Tensor]) -> TargetStates:
+        """Return the states of `sequences`, token ids `(T_b,)` each, padded on the right to the longest."""
+        cache = self._cache
+        found = [None if cache is None else cache.get(ids) for ids in sequences]
+        missing = [index for index, states in enumerate(found) if states is None]
+        for index, states in zip(missing, self._compute([sequences[index] for index in missing]), strict=True):
+            found[index] = states
+            if cache is not None:
+                cache.put(sequences[index], states)
+        return TargetStates(*(pad_sequence(list(part), batch_first=True) for part in zip(*found, strict=True)))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _compute(self, input_ids: Tensor, chunk_size: int = 256) -> SequenceStates:
-        model = self._target.model
+    def _compute(self, sequences: list[Tensor], chunk_size: int = 256) -> list[tuple[Tensor, Tensor, Tensor]]:
+        if not sequences:
+            return []
+        model, width = self._target.model, self._target.hidden_size
+        input_ids = pad_sequence(sequences, batch_first=True).to(model.device)
         with self._target, torch.autocast(model.device.type, self._dtype, enabled=self._dtype != model.dtype):
-            output = model.get_decoder()(input_ids=input_ids[None].to(model.device), use_cache=False)
-            context = self._target.pop_context_hidden_states()[0].to(torch.bfloat16)
+            output = model.get_decoder()(input_ids=input_ids, use_cache=False)
+            context = self._target.pop_context_hidden_states().to(torch.bfloat16)
             # rounded first: probabilities taken from the stored states sum to one with a sum over the same states
-            last = output.last_hidden_state[0].to(torch.bfloat16)
+            last = output.last_hidden_state.to(torch.bfloat16)
             # the whole vocabulary only ever exists for one chunk of positions
-            lse = [self._target.head(part).float().logsumexp(-1) for part in last.split(chunk_size)]
-        return SequenceStates(context, last, torch.cat(lse))
+            parts = last.reshape(-1, width).split(chunk_size)
+            lse = torch.cat([self._target.head(part).float().logsumexp(-1) for part in parts]).view(last.shape[:2])
+        return [
+            (context[row, : len(ids)], last[row, : len(ids)], lse[row, : len(ids)])
+            for row, ids in enumerate(sequences)
+        ]
+
+
+class StateCache:
+    """States on disk, one file a sequence, at most `max_bytes` in all; what does not fit is not kept.
+
+    Files are whole or absent, so processes and runs may share a folder. Its subfolder is named after the target, the
+    tapped layers and the dtype: states of another target are never found.
+
+    Args:
+        folder: where the files lie.
+        target: whose states they are.
+        dtype: what the target computes in.
+        max_bytes: size of all files.
+    """
+
+    def __init__(self, folder: str | Path, target: TargetAdapter, *, dtype: torch.dtype, max_bytes: int):
+        self._folder = Path(folder) / _fingerprint(target, dtype)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._max_bytes = max_bytes
+        self._num_bytes = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
+
+    def get(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the states of a sequence `(T,)`, or None if they are not kept."""
+        path = self._path(input_ids)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as tensors:
+            return tensors.get_tensor("context"), tensors.get_tensor("last"), tensors.get_tensor("lse")
+
+    def put(self, input_ids: Tensor, states: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep the states of a sequence, if there is room."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in states)
+        if self._num_bytes + size > self._max_bytes:
+            return
+        self._num_bytes += size
+        path = self._path(input_ids)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        tensors = dict(zip(("context", "last", "lse"), (x.contiguous().cpu() for x in states), strict=True))
+        save_file(tensors, partial)
+        partial.replace(path)
+
+    def _path(self, input_ids: Tensor) -> Path:
+        digest = hashlib.sha256(input_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+        return self._folder / f"{digest[:32]}.safetensors"
+
+
+def _fingerprint(target: TargetAdapter, dtype: torch.dtype) -> str:
+    """Return a name for what determines the states; of the weights, a sample of every tensor."""
+    digest = hashlib.sha256()
+    description = [target.config.to_dict(), target.layer_ids, str(dtype), str(target.model.dtype)]
+    digest.update(json.dumps(description, sort_keys=True, default=str).encode())
+    for name, parameter in target.model.named_parameters():
+        digest.update(name.encode())
+        if not parameter.is_meta:
+            sample = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)]
+            digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,47 +1,33 @@
-"""A checkpoint is whole or absent."""
+"""A run goes on from its newest whole checkpoint, whatever a crash left behind."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-import torch
-
-from dspark_hf.training.checkpoint import read_if_there, write_whole
+from dspark_hf.training.checkpoint import last_whole_checkpoint
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    """A run could not continue from what it saved."""
-    path = tmp_path / "new" / "checkpoint.pt"
-    assert read_if_there(path) is None
-    write_whole(path, {"step": 3, "weight": torch.arange(4)})
-    state = read_if_there(path)
-    assert state is not None
-    assert state["step"] == 3
-    assert torch.equal(state["weight"], torch.arange(4))
+def _checkpoint(folder: Path, step: int, *, is_whole: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"weights")
+    if is_whole:
+        (path / "trainer_state.json").write_text("{}")
+    return path
 
 
-def test_a_crash_keeps_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash while saving would cost the whole run."""
-    path = tmp_path / "checkpoint.pt"
-    write_whole(path, {"step": 3})
-    save = torch.save
-
-    def crash(state: object, file: object) -> None:
-        save(state, file)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(path, {"step": 4})
-    state = read_if_there(path)
-    assert state is not None
-    assert state["step"] == 3
+def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
+    """A run would go on from an older checkpoint, or crash on a torn one at every start."""
+    _checkpoint(tmp_path, 90)
+    newest = _checkpoint(tmp_path, 100)
+    torn = _checkpoint(tmp_path, 110, is_whole=False)
+    (tmp_path / "checkpoint-of-mine").mkdir()
+    assert last_whole_checkpoint(tmp_path) == newest
+    assert not torn.exists()
+    assert (tmp_path / "checkpoint-of-mine").exists()
 
 
-def test_a_crash_at_the_first_one_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run would try to continue from half a file."""
-    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half") and (_ for _ in ()).throw(OSError))
-    with pytest.raises(OSError):
-        write_whole(tmp_path / "checkpoint.pt", {"step": 1})
-    assert read_if_there(tmp_path / "checkpoint.pt") is None
+def test_there_may_be_none(tmp_path: Path) -> None:
+    """A first run would fail."""
+    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path / "not there") is None

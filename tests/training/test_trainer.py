@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, TrainerCallback
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.training.arguments import DSparkTrainingArguments
+from dspark_hf.training.batches import ConversationDataset, collate
 from dspark_hf.training.data import Conversation
-from dspark_hf.training.states import StateSource
-from dspark_hf.training.trainer import DrafterTrainer, TrainingOptions
+from dspark_hf.training.trainer import DSparkTrainer
 from tests.reference.objective import OracleSlot, objective
 from tests.tiny import tiny_target
 
@@ -28,59 +28,70 @@ def _own_text(target: PreTrainedModel, count: int, length: int = 32) -> list[Con
 
 def _trainer(
     folder: Path, target: PreTrainedModel, texts: list[Conversation], drafter_options: dict[str, Any], **options: Any
-) -> DrafterTrainer:
+) -> DSparkTrainer:
     torch.manual_seed(5)
     drafter = DSparkAssistantModel.from_target(
         target, **{"num_hidden_layers": 1, "block_size": 4, "markov_rank": 8, **drafter_options}
     )
     options = {
-        "dtype": torch.float32,
-        "sequences_per_step": 2,
-        "anchors_per_sequence": 8,
+        "per_device_train_batch_size": 2,
+        "num_anchors": 8,
         "warmup_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "learning_rate": 6e-4,
         **options,
     }
-    return DrafterTrainer(drafter, target, texts[2:], texts[:2], folder, TrainingOptions(**options))
+    return DSparkTrainer(drafter, target, DSparkTrainingArguments(str(folder), **options), texts[2:], texts[:2])
 
 
-def _log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+def _log(trainer: DSparkTrainer) -> list[dict[str, Any]]:
+    return [record for record in trainer.state.log_history if "train_runtime" not in record]
+
+
+class _Crash(TrainerCallback):
+    """Stop a run as Ctrl-C would, before the checkpoint of a step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_continues_the_same(
-    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_continues_the_same(optimizer: str, tmp_path: Path) -> None:
     """A resumed run would see other data, another schedule or a fresh optimiser."""
     target = tiny_target()
-    texts = _own_text(target, 7)
-    options = {"optimizer": optimizer, "max_steps": 6, "save_steps": 2, "eval_steps": 1}
+    texts = _own_text(target, 9)
+    options = {
+        "drafter_optimizer": optimizer,
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "gradient_accumulation_steps": 2,
+    }
     drafter_options = {"markov_head_type": "rnn", "draft_token_ids": range(2, 60)}
     whole = _trainer(tmp_path / "whole", target, texts, drafter_options, **options)
     whole.train()
 
     cut = _trainer(tmp_path / "cut", target, texts, drafter_options, **options)
-    evaluate = cut.evaluate
-
-    def crash_at_step_five() -> dict[str, Any]:
-        if cut.step == 5:
-            raise KeyboardInterrupt
-        return evaluate()
-
-    monkeypatch.setattr(cut, "evaluate", crash_at_step_five)
+    cut.add_callback(_Crash())
     with pytest.raises(KeyboardInterrupt):
         cut.train()
-    assert not (tmp_path / "cut" / "drafter").exists()
+    # as if the crash had come while a checkpoint was being written
+    torn = tmp_path / "cut" / "checkpoint-5"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
     resumed = _trainer(tmp_path / "cut", target, texts, drafter_options, **options)
-    summary = resumed.train()
+    resumed.train()
 
-    assert _log(tmp_path / "cut") == _log(tmp_path / "whole")
-    assert [record["step"] for record in _log(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
-    assert summary == _log(tmp_path / "whole")[-1]["held_out"]
-    states = [trainer.drafter.state_dict() for trainer in (whole, resumed)]
+    assert not torn.exists()
+    assert _log(resumed) == _log(whole)
+    assert [record["step"] for record in _log(whole) if "eval_loss" in record] == [1, 2, 3, 4, 5, 6]
+    states = [trainer.model.state_dict() for trainer in (whole, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    saved = DSparkAssistantModel.from_pretrained(tmp_path / "cut" / "drafter").state_dict()
-    assert all(torch.equal(saved[name], states[0][name]) for name in saved)
 
 
 @pytest.mark.parametrize(
@@ -97,22 +108,21 @@ def test_training_raises_the_accepted_length(head: str, optimizer: str, tmp_path
         target,
         _own_text(target, 66),
         {"markov_head_type": head, "markov_rank": 16},
-        optimizer=optimizer,
+        drafter_optimizer=optimizer,
         max_steps=100,
-        sequences_per_step=4,
-        anchors_per_sequence=16,
+        per_device_train_batch_size=4,
+        num_anchors=16,
         learning_rate=3e-2,
-        eval_steps=1000,
+        save_strategy="no",
     )
     before = trainer.evaluate()
-    after = trainer.train()
-    assert before["expected_tau"] < 2
-    assert after["expected_tau"] > 2.8
-    assert after["loss"] < before["loss"]
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_expected_tau"] < 2
+    assert after["eval_expected_tau"] > 2.8
+    assert after["eval_loss"] < before["eval_loss"]
     # slot 0 sees the anchor from the start; the later ones learn nearly all they know
-    assert all(
-        late > early + 0.4 for early, late in zip(before["accept_rate"][1:], after["accept_rate"][1:], strict=True)
-    )
+    assert all(after[f"eval_accept_rate_{k}"] > before[f"eval_accept_rate_{k}"] + 0.4 for k in (2, 3, 4))
 
 
 @pytest.mark.parametrize("draft_token_ids", [None, range(2, 40)], ids=["all tokens", "few tokens"])
@@ -120,9 +130,8 @@ def test_the_loss_is_that_of_the_equations(draft_token_ids: range | None, tmp_pa
     """Labels, previous tokens or target distributions would be shifted by a position."""
     target = tiny_target("gemma2")
     texts = _own_text(target, 3, length=12)
-    trainer = _trainer(tmp_path, target, texts, {"draft_token_ids": draft_token_ids}, anchors_per_sequence=100)
-    trainer.held_out = texts[:1]
-    drafter, adapter = trainer.drafter, trainer.target
+    trainer = _trainer(tmp_path, target, texts, {"draft_token_ids": draft_token_ids}, num_anchors=100)
+    drafter, adapter = trainer.model, trainer.target
     ids = texts[0].input_ids.tolist()
     with torch.no_grad(), adapter:
         target(texts[0].input_ids[None])
@@ -143,7 +152,7 @@ def test_the_loss_is_that_of_the_equations(draft_token_ids: range | None, tmp_pa
             confidence.append(output.confidence_logits[0, 0, k].double())
             # the target's row at the token before says what it believes of this one
             slots.append(OracleSlot(k, True, ids[anchor + k + 1], believed[anchor + k]))
-    weights = trainer.options.loss
+    weights = trainer.args.loss_weights
     expected = objective(
         draft_logits,
         confidence,
@@ -154,11 +163,11 @@ def test_the_loss_is_that_of_the_equations(draft_token_ids: range | None, tmp_pa
         confidence=weights.confidence,
         decay=weights.decay,
     )
-    evaluation = trainer.evaluate()
-    assert evaluation["loss"] == pytest.approx(expected.total.item(), abs=1e-4)
-    for k, rate in enumerate(evaluation["accept_rate"]):
+    evaluation = trainer.evaluate(ConversationDataset(texts[:1]))
+    assert evaluation["eval_loss"] == pytest.approx(expected.total.item(), abs=1e-4)
+    for k in range(4):
         rates = [expected.accept_rate[place] for place, slot in enumerate(slots) if slot.k == k]
-        assert rate == pytest.approx(sum(rates) / len(rates), abs=1e-4)
+        assert evaluation[f"eval_accept_rate_{k + 1}"] == pytest.approx(sum(rates) / len(rates), abs=1e-4)
 
 
 def test_every_step_draws_new_blocks(tmp_path: Path) -> None:
@@ -166,17 +175,124 @@ def test_every_step_draws_new_blocks(tmp_path: Path) -> None:
     target = tiny_target()
     texts = _own_text(target, 3)
     # nothing is learnt and there is one conversation: only the blocks can change the loss
-    options = {"learning_rate": 0.0, "sequences_per_step": 1, "max_steps": 3, "eval_steps": 1}
-    _trainer(tmp_path, target, texts, {}, **options).train()
-    assert len({record["train"]["loss"] for record in _log(tmp_path)}) == 3
-    assert len({record["held_out"]["loss"] for record in _log(tmp_path)}) == 1
+    options = {"learning_rate": 0.0, "per_device_train_batch_size": 1, "max_steps": 3, "save_strategy": "no"}
+    trainer = _trainer(tmp_path, target, texts, {}, eval_strategy="steps", eval_steps=1, **options)
+    trainer.train()
+    assert len({record["loss"] for record in _log(trainer) if "loss" in record}) == 3
+    assert len({record["eval_loss"] for record in _log(trainer) if "eval_loss" in record}) == 1
+
+
+def test_padding_does_not_matter(tmp_path: Path) -> None:
+    """Sequences of a batch would be trained on each other's length, states or labels."""
+    target = tiny_target("gemma3_text")
+    texts = [*_own_text(target, 1, length=12), *_own_text(target, 1, length=30), *_own_text(target, 1, length=21)]
+    trainer = _trainer(tmp_path, target, texts, {"markov_head_type": "rnn"}, num_anchors=100)
+    dataset = ConversationDataset(texts)
+    together = trainer.evaluate(dataset)
+    trainer.args.per_device_eval_batch_size = 1
+    singly = trainer.evaluate(dataset)
+    # the loss is a mean over batches, all else over blocks and slots
+    names = [name for name in together if name != "eval_loss"]
+    assert {name: together[name] for name in names} == pytest.approx({name: singly[name] for name in names}, abs=2e-4)
+
+
+def test_accumulated_batches_weigh_like_one(tmp_path: Path) -> None:
+    """Accumulation would change the size of the steps."""
+    target = tiny_target()
+    # of one length, so that batches have equally many slots
+    texts = _own_text(target, 6)
+    common = {"max_steps": 1, "save_strategy": "no", "num_anchors": 100, "warmup_steps": 0, "drafter_optimizer": "adamw"}
+    states = []
+    for size, count in ((4, 1), (1, 4)):
+        trainer = _trainer(
+            tmp_path, target, texts, {}, per_device_train_batch_size=size, gradient_accumulation_steps=count, **common
+        )
+        # gradients, not AdamW's signs of them
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+        trainer.train(False)
+        states.append(trainer.model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("draft_token_ids", [None, range(2, 450)], ids=["all tokens", "few tokens"])
+def test_vocabulary_sized_memory_does_not_grow(draft_token_ids: range | None, tmp_path: Path) -> None:
+    """A long sequence would need memory for its length times the vocabulary."""
+    target = tiny_target(vocab_size=499)
+    sizes = {499, 448}
+    rows: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        """Note how many rows tensors with a vocabulary-sized last dimension have."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            for tensor in output if isinstance(output, (tuple, list)) else [output]:
+                if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] in sizes:
+                    rows.append(tensor.numel() // tensor.shape[-1])
+            return output
+
+    most = []
+    for length in (120, 480):
+        texts = [Conversation(torch.randint(2, 400, (length,)), torch.arange(length) > 3) for _ in range(3)]
+        trainer = _trainer(
+            tmp_path / str(length),
+            target,
+            texts,
+            {"draft_token_ids": draft_token_ids},
+            num_anchors=512,
+            max_steps=1,
+            save_strategy="no",
+        )
+        rows.clear()
+        with Watch():
+            loss = trainer.compute_loss(trainer.model, collate([trainer.train_dataset[0]]))
+            loss.backward()
+        most.append(max(rows))
+    assert most[0] == most[1] <= 256
+
+
+def test_the_best_checkpoint_is_kept_and_training_stops_early(tmp_path: Path) -> None:
+    """Hours would go on after the held-out tau has stopped rising, or its best weights would be lost."""
+    target = tiny_target()
+    trainer = _trainer(
+        tmp_path,
+        target,
+        _own_text(target, 6),
+        {},
+        # nothing is learnt, so nothing ever gets better
+        learning_rate=0.0,
+        max_steps=50,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        early_stopping_patience=3,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_global_step == 1
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"compile_loss": True}], ids=str)
+def test_ways_to_save_time_or_memory_change_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    """Checkpointed layers or a compiled loss would train another drafter."""
+    target = tiny_target()
+    texts = _own_text(target, 6)
+    common = {"max_steps": 2, "save_strategy": "no", "warmup_steps": 0, "learning_rate": 1e-3}
+    plain = _trainer(tmp_path, target, texts, {}, **common)
+    plain.train(False)
+    other = _trainer(tmp_path, target, texts, {}, **common, **options)
+    other.train(False)
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(tensor, other.model.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
 def test_the_target_is_left_alone(tmp_path: Path) -> None:
     """Training would change the target, or leave hooks on it that keep its states in memory."""
     target = tiny_target()
     before = {name: x.clone() for name, x in target.state_dict().items()}
-    trainer = _trainer(tmp_path, target, _own_text(target, 5), {}, max_steps=2, eval_steps=1)
+    trainer = _trainer(tmp_path, target, _own_text(target, 5), {}, max_steps=2, eval_strategy="steps", eval_steps=1)
     trainer.train()
     assert all(torch.equal(x, before[name]) for name, x in target.state_dict().items())
     assert not any(module._forward_hooks for module in target.modules())
@@ -188,17 +304,26 @@ def test_own_embeddings_stay_frozen(tmp_path: Path) -> None:
     target = tiny_target()
     trainer = _trainer(tmp_path, target, _own_text(target, 5), {"owns_embeddings": True}, max_steps=1)
     names = ("embed_tokens.weight", "lm_head.weight")
-    before = {name: trainer.drafter.state_dict()[name].clone() for name in names}
+    before = {name: trainer.model.state_dict()[name].clone() for name in names}
     trainer.train()
-    assert all(torch.equal(trainer.drafter.state_dict()[name], before[name]) for name in names)
+    assert all(torch.equal(trainer.model.state_dict()[name], before[name]) for name in names)
 
 
-def test_no_held_out_texts(tmp_path: Path) -> None:
-    """A run without an evaluation would fail at its end."""
+def test_evaluation_needs_texts(tmp_path: Path) -> None:
+    """A run without held-out text would fail with a riddle."""
     target = tiny_target()
-    trainer = _trainer(tmp_path, target, _own_text(target, 5), {}, max_steps=1)
-    trainer.held_out = []
-    assert trainer.train() == {}
+    trainer = _trainer(tmp_path, target, _own_text(target, 5), {})
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="`held_out` must hold conversations"):
+        trainer.evaluate()
+
+
+def test_texts_without_the_targets_words_are_refused(tmp_path: Path) -> None:
+    """Training on nothing would end in a drafter at random."""
+    target = tiny_target()
+    texts = [Conversation(torch.arange(9), torch.zeros(9, dtype=torch.bool)) for _ in range(4)]
+    with pytest.raises(ValueError, match="`conversations` must hold two of the target's own tokens .* 2 conv"):
+        _trainer(tmp_path, target, texts, {})
 
 
 def test_a_quantised_head_is_refused(tmp_path: Path) -> None:
@@ -210,43 +335,15 @@ def test_a_quantised_head_is_refused(tmp_path: Path) -> None:
         _trainer(tmp_path, target, texts, {}, max_steps=1)
 
 
-def test_unknown_optimizers_are_refused() -> None:
-    """A misspelt optimiser would train with another one."""
-    with pytest.raises(ValueError, match="`optimizer` must be 'adamw' or 'muon', got 'sgd'"):
-        TrainingOptions(optimizer="sgd")
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_states_are_those_of_the_target(family: str) -> None:
-    """Drafters would learn from other layers, or from another distribution than the target's."""
-    target = tiny_target(family)
-    adapter = TargetAdapter(target, [0])
-    ids = torch.randint(2, 60, (9,))
-    states = StateSource(adapter, dtype=torch.float32, max_cache_bytes=0).get(0, ids)
-    with torch.no_grad():
-        output = target(ids[None], output_hidden_states=True)
-    torch.testing.assert_close(states.context.float(), output.hidden_states[1][0], atol=0.02, rtol=0.01)
-    probs = (adapter.head(states.last.float()) - states.lse[:, None]).exp()
-    torch.testing.assert_close(probs.sum(-1), torch.ones(9), atol=1e-5, rtol=0)
-    torch.testing.assert_close(probs, output.logits[0].softmax(-1), atol=0.02, rtol=0)
-
-
-def test_states_are_remembered_up_to_the_limit() -> None:
-    """Memory would grow without a limit, or every epoch would run the target again."""
-    target = tiny_target()
-    runs = 0
-
-    def count(*_: Any) -> None:
-        nonlocal runs
-        runs += 1
-
-    target.get_decoder().register_forward_hook(count)
-    ids = torch.randint(2, 60, (3, 9))
-    one = 9 * (32 + 32) * 2 + 9 * 4
-    source = StateSource(TargetAdapter(target, [0]), dtype=torch.float32, max_cache_bytes=2 * one)
-    for _ in range(2):
-        for index in range(3):
-            states = source.get(index, ids[index])
-            assert states.num_bytes == one
-    # two fit; the third is computed anew
-    assert runs == 4
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("drafter_optimizer", "sgd", r"be one of \('adamw', 'muon'\), got 'sgd'"),
+        ("num_anchors", 0, "be at least 1, got 0"),
+        ("state_cache_gb", -1.0, "be at least 0, got -1.0"),
+    ],
+)
+def test_bad_arguments_are_refused(name: str, value: Any, rule: str, tmp_path: Path) -> None:
+    """A misspelt optimiser would train with another one; an empty step would learn nothing."""
+    with pytest.raises(ValueError, match=f"`{name}` must {rule}"):
+        DSparkTrainingArguments(str(tmp_path), **{name: value})

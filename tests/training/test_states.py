@@ -1,0 +1,94 @@
+"""The target's states are its own, wherever they come from, and the cache stays as small as it was told to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.training.states import StateCache, StateSource
+from tests.tiny import tiny_target
+
+
+def _sequences(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randint(2, 60, (length,)) for length in lengths]
+
+
+def _cache(folder: Path, target: PreTrainedModel, layers: list[int] | None = None, **options: Any) -> StateCache:
+    adapter = TargetAdapter(target, layers or [0])
+    return StateCache(folder, adapter, **{"dtype": torch.float32, "max_bytes": 10**9, **options})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_states_are_those_of_the_target(family: str) -> None:
+    """Drafters would learn from other layers, or from another distribution than the target's."""
+    target = tiny_target(family)
+    adapter = TargetAdapter(target, [0])
+    sequences = _sequences(9, 30, 14)
+    states = StateSource(adapter, dtype=torch.float32).get(sequences)
+    for row, ids in enumerate(sequences):
+        with torch.no_grad():
+            output = target(ids[None], output_hidden_states=True)
+        context, last, lse = (x[row, : len(ids)] for x in (states.context, states.last, states.lse))
+        torch.testing.assert_close(context.float(), output.hidden_states[1][0], atol=0.02, rtol=0.01)
+        probs = (adapter.head(last.float()) - lse[:, None]).exp()
+        torch.testing.assert_close(probs.sum(-1), torch.ones(len(ids)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(probs, output.logits[0].softmax(-1), atol=0.02, rtol=0)
+
+
+def test_remembered_states_are_the_computed_ones(tmp_path: Path) -> None:
+    """A second epoch would train on other states, or run the target again."""
+    target = tiny_target()
+    runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    target.get_decoder().register_forward_hook(count)
+    sequences = _sequences(9, 20, 13)
+    adapter = TargetAdapter(target, [0, 1])
+    first = StateSource(adapter, dtype=torch.float32, cache=_cache(tmp_path, target, [0, 1])).get(sequences)
+    assert runs == 1
+    # another run of the same target finds them, in any order and company
+    again = StateSource(adapter, dtype=torch.float32, cache=_cache(tmp_path, target, [0, 1]))
+    for row in (2, 0, 1):
+        states = again.get([sequences[row]])
+        for name in ("context", "last", "lse"):
+            assert torch.equal(getattr(states, name)[0], getattr(first, name)[row, : len(sequences[row])])
+    assert runs == 1
+
+
+def test_the_cache_keeps_to_its_size(tmp_path: Path) -> None:
+    """The disk would fill up."""
+    target = tiny_target()
+    sequences = _sequences(*[16] * 6)
+    one = 16 * (2 * 32 + 2 * 32 + 4)
+    for _ in range(2):
+        # a later run counts what the earlier one left
+        source = StateSource(
+            TargetAdapter(target, [0]), dtype=torch.float32, cache=_cache(tmp_path, target, max_bytes=4 * one)
+        )
+        source.get(sequences)
+        files = list(tmp_path.rglob("*.safetensors"))
+        assert 1 <= len(files) <= 4
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_states_of_another_target_are_not_found(tmp_path: Path) -> None:
+    """A drafter would be trained on the states of another target, of other layers or of other arithmetic."""
+    sequence = _sequences(9)[0]
+    target = tiny_target()
+    states = (torch.zeros(9, 32), torch.zeros(9, 32), torch.zeros(9))
+    _cache(tmp_path, target).put(sequence, states)
+    assert _cache(tmp_path, target).get(sequence) is not None
+    assert _cache(tmp_path, target, [1]).get(sequence) is None
+    assert _cache(tmp_path, target, dtype=torch.bfloat16).get(sequence) is None
+    with torch.no_grad():
+        target.lm_head.weight.add_(0.01)
+    assert _cache(tmp_path, target).get(sequence) is None
+    assert _cache(tmp_path, tiny_target("qwen3")).get(sequence) is None
