@@ -7,6 +7,7 @@ from importlib import metadata
 import typer
 
 from dspark_hf.cli.demo import demo
+from dspark_hf.cli.train import train
 
 app = typer.Typer(
     name="dspark-hf",
@@ -15,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(demo)
+app.command()(train)
 
 
 @app.command()

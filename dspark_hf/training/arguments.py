@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from dspark_hf.training.losses import LossWeights
@@ -63,6 +64,9 @@ class DSparkTrainingArguments(TrainingArguments):
             raise ValueError(f"`num_anchors` must be at least 1, got {self.num_anchors}. 512 is the paper's choice.")
         if self.state_cache_gb < 0:
             raise ValueError(f"`state_cache_gb` must be at least 0, got {self.state_cache_gb}. 0 keeps no states.")
+        if not torch.accelerator.is_available():
+            # bf16 on a CPU is refused unless the CPU is asked for
+            self.use_cpu = True
         super().__post_init__()
 
     @property

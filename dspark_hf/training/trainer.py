@@ -94,7 +94,7 @@ class DSparkTrainer(Trainer):
         if not usable:
             raise ValueError(
                 f"`conversations` must hold two of the target's own tokens in a row somewhere, got {len(conversations)} "
-                "conversations without any. Check the loss masks, or write more text with `dspark-hf data`."
+                "without any. Check the loss masks, or write more text with `dspark-hf data`."
             )
         super().__init__(
             model=drafter,
@@ -115,12 +115,19 @@ class DSparkTrainer(Trainer):
         self._states = StateSource(self.target, dtype=self._dtype, cache=self._state_cache())
         self._metrics = DraftMetrics(drafter.block_size)
 
-    def train(self, resume_from_checkpoint: str | bool | None = True, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]  # every further argument is passed on
+        self, resume_from_checkpoint: str | bool | None = True, **kwargs: Any
+    ) -> Any:
         """Train; by default continue from the last whole checkpoint in `output_dir`, if there is one."""
         if resume_from_checkpoint is True:
             found = last_whole_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = None if found is None else str(found)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @property
+    def best_tau(self) -> float:
+        """The best held-out expected tau so far, 0.0 before the first evaluation."""
+        return max((record.get("eval_expected_tau", 0.0) for record in self.state.log_history), default=0.0)
 
     def compute_loss(
         self,
@@ -142,7 +149,7 @@ class DSparkTrainer(Trainer):
         Raises:
             ValueError: if there are none.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("`held_out` must hold conversations to evaluate on, got none. Pass some to the trainer.")
         self._drafter.eval()
@@ -169,12 +176,12 @@ class DSparkTrainer(Trainer):
         """Return the optimiser over the drafter's trainable weights."""
         if self.optimizer is None:
             hidden, rest = split_parameters(self._drafter)
-            options = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            rate, decay = self.args.learning_rate, self.args.weight_decay
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             if self.args.drafter_optimizer == "muon":
-                self.optimizer = MuonAdamW(hidden, rest, betas=betas, **options)
+                self.optimizer = MuonAdamW(hidden, rest, lr=rate, weight_decay=decay, betas=betas)
             else:
-                self.optimizer = AdamW([*hidden, *rest], betas=betas, **options)
+                self.optimizer = AdamW([*hidden, *rest], lr=rate, weight_decay=decay, betas=betas)
         return self.optimizer
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

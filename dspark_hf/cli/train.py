@@ -1,0 +1,211 @@
+"""`dspark-hf train`: a drafter for any causal LM, from conversations that model wrote."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dspark_hf.training.data import Conversation
+
+
+class Preset(str, Enum):
+    """Size and schedule of what is left open."""
+
+    paper = "paper"
+    small = "small"
+
+
+class MarkovHead(str, Enum):
+    """Kind of sequential head."""
+
+    vanilla = "vanilla"
+    gated = "gated"
+    rnn = "rnn"
+    none = "none"
+
+
+class Optimizer(str, Enum):
+    """Optimiser of the hidden matrices."""
+
+    muon = "muon"
+    adamw = "adamw"
+
+
+class Quantization(str, Enum):
+    """How the frozen target's weights are held."""
+
+    none = "none"
+    int8 = "8bit"
+    nf4 = "4bit"
+
+
+def train(
+    target: Annotated[str, typer.Option(help="Folder or hub name of the model to draft for.")],
+    data: Annotated[list[Path], typer.Option(help="Conversations from `dspark-hf data`; repeat for several files.")],
+    output: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and, in `drafter`, the result.")],
+    preset: Annotated[Preset, typer.Option(help="What is not given below: the paper's drafter, or a small one.")] = (
+        Preset.small
+    ),
+    drafter: Annotated[str | None, typer.Option(help="Go on from this drafter instead of a fresh one.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Drafter layers.")] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Drafts per round.")] = 7,
+    markov_head: Annotated[MarkovHead, typer.Option(help="none is a plain DFlash drafter.")] = MarkovHead.vanilla,
+    markov_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the Markov head.")] = None,
+    target_layers: Annotated[str | None, typer.Option(help="Target layers to read, such as 9,19,28.")] = None,
+    draft_vocab: Annotated[
+        int | None, typer.Option(min=0, help="Propose only this many frequent tokens; 0 for all.")
+    ] = None,
+    warm_start: Annotated[bool | None, typer.Option(help="Start from the target's last layers.")] = None,
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per device and pass.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Passes per step.")] = 4,
+    anchors: Annotated[int | None, typer.Option(min=1, help="Blocks per sequence and step.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Longer conversations are cut, in tokens.")] = 2048,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak learning rate.")] = None,
+    optimizer: Annotated[Optimizer, typer.Option(help="muon also uses AdamW where Muon does not fit.")] = (
+        Optimizer.muon
+    ),
+    num_held_out: Annotated[int, typer.Option("--held-out", min=1, help="Conversations kept for evaluation.")] = 40,
+    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations and checkpoints.")] = 200,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many evaluations without a better tau.")
+    ] = None,
+    state_cache_gb: Annotated[float | None, typer.Option(min=0, help="Disk for the target's states; 0: none.")] = None,
+    bf16: Annotated[bool, typer.Option(help="Multiply in bf16; weights stay fp32.")] = True,
+    target_dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "bf16",
+    target_device: Annotated[str, typer.Option(help="Device of the target; auto is the drafter's.")] = "auto",
+    quantization: Annotated[Quantization, typer.Option(help="Hold the target in bitsandbytes' 8 or 4 bit.")] = (
+        Quantization.none
+    ),
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    compile_loss: Annotated[bool, typer.Option("--compile", help="Compile the loss.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Log to TensorBoard in the output folder.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and blocks.")] = 0,
+) -> None:
+    """Train a drafter. A run that was interrupted goes on when the same command is given again.
+
+    Several GPUs: accelerate launch -m dspark_hf train ...
+    """
+    # imported here, so that the help is instant
+    from transformers import set_seed
+
+    from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+    from dspark_hf.training.recipe import PRESETS, build_drafter, load_target, save_trained
+    from dspark_hf.training.trainer import DSparkTrainer
+
+    chosen = dict(PRESETS[preset.value])
+    given = {
+        "layers": layers,
+        "markov_rank": markov_rank,
+        "draft_vocab": draft_vocab,
+        "warm_start": warm_start,
+        "anchors": anchors,
+        "learning_rate": learning_rate,
+        "state_cache_gb": state_cache_gb,
+    }
+    chosen.update({name: value for name, value in given.items() if value is not None})
+    try:
+        layer_ids = _layer_ids(target_layers)
+        arguments = _arguments(
+            output,
+            chosen,
+            max_steps=max_steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            drafter_optimizer=optimizer.value,
+            eval_steps=every,
+            save_steps=every,
+            early_stopping_patience=patience,
+            bf16=bf16,
+            **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
+            compile_loss=compile_loss,
+            report_to="tensorboard" if tensorboard else "none",
+            seed=seed,
+        )
+        model, tokenizer = load_target(
+            target,
+            dtype=target_dtype,
+            device=str(arguments.device) if target_device == "auto" else target_device,
+            quantization=quantization.value,
+        )
+        training, held_out = _read(data, tokenizer, max_length, num_held_out)
+        set_seed(seed)
+        if drafter is not None:
+            start = DSparkAssistantModel.from_pretrained(drafter, dtype="float32")
+        else:
+            start = build_drafter(
+                model,
+                training,
+                layers=chosen["layers"],
+                markov_head=markov_head.value,
+                markov_rank=chosen["markov_rank"],
+                block_size=block_size,
+                draft_vocab=chosen["draft_vocab"] or None,
+                warm_start=chosen["warm_start"],
+                target_layer_ids=layer_ids,
+            )
+        trainer = DSparkTrainer(start, model, arguments, training, held_out, processing_class=tokenizer)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    trainer.train()
+    if trainer.is_world_process_zero():
+        save_trained(trainer, output / "drafter")
+        typer.echo(f"Saved: {output / 'drafter'} (held-out tau {trainer.best_tau:.2f})")
+
+
+def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
+    from dspark_hf.training.arguments import DSparkTrainingArguments
+
+    return DSparkTrainingArguments(
+        str(output),
+        num_anchors=chosen["anchors"],
+        learning_rate=chosen["learning_rate"],
+        state_cache_gb=chosen["state_cache_gb"],
+        eval_strategy="steps",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        logging_steps=5,
+        **options,
+    )
+
+
+def _read(
+    data: list[Path], tokenizer: Any, max_length: int, num_held_out: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return training and held-out conversations; every file gives its share of the latter."""
+    from dspark_hf.training.data import read_conversations, split_held_out
+
+    training: list[Conversation] = []
+    held_out: list[Conversation] = []
+    for path in data:
+        if not path.is_file():
+            raise ValueError(
+                f"`--data` must be files, got {str(path)!r}, which is none. Write one with `dspark-hf data`."
+            )
+        conversations = read_conversations(path, tokenizer, max_length=max_length)
+        if len(conversations) < 2:
+            raise ValueError(
+                f"`--data` must hold at least 2 usable conversations a file, got {len(conversations)} in {str(path)!r}. "
+                "Write more with `dspark-hf data`."
+            )
+        share = min(max(num_held_out // len(data), 1), len(conversations) // 2)
+        kept, apart = split_held_out(conversations, share)
+        training += kept
+        held_out += apart
+    return training, held_out
+
+
+def _layer_ids(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"`--target-layers` must be numbers with commas between them, got {text!r}. For example 9,19,28."
+        ) from error

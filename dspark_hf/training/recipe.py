@@ -1,0 +1,136 @@
+"""From a user's choices to a trained drafter: presets, the fresh drafter, the saved folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+from dspark_hf.training.data import Conversation, most_frequent_tokens
+from dspark_hf.training.trainer import DSparkTrainer
+
+DTYPES: Mapping[str, torch.dtype | str] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+# what a choice is when it is left open
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # as released: the drafter and the schedule of the paper, for days on several GPUs
+    "paper": {
+        "layers": 5,
+        "markov_rank": 256,
+        "draft_vocab": None,
+        "warm_start": False,
+        "anchors": 512,
+        "learning_rate": 6e-4,
+        "state_cache_gb": 0.0,
+    },
+    # an evening on one GPU, or a night on two cores
+    "small": {
+        "layers": 2,
+        "markov_rank": 64,
+        "draft_vocab": 8192,
+        "warm_start": True,
+        "anchors": 128,
+        "learning_rate": 4e-3,
+        "state_cache_gb": 8.0,
+    },
+}
+
+
+def build_drafter(
+    target: PreTrainedModel,
+    conversations: Sequence[Conversation],
+    *,
+    layers: int,
+    markov_head: str,
+    markov_rank: int,
+    block_size: int,
+    draft_vocab: int | None,
+    warm_start: bool,
+    target_layer_ids: Sequence[int] | None = None,
+) -> DSparkAssistantModel:
+    """Return a fresh drafter in fp32.
+
+    Args:
+        target: the target.
+        conversations: the text whose most frequent tokens the drafter may propose.
+        layers: number of drafter layers; never more than the target has.
+        markov_head: `"vanilla"`, `"gated"`, `"rnn"`, or `"none"` for a plain DFlash drafter.
+        markov_rank: rank of that head.
+        block_size: drafts per round.
+        draft_vocab: number of proposable tokens; None, or as many as there are, for all.
+        warm_start: copy the target's last layers.
+        target_layer_ids: layers to read; None for evenly spaced ones.
+
+    Raises:
+        ValueError: as `DSparkAssistantModel.from_target`.
+    """
+    config = target.config.get_text_config(decoder=True)
+    draft_token_ids = None
+    if draft_vocab is not None and draft_vocab < config.vocab_size:
+        draft_token_ids = most_frequent_tokens(conversations, draft_vocab, config.vocab_size)
+    has_head = markov_head != "none"
+    drafter = DSparkAssistantModel.from_target(
+        target,
+        num_hidden_layers=min(layers, config.num_hidden_layers),
+        target_layer_ids=target_layer_ids,
+        block_size=block_size,
+        markov_head_type=markov_head if has_head else "vanilla",
+        markov_rank=markov_rank if has_head else 0,
+        draft_token_ids=draft_token_ids,
+        markov_over_draft_vocab=draft_token_ids is not None and has_head,
+        warm_start=warm_start,
+    )
+    return drafter.float()
+
+
+def load_target(name: str, *, dtype: str, device: str, quantization: str = "none") -> tuple[Any, Any]:
+    """Return the target and its tokenizer.
+
+    Args:
+        name: folder or hub name.
+        dtype: `"auto"`, `"fp32"`, `"bf16"` or `"fp16"`.
+        device: where the target goes.
+        quantization: `"none"`, or bitsandbytes' `"8bit"` or `"4bit"`; the output head is always left out of it, the
+            loss reads its rows.
+
+    Raises:
+        ValueError: if a choice is unknown, or the target cannot be read.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one of them.")
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": device}}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            llm_int8_skip_modules=["lm_head"],
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"`target` must be the folder or hub name of a causal language model, got {name!r}, which cannot be read. "
+            f"Correct it. ({reason})"
+        ) from error
+
+
+def save_trained(trainer: DSparkTrainer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Save the drafter of a trainer in `dtype`, with the target's tokenizer and the log of its evaluations."""
+    drafter = trainer.accelerator.unwrap_model(trainer.model).eval().to(dtype=dtype)
+    drafter.save_pretrained(folder)
+    if trainer.processing_class is not None:
+        trainer.processing_class.save_pretrained(folder)
+    log = [json.dumps(record) + "\n" for record in trainer.state.log_history if "eval_loss" in record]
+    (folder / "training_log.jsonl").write_text("".join(log), encoding="utf-8")

@@ -1,0 +1,163 @@
+"""`dspark-hf train` from the command line to a drafter that drafts."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.cli.train import train
+from dspark_hf.demo.tiny import write_tiny_pair
+
+app = typer.Typer()
+app.command()(train)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny target and text that it wrote."""
+    folder = tmp_path_factory.mktemp("train")
+    path, _ = write_tiny_pair(folder)
+    target, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    prompts = torch.randint(4, 60, (24, 3))
+    texts = target.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, max_new_tokens=20, min_new_tokens=20
+    )
+    records = [
+        {"prompt": tokenizer.decode(row[:3]), "completion": tokenizer.decode(row[3:]), "finished": False}
+        for row in texts
+    ]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return folder
+
+
+def _arguments(folder: Path, output: str, *further: str) -> list[str]:
+    given = {
+        "--target": str(folder / "target"),
+        "--data": str(folder / "texts.jsonl"),
+        "--output": str(folder / output),
+        "--max-steps": "6",
+        "--layers": "1",
+        "--markov-rank": "4",
+        "--anchors": "8",
+        "--held-out": "4",
+        "--every": "2",
+        "--batch-size": "2",
+        "--accumulate": "1",
+        "--draft-vocab": "40",
+    }
+    return [part for pair in given.items() if pair[0] not in further for part in pair] + list(further)
+
+
+def _run(folder: Path, output: str, *further: str) -> tuple[int, str]:
+    result = CliRunner().invoke(
+        app, _arguments(folder, output, *further), env={"COLUMNS": "500", "NO_COLOR": "1", "CUDA_VISIBLE_DEVICES": ""}
+    )
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_trains_a_drafter_that_drafts(folder: Path) -> None:
+    """The command would not do what its help says, or its result would not load beside the target."""
+    code, output = _run(folder, "small", "--tensorboard")
+    assert code == 0, output
+    assert "held-out tau" in output
+    drafter = DSparkAssistantModel.from_pretrained(folder / "small" / "drafter")
+    assert drafter.dtype == torch.bfloat16
+    assert drafter.config.draft_vocab_size == 40
+    assert drafter.config.markov_over_draft_vocab
+    assert list((folder / "small").rglob("events.out.tfevents*"))
+    log = (folder / "small" / "drafter" / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in log] == [2, 4, 6]
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "small" / "drafter")
+    inputs = tokenizer("baba dufo", return_tensors="pt")
+    plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(plain, target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=drafter))
+
+
+@pytest.mark.parametrize("head", ["gated", "rnn", "none"])
+def test_all_heads(head: str, folder: Path) -> None:
+    """A kind of head could not be trained from the command line."""
+    code, output = _run(folder, head, "--markov-head", head, "--preset", "paper", "--draft-vocab", "0")
+    assert code == 0, output
+    config = DSparkAssistantModel.from_pretrained(folder / head / "drafter").config
+    assert (config.markov_rank == 0) == (head == "none")
+    assert head in ("none", config.markov_head_type)
+    assert config.draft_vocab_size is None
+
+
+def test_goes_on_from_a_drafter_and_from_an_interruption(folder: Path) -> None:
+    """Another run would begin anew although a trained drafter, or a checkpoint, is there."""
+    code, output = _run(folder, "longer", "--max-steps", "4")
+    assert code == 0, output
+    # more steps in the same folder: only these are run
+    code, output = _run(folder, "longer", "--max-steps", "6")
+    assert code == 0, output
+    lines = (folder / "longer" / "drafter" / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    drafter = folder / "longer" / "drafter"
+    code, output = _run(folder, "further", "--drafter", str(drafter), "--learning-rate", "0", "--max-steps", "2")
+    assert code == 0, output
+    before, after = (
+        DSparkAssistantModel.from_pretrained(path).state_dict() for path in (drafter, folder / "further" / "drafter")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "/nowhere"), "`target` must be the folder or hub name of a causal language model"),
+        (("--data", "/nowhere.jsonl"), "`--data` must be files, got '/nowhere.jsonl'"),
+        (("--target-layers", "1;2"), "`--target-layers` must be numbers with commas between them, got '1;2'"),
+        (("--target-dtype", "fp8"), "`dtype` must be one of auto, fp32, bf16, fp16, got 'fp8'"),
+        (("--drafter", "/nowhere"), "/nowhere"),
+    ],
+)
+def test_mistakes_are_told(arguments: tuple[str, ...], message: str, folder: Path) -> None:
+    """A mistake would cost time or end in a traceback."""
+    code, output = _run(folder, "mistake", *arguments)
+    assert code == 2
+    assert message in output
+
+
+def test_two_processes_train_what_one_would(folder: Path) -> None:
+    """With `accelerate launch` processes would see the same data, drift apart or write over each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "dspark_hf"]
+    # four texts to train on, so that every step sees them all, in whatever order
+    lines = (folder / "texts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
+    common = ("--data", str(folder / "few.jsonl"), "--no-bf16", "--target-dtype", "fp32", "--anchors", "100")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [sys.executable, "-m", *launch, "train", *_arguments(folder, "two", *common)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    code, output = _run(folder, "one", *common, "--batch-size", "4")
+    assert code == 0, output
+    two, one = (
+        [json.loads(line) for line in (folder / name / "drafter" / "training_log.jsonl").open(encoding="utf-8")]
+        for name in ("two", "one")
+    )
+    assert [record["step"] for record in two] == [2, 4, 6]
+    # and of equal length: two batches of two weigh as one of four
+    taus = [[record["eval_expected_tau"] for record in log] for log in (two, one)]
+    assert taus[0] == pytest.approx(taus[1], abs=5e-3)
