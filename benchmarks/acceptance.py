@@ -1,6 +1,8 @@
 """Greedy accepted length of a drafter on prompt files, and whether its texts equal plain `generate`.
 
 python -m benchmarks.acceptance gsm8k_eval.jsonl mbpp_eval.jsonl
+
+The table of the repository. `dspark-hf eval` measures more, on any target and drafter.
 """
 
 from __future__ import annotations
@@ -8,16 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from rich.progress import Progress
 
-from benchmarks.overhead import FOLDER, read_prompts
+from benchmarks.overhead import FOLDER
 from benchmarks.provenance import describe_run
-from dspark_hf import DSparkAssistantModel
-from dspark_hf.demo.comparison import Answer, answer, encode_prompt
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+from dspark_hf.evaluation.loading import encode_sets, load_models, read_prompt_sets
+from dspark_hf.evaluation.results import SetResult
+from dspark_hf.evaluation.run import evaluate, num_turns
+from dspark_hf.evaluation.settings import EvaluationSettings
 
 
 def main(
@@ -30,50 +32,44 @@ def main(
 ) -> None:
     """Measure in fp32, print the table and write it to a file."""
     model = PACKAGED_MODELS["smollm2"]
-    target_folder = target or converted_target("smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(target_folder)
-    loaded_target = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
-    loaded_drafter = DSparkAssistantModel.from_pretrained(drafter or shipped_drafter(model), dtype=torch.float32)
+    settings = EvaluationSettings(max_new_tokens=max_new_tokens, repeats=1)
+    sets = read_prompt_sets(files, num_prompts)
+    target_folder = target or str(converted_target("smollm2"))
+    drafter_folder = drafter or str(shipped_drafter(model))
+    models = load_models(target_folder, {"drafter": drafter_folder}, dtype="fp32", device="cpu")
+    prompts = encode_sets(sets, models, max_new_tokens)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("warming up", total=num_turns(prompts, settings))
+        evaluation = evaluate(
+            models, prompts, settings, advance=lambda name: progress.update(task, advance=1, description=name)
+        )
+    if evaluation.ended_by is not None:
+        raise SystemExit(f"No table is written: the run ended early ({evaluation.ended_by}).")
+    block_size = evaluation.drafters[0].block_size
     lines = [
         "# Accepted length",
         "",
-        f"{Path(target).name if target else model.title}, fp32, greedy, blocks of {loaded_drafter.block_size}, the "
+        f"{Path(target).name if target else model.title}, fp32, greedy, blocks of {block_size}, the "
         f"first {num_prompts} prompts of each file, {max_new_tokens} new tokens at most. tau counts the bonus token.",
         "",
         *describe_run(),
         "",
         "| prompts | tau | accepted by position, given the prefix | identical to plain |",
         "| --- | ---: | --- | ---: |",
+        *(_row(one) for one in evaluation.sets),
     ]
-    for path in files:
-        pairs = []
-        for prompt in track(read_prompts(path, num_prompts), path.stem, transient=True):
-            inputs = encode_prompt(tokenizer, prompt)
-            pairs.append(
-                tuple(
-                    answer(loaded_target, inputs, max_new_tokens=max_new_tokens, **options)
-                    for options in ({}, {"assistant_model": loaded_drafter})
-                )
-            )
-        lines.append(_row(path.stem, pairs))
     text = "\n".join(lines) + "\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     print(text)
 
 
-def _row(name: str, pairs: list[tuple[Answer, ...]]) -> str:
-    statistics = [assisted.statistics for _, assisted in pairs if assisted.statistics is not None]
-    tau = sum(one.num_committed for one in statistics) / sum(one.num_rounds for one in statistics)
-    width = max(len(one.verified_by_position) for one in statistics)
-    rates = []
-    for position in range(width):
-        seen = [one for one in statistics if position < len(one.verified_by_position)]
-        verified = sum(one.verified_by_position[position] for one in seen)
-        accepted = sum(one.accepted_by_position[position] for one in seen)
-        rates.append(f"{accepted / max(verified, 1):.2f}")
-    same = sum(plain.token_ids == assisted.token_ids for plain, assisted in pairs)
-    return f"| {name} | {tau:.2f} | {' '.join(rates)} | {same} of {len(pairs)} |"
+def _row(one_set: SetResult) -> str:
+    result = one_set.drafters[0]
+    acceptance, speed = result.acceptance, result.speeds[0]
+    tau = "" if acceptance.tau is None else f"{acceptance.tau.value:.2f}"
+    rates = " ".join(f"{rate.value:.2f}" for rate in acceptance.rate_by_position)
+    return f"| {one_set.name} | {tau} | {rates} | {speed.num_identical} of {speed.num_outputs} |"
 
 
 if __name__ == "__main__":

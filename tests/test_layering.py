@@ -11,9 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "dspark_hf"
 BELOW = {
     "generation": {"generation"},
     "modeling": {"generation", "modeling"},
-    "training": {"generation", "modeling", "training"},
+    "calibration": {"generation", "modeling", "calibration", "prompts"},
+    "evaluation": {"generation", "modeling", "evaluation", "calibration", "prompts"},
+    "training": {"generation", "modeling", "training", "prompts"},
     "demo": {"generation", "modeling", "demo", ""},
-    "cli": {"generation", "modeling", "training", "demo", "cli", ""},
+    "cli": {"generation", "modeling", "training", "calibration", "evaluation", "demo", "prompts", "cli", ""},
 }
 FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).glob("*.py"))
 

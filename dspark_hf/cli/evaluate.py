@@ -1,0 +1,77 @@
+"""`dspark-hf eval`: drafters on prompt files, measured and written down."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+class Dtype(str, Enum):
+    """What target and drafters compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def evaluate(
+    prompt_files: Annotated[list[Path], typer.Argument(help="Prompt sets, JSON Lines; named by their stems.")],
+    target: Annotated[str, typer.Option(help="Folder or hub name of the model to accelerate.")],
+    drafter: Annotated[str, typer.Option(help="Folder or hub name of its drafter.")],
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Another drafter to compare with; may be given several times.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="First prompts of each file; default: all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 128,
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0, help="0 is greedy (the default); may be given several times.")
+    ] = None,
+    num_drafts: Annotated[int | None, typer.Option(min=1, help="Drafts per round; default: the block size.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Answers per prompt and way; speeds are medians.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Also measure speed with this many rows per call.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="auto is the target's own; only fp32 is identical for sure.")] = (
+        Dtype.auto
+    ),
+    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.")] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder of evaluation.json, figures and report.html.")] = Path(
+        "evaluation"
+    ),
+) -> None:
+    """Measure drafters on prompt files: accepted length, speed, reliability; Ctrl-C keeps what is measured."""
+    # imported here, so that the help is instant
+    from dspark_hf.evaluation.display import print_evaluation
+    from dspark_hf.evaluation.session import EvaluationRequest, run_request
+    from dspark_hf.evaluation.settings import EvaluationSettings
+    from dspark_hf.evaluation.writing import write_evaluation
+
+    console = Console()
+    try:
+        request = EvaluationRequest(
+            target=target,
+            drafters=(drafter, *(baseline or ())),
+            prompt_files=tuple(prompt_files),
+            num_prompts=num_prompts,
+            dtype=dtype.value,
+            device=device,
+            output=output,
+            settings=EvaluationSettings(
+                max_new_tokens=max_new_tokens,
+                temperatures=tuple(temperature or (0.0,)),
+                num_drafts=num_drafts,
+                repeats=repeats,
+                batch_size=batch_size,
+            ),
+        )
+        evaluation = run_request(request, console)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    print_evaluation(evaluation, console)
+    paths = write_evaluation(evaluation, output)
+    console.print(f"Written: {len(paths)} files; read {paths[-1]}", soft_wrap=True)
+    if evaluation.ended_by is not None or evaluation.has_mismatch:
+        raise typer.Exit(1)

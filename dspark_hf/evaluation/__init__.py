@@ -1,0 +1,1 @@
+"""Evaluation of drafters: accepted length, speed, and what their confidence is worth."""

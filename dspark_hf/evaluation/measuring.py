@@ -1,0 +1,168 @@
+"""Answer every prompt plain and with every drafter, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_hf.evaluation.records import Answer, round_records
+from dspark_hf.evaluation.settings import EvaluationSettings
+from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+
+PLAIN = "plain"
+_WARM_UP_TOKENS = 8
+
+# what one prompt, or one batch of them, was answered: one list per way, one answer per repeat
+Turn = dict[str, list[Answer]]
+
+
+@dataclass
+class SetMeasurement:
+    """The answers to one prompt file at one temperature; whole turns only, whenever one looks.
+
+    `turns` were measured row by row, `batched_turns` with `batch_size` rows per call.
+    """
+
+    name: str
+    temperature: float
+    turns: list[Turn] = field(default_factory=list)
+    batched_turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every answer is the only one possible."""
+        return self.temperature == 0
+
+
+class Measuring:
+    """A run over prompt sets that can end at any time without losing whole turns.
+
+    Args:
+        target: the model that answers.
+        drafters: who assists, by name.
+        sets: every set's prompts, token ids `(1, T)` each.
+        settings: how to measure.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        drafters: Mapping[str, DSparkAssistantModel],
+        sets: Mapping[str, Sequence[Tensor]],
+        settings: EvaluationSettings,
+    ):
+        self._target = target
+        self._drafters: dict[str, DSparkAssistantModel | None] = {PLAIN: None, **drafters}
+        self._sets = sets
+        self._settings = settings
+        self.measurements = [
+            SetMeasurement(name, temperature) for temperature in settings.temperatures for name in sets
+        ]
+
+    def run(self, advance: Callable[[str], None]) -> None:
+        """Measure everything; `advance` is called after every turn with the name of its set.
+
+        Raises:
+            ValueError: before anything is measured, if a drafter was not made for the target.
+        """
+        self._check_drafters()
+        self._warm_up()
+        for measurement in self.measurements:
+            prompts = self._sets[measurement.name]
+            for index, token_ids in enumerate(prompts):
+                measurement.turns.append(self._turn([token_ids], measurement.temperature, index))
+                advance(measurement.name)
+            for index, batch in enumerate(self._batches(prompts)):
+                measurement.batched_turns.append(self._turn(batch, measurement.temperature, index))
+                advance(measurement.name)
+
+    def _batches(self, prompts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        size = self._settings.batch_size
+        return [] if size == 1 else [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+    def _check_drafters(self) -> None:
+        # Transformers would complain of the tokenizers, and see nothing else that does not fit
+        for drafter in self._drafters.values():
+            if drafter is not None:
+                drafter.check_target(TargetAdapter(self._target, drafter.target_layer_ids))
+
+    def _warm_up(self) -> None:
+        token_ids = next(iter(self._sets.values()))[0]
+        for way in self._drafters:
+            self._answer([token_ids], way, 0.0, seed=0, max_new_tokens=_WARM_UP_TOKENS)
+
+    def _turn(self, prompts: Sequence[Tensor], temperature: float, index: int) -> Turn:
+        ways = list(self._drafters)
+        turn: Turn = {way: [] for way in ways}
+        for repeat in range(self._settings.repeats):
+            number = index * self._settings.repeats + repeat
+            # another way goes first each time
+            first = number % len(ways)
+            for way in [*ways[first:], *ways[:first]]:
+                turn[way].append(self._answer(prompts, way, temperature, seed=self._settings.seed + number))
+        return turn
+
+    def _answer(
+        self, prompts: Sequence[Tensor], way: str, temperature: float, *, seed: int, max_new_tokens: int | None = None
+    ) -> Answer:
+        drafter = self._drafters[way]
+        inputs = self._pad(prompts)
+        options = {
+            "max_new_tokens": max_new_tokens or self._settings.max_new_tokens,
+            **_sampling_options(temperature),
+            **self._assistance(drafter),
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            start = perf_counter()
+            output = self._target.generate(**inputs, **options)
+            # on an accelerator this waits for the last token
+            new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+            seconds = perf_counter() - start
+        statistics = None if drafter is None or len(prompts) > 1 else drafter.last_statistics
+        return Answer(
+            token_ids=tuple(self._until_end(row) for row in new_tokens),
+            seconds=seconds,
+            rounds=None if statistics is None else round_records(statistics),
+        )
+
+    def _assistance(self, drafter: DSparkAssistantModel | None) -> dict[str, Any]:
+        if drafter is None:
+            return {}
+        # every draft is verified: only then is known what a threshold would have done
+        options = {"assistant_model": drafter, "assistant_confidence_threshold": 0.0}
+        if self._settings.num_drafts is not None:
+            options["num_assistant_tokens"] = self._settings.num_drafts
+        return options
+
+    def _pad(self, prompts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the model inputs, padded on the left."""
+        width = max(token_ids.shape[1] for token_ids in prompts)
+        # masked, so that any token will do
+        rows = [torch.nn.functional.pad(token_ids, (width - token_ids.shape[1], 0)) for token_ids in prompts]
+        masks = [torch.arange(width) >= width - token_ids.shape[1] for token_ids in prompts]
+        device = self._target.device
+        return {
+            "input_ids": torch.cat(rows).to(device),
+            "attention_mask": torch.stack(masks).long().to(device),
+        }
+
+    def _until_end(self, token_ids: list[int]) -> tuple[int, ...]:
+        """Return a row's tokens without the padding after its end."""
+        ends = self._target.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        length = next((index for index, token in enumerate(token_ids, start=1) if token in ends), len(token_ids))
+        return tuple(token_ids[:length])
+
+
+def _sampling_options(temperature: float) -> dict[str, Any]:
+    if temperature == 0:
+        return {"do_sample": False}
+    # the target's whole distribution, whatever its generation configuration prefers
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -1,0 +1,339 @@
+"""Figures of an evaluation, as PNG. matplotlib is imported where it is used (extra `eval`)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from dspark_hf.evaluation.intervals import Estimate
+from dspark_hf.evaluation.results import DrafterResult, Evaluation, SetResult
+from dspark_hf.evaluation.sweep import SweepPoint
+
+# Okabe and Ito's colours, told apart by colour-blind eyes too, without the yellow that paper swallows
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5195")
+_GREY = "#6b7480"
+_RESOLUTION = 160
+_PANELS_PER_ROW = 3
+# rounds below which a point says little
+_FEW = 20
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e7ec",
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: the stem of its file, its title, how to read it in a sentence, and its bytes."""
+
+    name: str
+    title: str
+    explanation: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a panel: its label, its points, their intervals, and how many rounds are behind each."""
+
+    label: str
+    color: str
+    x: Sequence[float]
+    y: Sequence[float]
+    bands: Sequence[Estimate] = ()
+    counts: Sequence[int] = ()
+    is_dashed: bool = False
+
+
+def check_plotting() -> None:
+    """Raise a `ValueError` if matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            '`matplotlib` must be installed to draw figures, got no such package. Run `pip install "dspark-hf[eval]"`.'
+        )
+
+
+def draw_figures(evaluation: Evaluation) -> list[Figure]:
+    """Return all figures there are measurements for.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    check_plotting()
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figures = [_accepted_length(evaluation)]
+        for temperature in evaluation.settings.temperatures:
+            sets = [one for one in evaluation.sets if one.temperature == temperature]
+            figures += _of_temperature(sets, temperature) if sets else []
+    return figures
+
+
+def _of_temperature(sets: Sequence[SetResult], temperature: float) -> Iterator[Figure]:
+    suffix, way = f"temperature_{temperature:g}", _way(temperature)
+    if any(result.acceptance.rate_by_position for one_set in sets for result in one_set.drafters):
+        yield _acceptance_by_position(sets, suffix, way)
+    for index, first in enumerate(sets[0].drafters):
+        pairs = [(one_set.name, one_set.drafters[index]) for one_set in sets]
+        # without a confidence head there is nothing to draw, and nothing without a round either
+        pairs = [(name, result) for name, result in pairs if result.sweep and result.reliability]
+        if pairs:
+            of = f"{_file_stem(first.drafter)}_{suffix}"
+            yield _threshold_sweep(pairs, of, f"{first.drafter}, {way}")
+            yield _survival_by_position(pairs, of, f"{first.drafter}, {way}")
+            yield _reliability(pairs, of, f"{first.drafter}, {way}")
+
+
+def _accepted_length(evaluation: Evaluation) -> Figure:
+    """Draw tau and the speed of every drafter on every set, one row each."""
+    drafters = [drafter.name for drafter in evaluation.drafters]
+    num_rows = len(evaluation.sets)
+    spacing = len(drafters) + 0.7
+    figure = _new_figure(10, 1.5 + 0.34 * spacing * num_rows)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row, one_set in enumerate(evaluation.sets):
+        for index, result in enumerate(one_set.drafters):
+            y, color = row * spacing + index, COLORS[index % len(COLORS)]
+            tau, speed = result.acceptance.tau, result.speeds[0]
+            if tau is not None:
+                _dot(left, tau.value, y, tau.low, tau.high, color, f"{tau.value:.2f}")
+            _dot(right, speed.ratio, y, speed.lowest_ratio, speed.highest_ratio, color, f"{speed.ratio:.2f}x")
+    middle = (len(drafters) - 1) / 2
+    has_several = len(evaluation.settings.temperatures) > 1
+    names = [f"{one.name}, {_way(one.temperature)}" if has_several else one.name for one in evaluation.sets]
+    left.set_yticks([row * spacing + middle for row in range(num_rows)], names)
+    left.set_ylim(num_rows * spacing - 0.7 - 0.2, -0.8)
+    for axes, title, label in (
+        (left, "Accepted length", "tau, tokens per target pass"),
+        (right, "Speed", "times the speed of plain generate"),
+    ):
+        axes.axvline(1, color=_GREY, linewidth=1)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set(title=title, xlabel=label)
+        axes.margins(x=0.25)
+    _name_colors(figure, drafters)
+    return _finish(
+        figure,
+        "accepted_length",
+        "Accepted length and speed",
+        "Left: tokens per target pass with 95% intervals over prompts. Right: speed against plain generate with the "
+        "range of the repeats. The grey line at 1 is plain generate.",
+    )
+
+
+def _dot(axes: Any, x: float, y: float, low: float | None, high: float | None, color: str, text: str) -> None:
+    axes.plot([x if low is None else low, x if high is None else high], [y, y], color=color, linewidth=2, alpha=0.5)
+    axes.plot([x], [y], "o", color=color, markersize=7)
+    axes.annotate(text, (max(x, high or x), y), (8, 0), textcoords="offset points", va="center", color=color)
+
+
+def _acceptance_by_position(sets: Sequence[SetResult], suffix: str, way: str) -> Figure:
+    def draw(axes: Any, one_set: SetResult) -> None:
+        lines = []
+        for index, result in enumerate(one_set.drafters):
+            rates = result.acceptance.rate_by_position
+            positions = range(1, len(rates) + 1)
+            color = COLORS[index % len(COLORS)]
+            values, counts = [rate.value for rate in rates], result.acceptance.verified_by_position
+            lines.append(_Line(result.drafter, color, positions, values, rates, counts))
+        _draw_lines(axes, lines)
+        _format_positions(axes, one_set.name)
+
+    figure = _small_multiples(sets, draw, "accepted, given the prefix was", y_limits=(0, 1))
+    _name_colors(figure, [result.drafter for result in sets[0].drafters])
+    return _finish(
+        figure,
+        f"acceptance_by_position_{suffix}",
+        f"Acceptance by position, {way}",
+        "Share of the drafts at each position that the target takes, of the times it took all before them; shaded: "
+        f"95% intervals over prompts; hollow: fewer than {_FEW} rounds came so far. Drafters without a sequential "
+        "head fall towards the right.",
+    )
+
+
+def _threshold_sweep(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str) -> Figure:
+    values: list[tuple[str, str, Callable[[SweepPoint], float | None]]] = [
+        ("Accepted length", "tau, tokens per target pass", lambda point: point.tau.value),
+        ("Work", "share of drafts that are verified", lambda point: point.verified_share.value),
+        ("Yield", "share of verified drafts accepted", lambda point: _value(point.verify_rate)),
+    ]
+    figure = _new_figure(11, 4.2)
+    for axes, (heading, label, value) in zip(figure.subplots(1, 3), values, strict=True):
+        lines = []
+        for index, (name, result) in enumerate(pairs):
+            points = [(point.threshold, value(point)) for point in result.sweep or ()]
+            known = [(x, y) for x, y in points if y is not None]
+            color = COLORS[index % len(COLORS)]
+            lines.append(_Line(name, color, [x for x, _ in known], [y for _, y in known]))
+        _draw_lines(axes, lines)
+        axes.set(title=heading, xlabel="confidence threshold", ylabel=label)
+        if heading != "Accepted length":
+            axes.set_ylim(0, 1)
+            _percent(axes.yaxis)
+    _name_colors(figure, [name for name, _ in pairs])
+    return _finish(
+        figure,
+        f"threshold_sweep_{of}",
+        f"Confidence threshold: {title}",
+        "A higher threshold verifies fewer drafts, of which more are taken, and commits fewer tokens per pass. Worked "
+        "out from the rounds that verified every draft: exact for each round, an estimate for a whole run.",
+    )
+
+
+def _survival_by_position(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str) -> Figure:
+    def draw(axes: Any, pair: tuple[str, DrafterResult]) -> None:
+        reliability = pair[1].reliability
+        assert reliability is not None
+        positions = range(1, len(reliability.believed_by_position) + 1)
+        lines = [
+            _Line("believed", COLORS[1], positions, reliability.believed_by_position, is_dashed=True),
+            _Line("observed", COLORS[0], positions, reliability.observed_by_position),
+        ]
+        _draw_lines(axes, lines)
+        _format_positions(axes, pair[0])
+
+    figure = _small_multiples(pairs, draw, "drafts up to here all accepted", y_limits=(0, 1))
+    _name_colors(figure, ["observed", "believed (dashed)"])
+    return _finish(
+        figure,
+        f"survival_by_position_{of}",
+        f"Survival by position: {title}",
+        "How often the drafts up to each position were all taken, and how often the confidence head said they would "
+        "be. A dashed line above the solid one is over-confidence.",
+    )
+
+
+def _reliability(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str) -> Figure:
+    def draw(axes: Any, pair: tuple[str, DrafterResult]) -> None:
+        reliability = pair[1].reliability
+        assert reliability is not None
+        survival = reliability.survival
+        bins = [one for one in survival.bins if one.num_drafts]
+        largest = max(one.num_drafts for one in bins)
+        x, y = [one.believed for one in bins], [one.observed for one in bins]
+        axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
+        areas = [15 + 235 * one.num_drafts / largest for one in bins]
+        axes.scatter(x, y, areas, color=COLORS[0], alpha=0.75, linewidth=0, zorder=3)
+        auc = "" if survival.auc is None else f"\nAUC {survival.auc:.2f}"
+        axes.text(0.04, 0.96, f"ECE {survival.ece:.1%}{auc}", transform=axes.transAxes, va="top")
+        axes.set(title=pair[0], xlabel="believed survival", xlim=(-0.03, 1.03), aspect="equal")
+        _percent(axes.xaxis)
+
+    figure = _small_multiples(pairs, draw, "observed survival", y_limits=(-0.03, 1.03))
+    return _finish(
+        figure,
+        f"reliability_{of}",
+        f"Reliability: {title}",
+        "Drafts grouped by the believed chance that they and all before them are taken, against how often they were; "
+        "larger dots hold more drafts. On the grey line belief and outcome agree; below it, it is over-confident.",
+    )
+
+
+def _small_multiples(
+    items: Sequence[Any], draw: Callable[[Any, Any], None], y_label: str, *, y_limits: tuple[float, float]
+) -> Any:
+    """Draw one panel per item, at most three in a row, on one scale."""
+    num_columns = min(len(items), _PANELS_PER_ROW)
+    num_rows = -(-len(items) // num_columns)
+    figure = _new_figure(1.2 + (3.4 if num_columns > 1 else 5) * num_columns, 0.5 + 3.6 * num_rows)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
+    panels = list(grid.flat)
+    for axes, item in zip(panels, items, strict=False):
+        draw(axes, item)
+        axes.set_ylim(*y_limits)
+        _percent(axes.yaxis)
+        # a panel need not have another below it
+        axes.tick_params(labelbottom=True)
+    for axes in panels[len(items) :]:
+        axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel(y_label)
+    return figure
+
+
+def _draw_lines(axes: Any, lines: Sequence[_Line]) -> None:
+    for line in lines:
+        style = "--" if line.is_dashed else "-"
+        # not clipped: a dot at 0% or 100% is a whole dot
+        axes.plot(line.x, line.y, style, color=line.color, linewidth=2, marker="o", markersize=5, clip_on=False)
+        rare = [(x, y) for x, y, count in zip(line.x, line.y, line.counts, strict=False) if count < _FEW]
+        if rare:
+            axes.plot(*zip(*rare, strict=True), "o", color=line.color, markersize=5, mfc="white", clip_on=False)
+        bands = [(x, one.low, one.high) for x, one in zip(line.x, line.bands, strict=False) if one.low is not None]
+        if bands:
+            axes.fill_between(*zip(*bands, strict=True), color=line.color, alpha=0.13, linewidth=0)
+
+
+def _format_positions(axes: Any, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(title=title, xlabel="draft position")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def _name_colors(figure: Any, names: Sequence[str]) -> None:
+    """Write the names in their colours above the panels, if there is more than one."""
+    if len(names) < 2:
+        return
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=COLORS[index % len(COLORS)], linewidth=4, label=name) for index, name in enumerate(names)
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        labelcolor="linecolor",
+        handlelength=1,
+        borderaxespad=0.2,
+    )
+
+
+def _new_figure(width: float, height: float) -> Any:
+    # without pyplot: it keeps figures alive and may look for a screen
+    from matplotlib.figure import Figure as Canvas
+
+    return Canvas(figsize=(width, height), dpi=_RESOLUTION)
+
+
+def _finish(figure: Any, name: str, title: str, explanation: str) -> Figure:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return Figure(name, title, explanation, buffer.getvalue())
+
+
+def _way(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def _file_stem(name: str) -> str:
+    return "".join(character if character.isalnum() or character in "-_." else "_" for character in name)
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value

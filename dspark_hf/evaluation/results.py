@@ -1,0 +1,178 @@
+"""The result of an evaluation: plain data, from the answers to the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dspark_hf.evaluation.acceptance import Acceptance, summarize_acceptance
+from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, Turn
+from dspark_hf.evaluation.provenance import Provenance
+from dspark_hf.evaluation.records import RoundRecord
+from dspark_hf.evaluation.reliability import Reliability, measure_reliability
+from dspark_hf.evaluation.settings import EvaluationSettings
+from dspark_hf.evaluation.sweep import SweepPoint, sweep_thresholds
+from dspark_hf.evaluation.throughput import Speed, summarize_speed
+
+
+@dataclass(frozen=True)
+class DrafterResult:
+    """One drafter on one prompt set at one temperature.
+
+    Attributes:
+        drafter: its name.
+        acceptance: how far the target follows it.
+        speeds: against plain `generate`, with one row per call first.
+        sweep: what a confidence threshold would have done; None without a confidence head.
+        reliability: how far its confidence can be trusted; None without a confidence head.
+        prompts: every prompt's counts.
+    """
+
+    drafter: str
+    acceptance: Acceptance
+    speeds: tuple[Speed, ...]
+    sweep: tuple[SweepPoint, ...] | None
+    reliability: Reliability | None
+    prompts: tuple[PromptResult, ...]
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """One prompt: new tokens and seconds of every repeat, and the rounds and tokens behind `tau`."""
+
+    num_plain_tokens: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    plain_seconds: tuple[float, ...]
+    seconds: tuple[float, ...]
+    num_rounds: int
+    num_committed: int
+    num_verified: int
+    num_accepted: int
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """One prompt set at one temperature; `num_prompts` of `num_wanted` were measured."""
+
+    name: str
+    temperature: float
+    num_prompts: int
+    num_wanted: int
+    drafters: tuple[DrafterResult, ...]
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every answer is the only one possible."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class DrafterInfo:
+    """A drafter: its name, its block size, whether it has a Markov head, a confidence head, and calibration."""
+
+    name: str
+    block_size: int
+    has_markov_head: bool
+    has_confidence_head: bool
+    is_calibrated: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything an evaluation measured.
+
+    Attributes:
+        target: name of the target.
+        dtype: what target and drafters computed in.
+        device: where.
+        drafters: the drafter in question first.
+        settings: how it was measured.
+        provenance: hardware, versions, date, commit, command line.
+        ended_by: what ended it early; None if it is complete.
+        sets: the results, for every temperature and set.
+    """
+
+    target: str
+    dtype: str
+    device: str
+    drafters: tuple[DrafterInfo, ...]
+    settings: EvaluationSettings
+    provenance: Provenance
+    ended_by: str | None
+    sets: tuple[SetResult, ...]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether greedy answers must equal those of plain `generate`."""
+        return self.dtype == "float32"
+
+    @property
+    def has_mismatch(self) -> bool:
+        """Whether an answer differs that must not."""
+        return self.is_exact and any(
+            speed.num_identical is not None and speed.num_identical < speed.num_outputs
+            for one_set in self.sets
+            for drafter in one_set.drafters
+            for speed in drafter.speeds
+        )
+
+
+def summarize_set(measurement: SetMeasurement, num_wanted: int, batch_size: int) -> SetResult:
+    """Return the result of a set of which at least one turn was measured."""
+    drafters = [name for name in measurement.turns[0] if name != PLAIN]
+    return SetResult(
+        name=measurement.name,
+        temperature=measurement.temperature,
+        num_prompts=len(measurement.turns),
+        num_wanted=num_wanted,
+        drafters=tuple(_summarize_drafter(name, measurement, batch_size) for name in drafters),
+    )
+
+
+def _summarize_drafter(name: str, measurement: SetMeasurement, batch_size: int) -> DrafterResult:
+    rounds = [_rounds(turn, name, is_greedy=measurement.is_greedy) for turn in measurement.turns]
+    speeds = [
+        summarize_speed(
+            [turn[PLAIN] for turn in turns],
+            [turn[name] for turn in turns],
+            batch_size=size,
+            is_greedy=measurement.is_greedy,
+        )
+        for size, turns in ((1, measurement.turns), (batch_size, measurement.batched_turns))
+        if turns
+    ]
+    return DrafterResult(
+        drafter=name,
+        acceptance=summarize_acceptance(rounds),
+        speeds=tuple(speeds),
+        sweep=sweep_thresholds(rounds),
+        reliability=measure_reliability(rounds),
+        prompts=tuple(_summarize_prompt(turn, name, one) for turn, one in zip(measurement.turns, rounds, strict=True)),
+    )
+
+
+def _rounds(turn: Turn, name: str, *, is_greedy: bool) -> list[RoundRecord]:
+    # greedy answers repeat themselves; sampled ones are all new
+    answers = turn[name][:1] if is_greedy else turn[name]
+    return [one for answer in answers for one in answer.rounds or ()]
+
+
+def _summarize_prompt(turn: Turn, name: str, rounds: Sequence[RoundRecord]) -> PromptResult:
+    return PromptResult(
+        num_plain_tokens=tuple(answer.num_tokens for answer in turn[PLAIN]),
+        num_tokens=tuple(answer.num_tokens for answer in turn[name]),
+        plain_seconds=tuple(answer.seconds for answer in turn[PLAIN]),
+        seconds=tuple(answer.seconds for answer in turn[name]),
+        num_rounds=len(rounds),
+        num_committed=sum(one.num_committed for one in rounds),
+        num_verified=sum(one.num_verified for one in rounds),
+        num_accepted=sum(one.num_accepted for one in rounds),
+    )
+
+
+def to_json(evaluation: Evaluation) -> str:
+    """Return the evaluation as JSON; what could not be measured is null."""
+    fields: Mapping[str, Any] = {"is_complete": evaluation.ended_by is None, **asdict(evaluation)}
+    return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,181 @@
+"""Prompts: what they look like in a file, and the token ids a target reads.
+
+Legend: T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Message = dict[str, str]
+
+_LAYOUTS = (
+    '`{"turns": ["..."]}`, `{"messages": [{"role": "user", "content": "..."}]}`, `{"prompt": "..."}`, '
+    '`{"prompt": [...]}` or `{"user": "..."}`'
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a target is to answer, or to continue: exactly one of the two fields is set.
+
+    Args:
+        messages: a conversation that ends with a user turn; it goes through the target's chat template.
+        text: raw text to continue; no chat template touches it.
+
+    Example:
+
+        >>> user_turn("Name a planet.").messages
+        ({'role': 'user', 'content': 'Name a planet.'},)
+        >>> Prompt(text="Once upon a time").messages is None
+        True
+    """
+
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.text is None):
+            raise ValueError(
+                f"`Prompt` must have either `messages` or `text`, got messages={self.messages!r} and "
+                f"text={self.text!r}. Set one of the two."
+            )
+
+
+def user_turn(text: str) -> Prompt:
+    """Return the prompt that is one user turn."""
+    return Prompt(messages=({"role": "user", "content": text},))
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Return the prompts of a file, at most `limit` of them.
+
+    A `.txt` file holds a user turn on every line. Any other file is JSON Lines, each line in one of these layouts:
+
+    - `{"turns": ["...", ...]}`: the first is a user turn; the later ones follow answers that are not there yet;
+    - `{"messages": [{"role": ..., "content": ...}, ...]}`: a conversation, up to its last user turn;
+    - `{"prompt": [{"role": ..., "content": ...}, ...]}`: likewise;
+    - `{"prompt": "..."}`: raw text to continue, as in TRL, for chat models too;
+    - `{"user": "..."}`: a user turn.
+
+    Other fields are ignored, and so are empty lines.
+
+    Raises:
+        ValueError: if a line has another layout, or if there is no prompt at all.
+    """
+    path = Path(path)
+    with path.open(encoding="utf-8") as lines:
+        prompts = list(islice(_parse_lines(lines, path), limit))
+    if not prompts and limit != 0:
+        raise ValueError(f"`{path}` must hold at least one prompt, got an empty file. Write one prompt a line.")
+    return prompts
+
+
+def _parse_lines(lines: Iterable[str], path: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            yield user_turn(line.strip())
+            continue
+        try:
+            yield parse_prompt(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`{path}` must hold one JSON object a line, got {line.strip()[:60]!r} on line {number} "
+                f"({error.msg}). Correct the line, or name the file .txt if each line is a prompt."
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"`{path}`, line {number}: {error}") from error
+
+
+def parse_prompt(record: Any) -> Prompt:
+    """Return the prompt of one record; `read_prompts` lists the layouts.
+
+    Raises:
+        ValueError: if the record has another layout.
+    """
+    if isinstance(record, Mapping):
+        turns, prompt, user = record.get("turns"), record.get("prompt"), record.get("user")
+        if isinstance(turns, list) and turns and _is_text(turns[0]):
+            return user_turn(turns[0])
+        if "messages" in record:
+            return _conversation(record["messages"])
+        if _is_text(prompt):
+            return Prompt(text=prompt)
+        if isinstance(prompt, list) and prompt:
+            return _conversation(prompt)
+        if _is_text(user):
+            return user_turn(str(user))
+    got = sorted(record) if isinstance(record, Mapping) else record
+    raise ValueError(f"a prompt must be one of {_LAYOUTS}, none of it empty, got {_short(got)}. Rewrite it as one.")
+
+
+def _conversation(messages: Any) -> Prompt:
+    if not isinstance(messages, Sequence) or not all(_is_message(message) for message in messages):
+        raise ValueError(
+            f"messages must be objects with a `role` and a `content` that are text, got {_short(messages)}. "
+            "Leave out parts that are not text."
+        )
+    is_user = [message["role"] == "user" for message in messages]
+    if True not in is_user:
+        raise ValueError(
+            f"messages must hold a user turn, got the roles {[message['role'] for message in messages]}. Add one."
+        )
+    length = len(messages) - is_user[::-1].index(True)
+    return Prompt(messages=tuple({key: message[key] for key in ("role", "content")} for message in messages[:length]))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any) -> Tensor:
+    """Return the token ids of a prompt, `(T,)` int64, at least one.
+
+    Messages go through the tokenizer's chat template, up to where the answer starts; a tokenizer without one gets
+    their text. Raw text gets the tokenizer's own special tokens; text that yields no token becomes the BOS token.
+
+    Raises:
+        ValueError: if nothing is left to start from.
+    """
+    if prompt.messages is not None and has_chat_template(tokenizer):
+        rendered = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
+        # the template wrote the special tokens already
+        token_ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    else:
+        token_ids = tokenizer(plain_text(prompt)).input_ids
+    if not token_ids and tokenizer.bos_token_id is None:
+        raise ValueError(
+            "`prompt` must have at least one token, got none from a tokenizer without a BOS token. Give it some text."
+        )
+    return torch.tensor(token_ids or [tokenizer.bos_token_id], dtype=torch.long)
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Return whether the tokenizer has a chat template."""
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def plain_text(prompt: Prompt) -> str:
+    """Return a prompt without its roles: the raw text, or what the messages say, a blank line between them."""
+    if prompt.messages is None:
+        return prompt.text or ""
+    return "\n\n".join(message["content"] for message in prompt.messages)

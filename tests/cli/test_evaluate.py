@@ -1,0 +1,132 @@
+"""`dspark-hf eval` from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dspark_hf.cli.evaluate import evaluate
+from dspark_hf.demo.tiny import write_tiny_pair
+from dspark_hf.evaluation import session
+
+app = typer.Typer()
+app.command("eval")(evaluate)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pair, a second drafter and two prompt files."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_tiny_pair(folder)
+    shutil.copytree(folder / "drafter", folder / "other")
+    for name, words in (("first", ("baba dufo", "kali mone raba")), ("second", ("nera moli", "foka"))):
+        lines = [json.dumps({"turns": [text]}) for text in words]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def _run(folder: Path, *arguments: str, prompts: tuple[str, ...] = ("first.jsonl",)) -> tuple[int, str]:
+    paths = [str(folder / name) for name in prompts]
+    given = {"--target": str(folder / "target"), "--drafter": str(folder / "drafter"), "--max-new-tokens": "8"}
+    given |= {"--repeats": "1", "--output": str(folder / "result")}
+    options = [part for pair in given.items() if pair[0] not in arguments for part in pair]
+    # wide and without colours, so that messages can be found
+    result = CliRunner().invoke(app, [*options, *arguments, *paths], env={"COLUMNS": "500", "NO_COLOR": "1"})
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_measures_and_writes(folder):
+    """The command does not do what its help says."""
+    code, output = _run(
+        folder,
+        *("--baseline", str(folder / "other"), "--temperature", "0", "--temperature", "1"),
+        *("--batch-size", "2", "--num-prompts", "2", "--num-drafts", "3", "--device", "cpu", "--dtype", "fp32"),
+        prompts=("first.jsonl", "second.jsonl"),
+    )
+    assert code == 0, output
+    assert "tokens per target pass on first and second" in output
+    assert "4 of 4 outputs identical" in output
+    fields = json.loads((folder / "result" / "evaluation.json").read_text(encoding="utf-8"))
+    assert fields["is_complete"]
+    assert [one["name"] for one in fields["drafters"]] == ["drafter", "other"]
+    assert len(fields["sets"]) == 4
+    assert len(fields["sets"][0]["drafters"][0]["acceptance"]["rate_by_position"]) <= 3
+    assert (folder / "result" / "report.html").is_file()
+
+
+def test_same_text_for_the_same_drafter(folder):
+    """Two copies of one drafter get different numbers: drafters are not measured on the same terms."""
+    code, output = _run(folder, "--baseline", str(folder / "other"))
+    assert code == 0, output
+    fields = json.loads((folder / "result" / "evaluation.json").read_text(encoding="utf-8"))
+    ours, theirs = fields["sets"][0]["drafters"]
+    assert ours["acceptance"] == theirs["acceptance"]
+    assert ours["reliability"] == theirs["reliability"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompts", "message"),
+    [
+        ((), ("absent.jsonl",), "`PROMPT_FILES` must be files"),
+        ((), ("first.jsonl", "first.jsonl"), "`PROMPT_FILES` must be given once per value"),
+        ((), ("target/config.json",), "must hold one JSON object a line"),
+        (("--drafter", "{folder}/nowhere"), ("first.jsonl",), "must be folders or hub names of DSpark drafters"),
+        (("--drafter", "{folder}/target"), ("first.jsonl",), "must hold a DSpark drafter"),
+        (("--baseline", "{folder}/drafter"), ("first.jsonl",), "`--drafter and --baseline` must be given once"),
+        (("--num-drafts", "99"), ("first.jsonl",), "`--num-drafts` must lie in [1, 7] for drafter"),
+        (("--temperature", "0", "--temperature", "0"), ("first.jsonl",), "`--temperature` must be given once"),
+        (("--output", "{folder}/first.jsonl"), ("first.jsonl",), "`--output` must be a folder, got the file"),
+    ],
+)
+def test_mistakes_are_told_before_models_are_loaded(folder, monkeypatch, arguments, prompts, message):
+    """A user waits for the models to load, or reads a traceback, before hearing of a typing error."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the models were loaded")
+
+    monkeypatch.setattr(session, "load_models", fail)
+    code, output = _run(folder, *(one.format(folder=folder) for one in arguments), prompts=prompts)
+    assert code == 2
+    assert message in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "{folder}/nowhere"), "`--target` must be the folder or hub name"),
+        (("--device", "abacus"), "`--device` must be auto or a device PyTorch can use here, got 'abacus'"),
+        (("--max-new-tokens", "600"), "prompts must leave room for `--max-new-tokens` in the target's 512 positions"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_measured(folder, arguments, message):
+    """A user reads a traceback, or garbage is measured."""
+    code, output = _run(folder, *(one.format(folder=folder) for one in arguments))
+    assert code == 2
+    assert message in output
+
+
+def test_an_early_end_writes_what_was_measured(folder, monkeypatch):
+    """Ctrl-C leaves nothing, or looks like success."""
+    from dspark_hf.evaluation import measuring
+
+    run, calls = measuring.Measuring._turn, []
+
+    def interrupt(self, *args):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(self, *args)
+
+    monkeypatch.setattr(measuring.Measuring, "_turn", interrupt)
+    code, output = _run(folder, "--output", str(folder / "partial"))
+    assert code == 1
+    assert "partial result" in output
+    fields = json.loads((folder / "partial" / "evaluation.json").read_text(encoding="utf-8"))
+    assert (fields["is_complete"], fields["ended_by"]) == (False, "Ctrl-C")
+    assert fields["sets"][0]["num_prompts"] == 1
+    assert "partial result" in (folder / "partial" / "report.html").read_text(encoding="utf-8")
