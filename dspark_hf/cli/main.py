@@ -7,6 +7,7 @@ from importlib import metadata
 import typer
 
 from dspark_hf.cli.demo import demo
+from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.train import train
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command("eval")(evaluate)
 
 
 @app.command()

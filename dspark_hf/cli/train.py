@@ -185,7 +185,7 @@ def _read(
     for path in data:
         if not path.is_file():
             raise ValueError(
-                f"`--data` must be files, got {str(path)!r}, which is none. Write one with `dspark-hf data`."
+                f"`--data` must be files, got {str(path)!r}, which is none. `dspark-hf data` writes one."
             )
         conversations = read_conversations(path, tokenizer, max_length=max_length)
         if len(conversations) < 2:

@@ -51,7 +51,8 @@ class DraftMetrics:
 
         Returns:
             `loss`; `expected_tau` (tokens per round, bonus included); `loss_ce`, `loss_tv` (L1 distance) and
-            `loss_confidence` (means over slots, unweighted); `accept_rate_1` to `accept_rate_K` (Eq. 8, teacher-forced).
+            `loss_confidence` (means over slots, unweighted); `accept_rate_1` to `accept_rate_K` (Eq. 8, on the true
+            prefix).
         """
         if self._sums is None:
             return {}

@@ -33,7 +33,8 @@ class DSparkTrainer(Trainer):
 
     The target is frozen; its embedding and head are borrowed and its hidden states computed online, or read from a
     cache on disk (`state_cache_gb`). It may sit on another device than the drafter. Whatever `Trainer` offers works:
-    accumulation, gradient checkpointing, `accelerate launch`, TensorBoard, callbacks. A run resumes to the same losses.
+    accumulation, gradient checkpointing, `accelerate launch`, TensorBoard, callbacks. A run resumes to the same
+    losses.
 
     Memory: a tensor with a vocabulary-sized dimension never has more than 256 rows in the loss, forward or backward.
 
@@ -93,8 +94,8 @@ class DSparkTrainer(Trainer):
         usable = _usable(conversations)
         if not usable:
             raise ValueError(
-                f"`conversations` must hold two of the target's own tokens in a row somewhere, got {len(conversations)} "
-                "without any. Check the loss masks, or write more text with `dspark-hf data`."
+                f"`conversations` must hold two of the target's own tokens in a row, got {len(conversations)} without "
+                "any. Check the loss masks, or write more text with `dspark-hf data`."
             )
         super().__init__(
             model=drafter,
