@@ -6,6 +6,7 @@ from importlib import metadata
 
 import typer
 
+from dspark_hf.cli.calibrate import calibrate
 from dspark_hf.cli.demo import demo
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.train import train
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(calibrate)
 app.command("eval")(evaluate)
 
 

@@ -1,0 +1,101 @@
+"""Put temperatures into a saved drafter, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+
+_CONFIG = "config.json"
+
+
+def check_destination(drafter: str | Path, output: Path | None) -> None:
+    """Raise a `ValueError` unless temperatures of `drafter` can be saved to `output`, or into `drafter` itself."""
+    if output is not None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(
+                f"`--output` must be a new or empty folder, got {str(output)!r}. Name another one, or leave it out to "
+                "change the drafter's own folder."
+            )
+        return
+    if not _is_own_layout(drafter):
+        raise ValueError(
+            f"`--output` must be given for a drafter that is no folder in dspark_hf's own layout, got none for "
+            f"{str(drafter)!r}. Name a new folder for the calibrated drafter."
+        )
+    if not os.access(drafter, os.W_OK):
+        raise ValueError(f"`--drafter` must be a folder you may write to, got {str(drafter)!r}. Give an `--output`.")
+
+
+def save_temperatures(drafter: str | Path, temperatures: Sequence[float], output: Path | None = None) -> Path:
+    """Set `sts_temperatures` of a saved drafter. Returns the folder that holds the calibrated drafter.
+
+    Without `output` the drafter's own `config.json` is replaced at once by one that differs in this field only. With
+    `output` that folder gets a copy of the drafter; there is a whole folder or none.
+
+    Raises:
+        ValueError: if `output` is not empty, or left out for a drafter that is no folder in our own layout.
+    """
+    check_destination(drafter, output)
+    if output is None:
+        _write_field(Path(drafter, _CONFIG), temperatures)
+        return Path(drafter)
+    if _is_own_layout(drafter):
+        _write_whole_folder(output, lambda folder: _copy(Path(drafter), folder, temperatures))
+    else:
+        _write_whole_folder(output, lambda folder: _convert(drafter, folder, temperatures))
+    return output
+
+
+def _is_own_layout(drafter: str | Path) -> bool:
+    path = Path(drafter, _CONFIG)
+    return path.is_file() and _read(path).get("model_type") == DSparkConfig.model_type
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_field(path: Path, temperatures: Sequence[float]) -> None:
+    fields = {**_read(path), "sts_temperatures": list(temperatures)}
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".config-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            # as Transformers writes it
+            file.write(json.dumps(fields, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _copy(source: Path, folder: Path, temperatures: Sequence[float]) -> None:
+    # links of a hub cache become files
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    _write_field(folder / _CONFIG, temperatures)
+
+
+def _convert(drafter: str | Path, folder: Path, temperatures: Sequence[float]) -> None:
+    model = DSparkAssistantModel.from_pretrained(drafter, dtype="auto")
+    model.config.sts_temperatures = list(temperatures)
+    model.save_pretrained(folder)
+
+
+def _write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as workspace:
+        partial = Path(workspace, "folder")
+        partial.mkdir()
+        write(partial)
+        # an empty folder may be replaced
+        partial.rename(folder)

@@ -1,0 +1,36 @@
+"""Reliability diagrams are drawn where matplotlib is installed, and asked for where it is not."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from dspark_hf.calibration import diagrams
+from dspark_hf.calibration.diagrams import check_matplotlib, draw_reliability
+from tests.calibration.synthetic import synthetic_observations
+
+
+@pytest.mark.parametrize("block_size", [1, 7])
+def test_a_diagram_is_written(tmp_path, block_size):
+    """No diagram, or one with a slot missing."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "reliability.png"
+    draw_reliability(path, synthetic_observations(300, [1.0] * block_size), [2.0] * block_size)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+def test_drawing_leaves_pyplot_alone(tmp_path):
+    """A diagram in a notebook changes its backend, or stays open in memory."""
+    pytest.importorskip("matplotlib")
+    sys.modules.pop("matplotlib.pyplot", None)
+    draw_reliability(tmp_path / "reliability.png", synthetic_observations(100, [1.0]), [1.0])
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_missing_matplotlib_is_told(monkeypatch):
+    """An import error instead of what to install."""
+    monkeypatch.setattr(diagrams, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'Run `pip install "dspark-hf\[eval\]"`'):
+        check_matplotlib()
