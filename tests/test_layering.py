@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "dspark_hf"
 BELOW = {
     "generation": {"generation"},
     "modeling": {"generation", "modeling"},
-    "calibration": {"generation", "modeling", "calibration", "prompts"},
-    "evaluation": {"generation", "modeling", "evaluation", "calibration", "prompts"},
-    "training": {"generation", "modeling", "training", "prompts"},
-    "demo": {"generation", "modeling", "demo", ""},
+    "calibration": {"files", "generation", "modeling", "calibration", "prompts"},
+    "evaluation": {"files", "generation", "modeling", "evaluation", "calibration", "prompts"},
+    "training": {"files", "generation", "modeling", "training", "prompts"},
+    "demo": {"files", "generation", "modeling", "demo", ""},
     "cli": {"generation", "modeling", "training", "calibration", "evaluation", "demo", "prompts", "cli", ""},
 }
 FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).glob("*.py"))

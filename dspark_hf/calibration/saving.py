@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dspark_hf.files import write_whole, write_whole_folder
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
@@ -48,9 +48,9 @@ def save_temperatures(drafter: str | Path, temperatures: Sequence[float], output
         _write_field(Path(drafter, _CONFIG), temperatures)
         return Path(drafter)
     if _is_own_layout(drafter):
-        _write_whole_folder(output, lambda folder: _copy(Path(drafter), folder, temperatures))
+        write_whole_folder(output, lambda folder: _copy(Path(drafter), folder, temperatures))
     else:
-        _write_whole_folder(output, lambda folder: _convert(drafter, folder, temperatures))
+        write_whole_folder(output, lambda folder: _convert(drafter, folder, temperatures))
     return output
 
 
@@ -65,18 +65,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write_field(path: Path, temperatures: Sequence[float]) -> None:
     fields = {**_read(path), "sts_temperatures": list(temperatures)}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".config-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            # as Transformers writes it
-            file.write(json.dumps(fields, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    # as Transformers writes it
+    write_whole(path, (json.dumps(fields, indent=2) + "\n").encode())
 
 
 def _copy(source: Path, folder: Path, temperatures: Sequence[float]) -> None:
@@ -89,13 +79,3 @@ def _convert(drafter: str | Path, folder: Path, temperatures: Sequence[float]) -
     model = DSparkAssistantModel.from_pretrained(drafter, dtype="auto")
     model.config.sts_temperatures = list(temperatures)
     model.save_pretrained(folder)
-
-
-def _write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as workspace:
-        partial = Path(workspace, "folder")
-        partial.mkdir()
-        write(partial)
-        # an empty folder may be replaced
-        partial.rename(folder)

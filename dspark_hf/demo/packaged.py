@@ -14,6 +14,7 @@ from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import dspark_hf
+from dspark_hf.files import write_whole_folder
 
 
 class UnavailableError(RuntimeError):
@@ -120,21 +121,6 @@ def converted_target(name: str) -> Path:
             )
         write_whole_folder(folder, lambda empty: _convert(model, empty))
     return folder
-
-
-def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill an empty folder, then move it to `folder`: there is a whole folder or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as workspace:
-        partial = Path(workspace, "folder")
-        partial.mkdir()
-        write(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # another process was faster; its folder is as whole as ours
-            if not folder.is_dir():
-                raise
 
 
 def _convert(model: PackagedModel, folder: Path) -> None:

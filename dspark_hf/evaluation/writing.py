@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dspark_hf.evaluation.files import write_whole
 from dspark_hf.evaluation.plots import draw_figures
 from dspark_hf.evaluation.report import render_report
 from dspark_hf.evaluation.results import Evaluation, to_json
+from dspark_hf.files import write_whole
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:

@@ -143,6 +143,8 @@ class GatedMLP(nn.Module):
 class DSparkLayer(GradientCheckpointingLayer):
     """One drafter layer: pre-norm as in Qwen3, or Gemma's sandwich norms, for Gemma 4 with a layer scalar."""
 
+    layer_scalar: Tensor
+
     def __init__(self, config: DSparkConfig):
         super().__init__()
         self.self_attn = BlockAttention(config)

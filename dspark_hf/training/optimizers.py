@@ -49,7 +49,7 @@ class MuonAdamW(Optimizer):
         self._link()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else closure()
         for part in self._parts:
             part.step()

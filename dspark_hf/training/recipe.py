@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from dspark_hf.files import write_whole_folder
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.training.data import Conversation, most_frequent_tokens
 from dspark_hf.training.trainer import DSparkTrainer
@@ -127,10 +129,19 @@ def load_target(name: str, *, dtype: str, device: str, quantization: str = "none
 
 
 def save_trained(trainer: DSparkTrainer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Save the drafter of a trainer in `dtype`, with the target's tokenizer and the log of its evaluations."""
+    """Save the drafter of a trainer in `dtype`, with the target's tokenizer and the log of its evaluations.
+
+    An earlier result in `folder` is replaced; there is a whole folder or none.
+    """
     drafter = trainer.accelerator.unwrap_model(trainer.model).eval().to(dtype=dtype)
-    drafter.save_pretrained(folder)
-    if trainer.processing_class is not None:
-        trainer.processing_class.save_pretrained(folder)
     log = [json.dumps(record) + "\n" for record in trainer.state.log_history if "eval_loss" in record]
-    (folder / "training_log.jsonl").write_text("".join(log), encoding="utf-8")
+
+    def write(empty: Path) -> None:
+        drafter.save_pretrained(empty)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(empty)
+        (empty / "training_log.jsonl").write_text("".join(log), encoding="utf-8")
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    write_whole_folder(folder, write)

@@ -56,7 +56,7 @@ class StateSource:
             found[index] = states
             if cache is not None:
                 cache.put(sequences[index], states)
-        return TargetStates(*(pad_sequence(list(part), batch_first=True) for part in zip(*found, strict=True)))  # type: ignore[arg-type]
+        return TargetStates(*(pad_sequence(list(part), batch_first=True) for part in zip(*found, strict=True)))
 
     @torch.no_grad()
     def _compute(self, sequences: list[Tensor], chunk_size: int = 256) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from dspark_hf.evaluation import plots
-from dspark_hf.evaluation.files import write_whole
 from dspark_hf.evaluation.plots import Figure, draw_figures
 from dspark_hf.evaluation.report import render_report
 from dspark_hf.evaluation.results import Evaluation, to_json
@@ -19,6 +18,7 @@ from dspark_hf.evaluation.run import evaluate
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.evaluation.tables import all_tables, headline
 from dspark_hf.evaluation.writing import write_evaluation
+from dspark_hf.files import write_whole
 from tests.evaluation.examples import tiny_models, tiny_sets
 
 PNG = b"\x89PNG\r\n\x1a\n"
