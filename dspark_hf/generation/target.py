@@ -121,7 +121,9 @@ class TargetAdapter:
 
     def finish_logits(self, logits: Tensor) -> Tensor:
         """Return `logits` scaled and soft-capped as the target does after its head."""
-        return cap_logits(logits * self.logit_factor, self.logit_cap)
+        factor = self.logit_factor
+        # a product with 1 would copy the whole vocabulary
+        return cap_logits(logits if factor == 1.0 else logits * factor, self.logit_cap)
 
 
 def cap_logits(logits: Tensor, cap: float | None) -> Tensor:

@@ -52,15 +52,15 @@ def build_drafter(
     target: PreTrainedModel,
     conversations: Sequence[Conversation],
     *,
-    layers: int,
-    markov_head: str,
-    markov_rank: int,
-    block_size: int,
-    draft_vocab: int | None,
-    warm_start: bool,
+    layers: int = 2,
+    markov_head: str = "vanilla",
+    markov_rank: int = 64,
+    block_size: int = 7,
+    draft_vocab: int | None = 8192,
+    warm_start: bool = True,
     target_layer_ids: Sequence[int] | None = None,
 ) -> DSparkAssistantModel:
-    """Return a fresh drafter in fp32.
+    """Return a fresh drafter in fp32; the defaults are those of the preset `small`.
 
     Args:
         target: the target.
