@@ -74,6 +74,9 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many evaluations without a better tau.")
     ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop for now after this time; the same command goes on.")
+    ] = None,
     state_cache_gb: Annotated[float | None, typer.Option(min=0, help="Disk for the target's states; 0: none.")] = None,
     bf16: Annotated[bool, typer.Option(help="Multiply in bf16; weights stay fp32.")] = True,
     target_dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "bf16",
@@ -121,6 +124,7 @@ def train(
             eval_steps=every,
             save_steps=every,
             early_stopping_patience=patience,
+            max_minutes=max_minutes,
             bf16=bf16,
             **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
             compile_loss=compile_loss,

@@ -27,6 +27,8 @@ class DSparkTrainingArguments(TrainingArguments):
         state_cache_gb: disk space for the target's hidden states, in GB; 0 computes them anew in every epoch.
         state_cache_dir: folder of those states; default `states` in `output_dir`.
         early_stopping_patience: stop after this many evaluations without a better held-out tau; None never does.
+        max_minutes: evaluate, write a checkpoint and stop after this time; the same run goes on later, on the same
+            schedule. None knows no limit.
         compile_loss: compile the vocabulary-sized part of the loss with `torch.compile`.
 
     Raises:
@@ -44,6 +46,7 @@ class DSparkTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without a better held-out tau before training stops."}
     )
+    max_minutes: float | None = field(default=None, metadata={"help": "Time after which training stops for now."})
     compile_loss: bool = field(default=False, metadata={"help": "Compile the vocabulary-sized part of the loss."})
 
     # the paper's schedule where it differs from Transformers' defaults
@@ -64,6 +67,8 @@ class DSparkTrainingArguments(TrainingArguments):
             raise ValueError(f"`num_anchors` must be at least 1, got {self.num_anchors}. 512 is the paper's choice.")
         if self.state_cache_gb < 0:
             raise ValueError(f"`state_cache_gb` must be at least 0, got {self.state_cache_gb}. 0 keeps no states.")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"`max_minutes` must be above 0, got {self.max_minutes}. Leave it out for no limit.")
         if not torch.accelerator.is_available():
             # bf16 on a CPU is refused unless the CPU is asked for
             self.use_cpu = True

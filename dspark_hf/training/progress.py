@@ -1,10 +1,11 @@
-"""The newest numbers of a training run in its progress bar."""
+"""What a training run shows while it runs, and when it stops for now."""
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
-from transformers import ProgressCallback
+from transformers import IntervalStrategy, ProgressCallback, TrainerCallback
 
 _SHOWN = {"loss": "loss", "expected_tau": "tau", "accept_rate_1": "first", "eval_expected_tau": "held-out tau"}
 
@@ -27,3 +28,23 @@ class LiveProgress(ProgressCallback):
             shown = " ".join(f"{rate:.2f}" for rate in rates)
             tau = logs["eval_expected_tau"]
             self.training_bar.write(f"step {state.global_step}: held-out tau {tau:.3f}, accept rates {shown}")
+
+
+class TimeLimit(TrainerCallback):
+    """Evaluate, write a checkpoint and stop once the time is up.
+
+    Args:
+        minutes: time from the first step of this run.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self._start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if monotonic() - self._start >= self._seconds:
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
+            control.should_save = control.should_training_stop = True

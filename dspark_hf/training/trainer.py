@@ -24,7 +24,7 @@ from dspark_hf.training.data import Conversation
 from dspark_hf.training.losses import DraftLosses, Slots, TargetHead, draft_losses, slot_weights
 from dspark_hf.training.metrics import DraftMetrics
 from dspark_hf.training.optimizers import MuonAdamW, split_parameters
-from dspark_hf.training.progress import LiveProgress
+from dspark_hf.training.progress import LiveProgress, TimeLimit
 from dspark_hf.training.states import StateCache, StateSource
 
 
@@ -104,7 +104,7 @@ class DSparkTrainer(Trainer):
             train_dataset=ConversationDataset(usable),
             eval_dataset=ConversationDataset(self._held_out) if self._held_out else None,
             processing_class=processing_class,
-            callbacks=[*callbacks, *_early_stopping(args)],
+            callbacks=[*callbacks, *_stop_rules(args)],
         )
         # the loss is a mean over a batch's slots: Trainer divides it by the number of accumulated batches
         self.model_accepts_loss_kwargs = False
@@ -277,6 +277,10 @@ def _usable(conversations: Sequence[Conversation]) -> list[Conversation]:
     return [one for one in conversations if bool((one.loss_mask[:-1] & one.loss_mask[1:]).any())]
 
 
-def _early_stopping(args: DSparkTrainingArguments) -> list[TrainerCallback]:
-    patience = args.early_stopping_patience
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+def _stop_rules(args: DSparkTrainingArguments) -> list[TrainerCallback]:
+    rules: list[TrainerCallback] = []
+    if args.early_stopping_patience is not None:
+        rules.append(EarlyStoppingCallback(early_stopping_patience=args.early_stopping_patience))
+    if args.max_minutes is not None:
+        rules.append(TimeLimit(args.max_minutes))
+    return rules

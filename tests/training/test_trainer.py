@@ -280,6 +280,23 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(tmp_path: Path) ->
     assert trainer.state.best_global_step == 1
 
 
+def test_a_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    """A run with a limit would run on, or lose what it did since the last checkpoint."""
+    target = tiny_target()
+    texts = _own_text(target, 6)
+    options = {"max_steps": 4, "save_steps": 100, "eval_strategy": "steps", "eval_steps": 100}
+    first = _trainer(tmp_path, target, texts, {}, max_minutes=1e-9, **options)
+    first.train()
+    assert first.state.global_step == 1
+    assert first.best_tau > 1
+    second = _trainer(tmp_path, target, texts, {}, **options)
+    second.train()
+    whole = _trainer(tmp_path / "whole", target, texts, {}, **options)
+    whole.train()
+    states = [trainer.model.state_dict() for trainer in (second, whole)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"compile_loss": True}], ids=str)
 def test_ways_to_save_time_or_memory_change_nothing(options: dict[str, Any], tmp_path: Path) -> None:
     """Checkpointed layers or a compiled loss would train another drafter."""
@@ -347,6 +364,7 @@ def test_a_quantised_head_is_refused(tmp_path: Path) -> None:
         ("drafter_optimizer", "sgd", r"be one of \('adamw', 'muon'\), got 'sgd'"),
         ("num_anchors", 0, "be at least 1, got 0"),
         ("state_cache_gb", -1.0, "be at least 0, got -1.0"),
+        ("max_minutes", 0.0, "be above 0, got 0.0"),
     ],
 )
 def test_bad_arguments_are_refused(name: str, value: Any, rule: str, tmp_path: Path) -> None:
