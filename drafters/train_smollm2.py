@@ -76,13 +76,15 @@ def cut_markov_head(drafter: DSparkAssistantModel) -> DSparkAssistantModel:
     if drafter.config.markov_over_draft_vocab:
         return drafter
     cut = DSparkAssistantModel(DSparkConfig(**{**drafter.config.to_dict(), "markov_over_draft_vocab": True}))
-    cut.set_draft_token_ids(drafter.draft_token_ids)
+    token_ids = drafter.draft_token_ids
+    assert token_ids is not None  # the first drafter has a reduced vocabulary
+    cut.set_draft_token_ids(token_ids)
     weights = drafter.state_dict()
     rows = weights.pop("markov_head.markov_w1.weight")
     # the tokens that cannot be proposed share the mean of their rows
     known, others = rows[drafter.t2d], rows[~drafter.t2d].mean(0, keepdim=True)
     weights["markov_head.markov_w1.weight"] = torch.cat([known, others])
-    cut.load_state_dict({**weights, "markov_head.known_ids": drafter.draft_token_ids})
+    cut.load_state_dict({**weights, "markov_head.known_ids": token_ids})
     return cut
 
 
