@@ -7,6 +7,7 @@ from importlib import metadata
 import typer
 
 from dspark_hf.cli.calibrate import calibrate
+from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import demo
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.train import train
@@ -17,9 +18,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-app.command()(demo)
-app.command()(train)
-app.command()(calibrate)
+for command in (demo, data, train, calibrate):
+    app.command()(command)
 app.command("eval")(evaluate)
 
 
