@@ -145,7 +145,7 @@ def _arguments(variant: Variant, folder: Path, states: Path, steps: int) -> DSpa
 def _conversations(chats: Sequence[Path], tokenizer: Any) -> tuple[list[Conversation], list[Conversation]]:
     every: list[Conversation] = []
     for path in chats:
-        every += read_conversations(path, tokenizer, max_length=512)
+        every += read_conversations(path, tokenizer, max_length=768)
     return split_held_out(every, 40)
 
 

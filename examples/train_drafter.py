@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.calibration.observations import collect_observations
 from dspark_hf.calibration.report import calibrate
+from dspark_hf.loading import load_target, load_tokenizer
 from dspark_hf.training.arguments import DSparkTrainingArguments
 from dspark_hf.training.collecting import DataOptions, collect
 from dspark_hf.training.data import read_conversations, split_held_out
-from dspark_hf.training.recipe import build_drafter, load_target, save_trained
+from dspark_hf.training.recipe import build_drafter, save_trained
 from dspark_hf.training.trainer import DSparkTrainer
 
 
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=2000)
     parser.add_argument("--draft-vocab", type=int, default=8192)
     arguments = parser.parse_args()
-    texts, device = arguments.output / "texts.jsonl", "cuda" if torch.cuda.is_available() else "cpu"
+    texts = arguments.output / "texts.jsonl"
     count, length = arguments.num_conversations, arguments.max_new_tokens
 
     # 1. the target writes what the drafter is to foresee
@@ -41,7 +40,7 @@ def main() -> None:
     collect(DataOptions(arguments.target, texts, prompts, num_conversations=count, max_new_tokens=length))
 
     # 2. a small drafter that begins with the target's last layers
-    target, tokenizer = load_target(arguments.target, dtype="bf16", device=device)
+    target, tokenizer = load_target(arguments.target, dtype="bf16"), load_tokenizer(arguments.target)
     conversations = read_conversations(texts, tokenizer)
     training, held_out = split_held_out(conversations, min(40, len(conversations) // 4))
     drafter = build_drafter(target, training, draft_vocab=arguments.draft_vocab)
@@ -70,8 +69,8 @@ def main() -> None:
     save_trained(trainer, folder)
 
     # 4. the same answer in fewer passes of the target
-    loaded = DSparkAssistantModel.from_pretrained(folder, dtype=target.dtype).to(device)
-    target.generate(prompts[0][None].to(device), assistant_model=loaded, max_new_tokens=length)
+    loaded = DSparkAssistantModel.from_pretrained(folder, dtype=target.dtype).to(target.device)
+    target.generate(prompts[0][None].to(target.device), assistant_model=loaded, max_new_tokens=length)
     print(f"tau {loaded.last_statistics.tau:.2f} tokens per round; the drafter is in {folder}")
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspark_hf"
+# what any layer may use
+SHARED = {"files", "loading", "prompts"}
 BELOW = {
     "generation": {"generation"},
     "modeling": {"generation", "modeling"},
-    "calibration": {"files", "generation", "modeling", "calibration", "prompts"},
-    "evaluation": {"files", "generation", "modeling", "evaluation", "calibration", "prompts"},
-    "training": {"files", "generation", "modeling", "training", "prompts"},
-    "demo": {"files", "generation", "modeling", "demo", ""},
-    "cli": {"generation", "modeling", "training", "calibration", "evaluation", "demo", "prompts", "cli", ""},
+    "calibration": {"generation", "modeling", "calibration", *SHARED},
+    # only the metrics, see below
+    "evaluation": {"generation", "modeling", "evaluation", "calibration", *SHARED},
+    "training": {"generation", "modeling", "training", *SHARED},
+    "demo": {"generation", "modeling", "demo", "", *SHARED},
+    "cli": {"generation", "modeling", "training", "calibration", "evaluation", "demo", "cli", "", *SHARED},
 }
 FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).glob("*.py"))
 
@@ -33,3 +36,12 @@ def _imported_layers(tree: ast.Module) -> set[str]:
 def test_imports_point_down(path):
     """A lower layer imports a higher one, so that it can no longer be used or tested alone."""
     assert _imported_layers(ast.parse(path.read_text(encoding="utf-8"))) <= BELOW[path.parent.name]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "evaluation").glob("*.py")), ids=lambda path: path.name)
+def test_evaluation_takes_only_metrics_from_calibration(path):
+    """Two layers of the same height grow together."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    taken = {module for module in modules if module.startswith("dspark_hf.calibration")}
+    assert taken <= {"dspark_hf.calibration.metrics"}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from dspark_hf.cli.options import Dtype
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,15 +23,6 @@ if TYPE_CHECKING:
 
 
 _OBJECTIVE_NAMES = {"ece": "expected calibration error, as in the paper", "brier": "Brier score"}
-
-
-class Dtype(str, Enum):
-    """What target and drafter compute in."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class Objective(str, Enum):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspark_hf.cli.options import Dtype
+
 if TYPE_CHECKING:
     from dspark_hf.training.data import Conversation
 
@@ -79,7 +81,7 @@ def train(
     ] = None,
     state_cache_gb: Annotated[float | None, typer.Option(min=0, help="Disk for the target's states; 0: none.")] = None,
     bf16: Annotated[bool, typer.Option(help="Multiply in bf16; weights stay fp32.")] = True,
-    target_dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[Dtype, typer.Option(help="What the frozen target computes in; auto is its own.")] = Dtype.bf16,
     target_device: Annotated[str, typer.Option(help="Device of the target; auto is the drafter's.")] = "auto",
     quantization: Annotated[Quantization, typer.Option(help="Hold the target in bitsandbytes' 8 or 4 bit.")] = (
         Quantization.none
@@ -96,8 +98,9 @@ def train(
     # imported here, so that the help is instant
     from transformers import set_seed
 
+    from dspark_hf.loading import load_target, load_tokenizer
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
-    from dspark_hf.training.recipe import PRESETS, build_drafter, load_target, save_trained
+    from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
 
     chosen = dict(PRESETS[preset.value])
@@ -131,9 +134,10 @@ def train(
             report_to="tensorboard" if tensorboard else "none",
             seed=seed,
         )
-        model, tokenizer = load_target(
+        tokenizer = load_tokenizer(target)
+        model = load_target(
             target,
-            dtype=target_dtype,
+            dtype=dtype.value,
             device=str(arguments.device) if target_device == "auto" else target_device,
             quantization=quantization.value,
         )
@@ -188,13 +192,11 @@ def _read(
     held_out: list[Conversation] = []
     for path in data:
         if not path.is_file():
-            raise ValueError(
-                f"`--data` must be files, got {str(path)!r}, which is none. `dspark-hf data` writes one."
-            )
+            raise ValueError(f"`--data` must be files, got {str(path)!r}, which is none. `dspark-hf data` writes one.")
         conversations = read_conversations(path, tokenizer, max_length=max_length)
         if len(conversations) < 2:
             raise ValueError(
-                f"`--data` must hold at least 2 usable conversations a file, got {len(conversations)} in {str(path)!r}. "
+                f"`--data` must hold at least 2 conversations a file, got {len(conversations)} in {str(path)!r}. "
                 "Write more with `dspark-hf data`."
             )
         share = min(max(num_held_out // len(data), 1), len(conversations) // 2)

@@ -7,21 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspark_hf.evaluation.settings import name_all
+from dspark_hf.loading import first_line, load_target, load_tokenizer
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import Prompt, encode_prompt, read_prompts
-
-DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass
@@ -59,7 +51,7 @@ def check_drafters(names: Sequence[str], num_drafts: int | None) -> dict[str, DS
         except OSError as error:
             raise ValueError(
                 f"`--drafter` and `--baseline` must be folders or hub names of DSpark drafters, got {str(path)!r}, "
-                f"which cannot be read. Correct it. ({_first_line(error)})"
+                f"which cannot be read. Correct it. ({first_line(error)})"
             ) from error
         if num_drafts is not None and num_drafts > config.block_size:
             raise ValueError(
@@ -76,19 +68,10 @@ def load_models(target: str, drafters: Mapping[str, str], *, dtype: str, device:
     Raises:
         ValueError: if the dtype, the device or the target is not there.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}. Correct it.")
-    place = _find_device(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        loaded = AutoModelForCausalLM.from_pretrained(target, dtype=DTYPES[dtype], device_map={"": place}).eval()
-    except OSError as error:
-        raise ValueError(
-            f"`--target` must be the folder or hub name of a causal language model, got {target!r}, which cannot be "
-            f"read. Correct it. ({_first_line(error)})"
-        ) from error
+    loaded = load_target(target, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(target)
     assistants = {
-        name: DSparkAssistantModel.from_pretrained(path, dtype=loaded.dtype).to(place).eval()
+        name: DSparkAssistantModel.from_pretrained(path, dtype=loaded.dtype).to(loaded.device).eval()
         for name, path in drafters.items()
     }
     return Models(loaded, tokenizer, assistants)
@@ -115,23 +98,5 @@ def encode_sets(sets: Mapping[str, Sequence[Prompt]], models: Models, max_new_to
     return encoded
 
 
-def _find_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"`--device` must be auto or a device PyTorch can use here, got {device!r}. Try cpu. "
-            f"({_first_line(error)})"
-        ) from error
-    return found
-
-
 def _folder_name(path: Path) -> str:
     return path.resolve().name if path.is_dir() else path.name
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -27,7 +27,7 @@ class EvaluationRequest:
         drafters: folders or hub names; the first is the one in question.
         prompt_files: one prompt set each.
         num_prompts: first prompts of each file; None means all.
-        dtype: a key of `loading.DTYPES`.
+        dtype: a key of `dspark_hf.loading.DTYPES`.
         device: a PyTorch device, or `"auto"`.
         output: folder of the result.
         settings: how to measure.

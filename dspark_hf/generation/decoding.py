@@ -272,9 +272,7 @@ class _Run:
     ) -> None:
         num_drafted = 0 if drafted is None else drafted.token_ids.shape[1]
         confidence = None if drafted is None else drafted.confidence
-        self._statistics.rounds.append(
-            Round(tuple(self._rows), confidence, tuple(num_verified), tuple(num_accepted))
-        )
+        self._statistics.rounds.append(Round(tuple(self._rows), confidence, tuple(num_verified), tuple(num_accepted)))
         for verified, accepted, kept in zip(num_verified, num_accepted, num_kept, strict=True):
             if kept:
                 self._statistics.add_round(num_drafted, verified, accepted, kept)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
+from dspark_hf.loading import check_dtype, first_line, load_target, load_tokenizer
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import Prompt, encode_prompt, has_chat_template, read_prompts
@@ -26,13 +26,6 @@ from dspark_hf.training.sources import (
     read_dataset,
 )
 from dspark_hf.training.writing import DEFAULT_SAMPLINGS, LocalWriter, Sampling, Writer
-
-_DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -137,8 +130,7 @@ class DataOptions:
             raise ValueError(
                 f"`--model` must come with `--server`, got {self.model!r} alone. Name the target instead."
             )
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"`--dtype` must be one of {', '.join(_DTYPES)}, got {self.dtype!r}. Correct it.")
+        check_dtype(self.dtype)
 
     def _check_files(self) -> None:
         for option, path in (("--prompts", self.prompts), *(("--exclude", path) for path in self.exclude)):
@@ -179,7 +171,7 @@ def collect(options: DataOptions) -> CollectionResult:
     with ExitStack() as stack:
         collection = stack.enter_context(Collection(options.output, target_name(options)))
         num_before = len(collection)
-        tokenizer = _load_tokenizer(options.target)
+        tokenizer = load_tokenizer(options.target)
         held_out = HeldOut(options.exclude)
         # before the target: a wrong file is told at once
         listed = None if options.is_self_written else _listed_prompts(options, tokenizer, held_out)
@@ -275,32 +267,13 @@ def _make_writer(options: DataOptions, tokenizer: Any) -> Writer:
     return writer
 
 
-def _load_tokenizer(target: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`--target` must be the folder or hub name of a causal language model with its tokenizer, got "
-            f"{target!r}, whose tokenizer cannot be read. Correct it. ({_first_line(error)})"
-        ) from error
-
-
 def _load_writer(options: DataOptions, tokenizer: Any) -> LocalWriter:
-    device = _find_device(options.device)
     if options.drafter is not None:
         _check_drafter(options.drafter)
-    try:
-        target = AutoModelForCausalLM.from_pretrained(
-            options.target, dtype=_DTYPES[options.dtype], device_map={"": device}
-        ).eval()
-    except OSError as error:
-        raise ValueError(
-            f"`--target` must be the folder or hub name of a causal language model, got {options.target!r}, whose "
-            f"weights cannot be read. Correct it. ({_first_line(error)})"
-        ) from error
+    target = load_target(options.target, dtype=options.dtype, device=options.device)
     drafter = None
     if options.drafter is not None:
-        drafter = DSparkAssistantModel.from_pretrained(options.drafter, dtype=target.dtype).to(device).eval()
+        drafter = DSparkAssistantModel.from_pretrained(options.drafter, dtype=target.dtype).to(target.device).eval()
     return LocalWriter(target, tokenizer, drafter=drafter, batch_size=options.batch_size)
 
 
@@ -310,23 +283,5 @@ def _check_drafter(name: str) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`--drafter` must be the folder or hub name of a DSpark drafter, got {name!r}, which cannot be read. "
-            f"Correct it. ({_first_line(error)})"
+            f"Correct it. ({first_line(error)})"
         ) from error
-
-
-def _find_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"`--device` must be auto or a device PyTorch can use here, got {device!r}. Try cpu. "
-            f"({_first_line(error)})"
-        ) from error
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

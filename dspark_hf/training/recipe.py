@@ -9,19 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dspark_hf.files import write_whole_folder
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.training.data import Conversation, most_frequent_tokens
 from dspark_hf.training.trainer import DSparkTrainer
-
-DTYPES: Mapping[str, torch.dtype | str] = {
-    "auto": "auto",
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 # what a choice is when it is left open
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -93,39 +86,6 @@ def build_drafter(
         warm_start=warm_start,
     )
     return drafter.float()
-
-
-def load_target(name: str, *, dtype: str, device: str, quantization: str = "none") -> tuple[Any, Any]:
-    """Return the target and its tokenizer.
-
-    Args:
-        name: folder or hub name.
-        dtype: `"auto"`, `"fp32"`, `"bf16"` or `"fp16"`.
-        device: where the target goes.
-        quantization: `"none"`, or bitsandbytes' `"8bit"` or `"4bit"`; the output head is always left out of it, the
-            loss reads its rows.
-
-    Raises:
-        ValueError: if a choice is unknown, or the target cannot be read.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one of them.")
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": device}}
-    if quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=quantization == "8bit",
-            load_in_4bit=quantization == "4bit",
-            llm_int8_skip_modules=["lm_head"],
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"`target` must be the folder or hub name of a causal language model, got {name!r}, which cannot be read. "
-            f"Correct it. ({reason})"
-        ) from error
 
 
 def save_trained(trainer: DSparkTrainer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -117,10 +117,10 @@ def test_goes_on_from_a_drafter_and_from_an_interruption(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--target", "/nowhere"), "`target` must be the folder or hub name of a causal language model"),
+        (("--target", "/nowhere"), "`--target` must be the folder or hub name of a causal language model"),
         (("--data", "/nowhere.jsonl"), "`--data` must be files, got '/nowhere.jsonl'"),
         (("--target-layers", "1;2"), "`--target-layers` must be numbers with commas between them, got '1;2'"),
-        (("--target-dtype", "fp8"), "`dtype` must be one of auto, fp32, bf16, fp16, got 'fp8'"),
+        (("--target-device", "nowhere"), "`--device` must be auto or a device PyTorch can use here, got 'nowhere'"),
         (("--drafter", "/nowhere"), "/nowhere"),
     ],
 )
@@ -141,7 +141,7 @@ def test_two_processes_train_what_one_would(folder: Path) -> None:
     # four texts to train on, so that every step sees them all, in whatever order
     lines = (folder / "texts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "few.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
-    common = ("--data", str(folder / "few.jsonl"), "--no-bf16", "--target-dtype", "fp32", "--anchors", "100")
+    common = ("--data", str(folder / "few.jsonl"), "--no-bf16", "--dtype", "fp32", "--anchors", "100")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
         [sys.executable, "-m", *launch, "train", *_arguments(folder, "two", *common)],

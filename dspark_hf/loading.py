@@ -1,0 +1,91 @@
+"""Load what a command names, with errors that name the option."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+DTYPES: Mapping[str, torch.dtype | str] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a `ValueError` unless `dtype` is a key of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}. Correct it.")
+
+
+def find_device(device: str) -> torch.device:
+    """Return a device; `"auto"` is the GPU if there is one.
+
+    Raises:
+        ValueError: if PyTorch cannot use it here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"`--device` must be auto or a device PyTorch can use here, got {device!r}. Try cpu. ({first_line(error)})"
+        ) from error
+    return found
+
+
+def load_tokenizer(target: str) -> Any:
+    """Return the tokenizer of a folder or hub name.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(target)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`--target` must be the folder or hub name of a causal language model, got {target!r}, whose tokenizer "
+            f"cannot be read. Correct it. ({first_line(error)})"
+        ) from error
+
+
+def load_target(target: str, *, dtype: str = "auto", device: str = "auto", quantization: str = "none") -> Any:
+    """Return the model of a folder or hub name, in evaluation mode.
+
+    Args:
+        target: folder or hub name.
+        dtype: a key of `DTYPES`.
+        device: where it goes; `"auto"` is the GPU if there is one.
+        quantization: `"none"`, or bitsandbytes' `"8bit"` or `"4bit"`; the output head is left out of it, since
+            training reads its rows.
+
+    Raises:
+        ValueError: if the dtype, the device or the target is not there.
+    """
+    check_dtype(dtype)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": find_device(device)}}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            llm_int8_skip_modules=["lm_head"],
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(target, **options).eval()
+    except OSError as error:
+        raise ValueError(
+            f"`--target` must be the folder or hub name of a causal language model, got {target!r}, which cannot be "
+            f"read. Correct it. ({first_line(error)})"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).splitlines() or [""])[0]
