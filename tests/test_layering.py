@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "dspark_hf"
 # what any layer may use
 SHARED = {"files", "loading", "prompts"}
 BELOW = {
+    "chat": {"chat"},
+    "estimation": {"estimation"},
     "generation": {"generation"},
     "modeling": {"generation", "modeling"},
     "calibration": {"generation", "modeling", "calibration", *SHARED},
@@ -18,7 +20,18 @@ BELOW = {
     "evaluation": {"generation", "modeling", "evaluation", "calibration", *SHARED},
     "training": {"generation", "modeling", "training", *SHARED},
     "demo": {"generation", "modeling", "demo", "", *SHARED},
-    "cli": {"generation", "modeling", "training", "calibration", "evaluation", "demo", "cli", "", *SHARED},
+    "cli": {
+        "generation",
+        "modeling",
+        "training",
+        "calibration",
+        "evaluation",
+        "estimation",
+        "demo",
+        "cli",
+        "",
+        *SHARED,
+    },
 }
 FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).glob("*.py"))
 

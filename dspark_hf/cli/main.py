@@ -9,6 +9,7 @@ import typer
 from dspark_hf.cli.calibrate import calibrate
 from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import demo
+from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.train import train
 
@@ -18,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (demo, data, train, calibrate):
+for command in (demo, data, train, calibrate, estimate):
     app.command()(command)
 app.command("eval")(evaluate)
 
