@@ -9,7 +9,6 @@ size, git packs them to about 60%, and the rounding (1.3% of a weight, root mean
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from dspark_hf import DSparkAssistantModel
 from dspark_hf.files import write_whole
 
 MANTISSA_BITS = 4
-# a tokenizer of this size would outweigh the drafter; the target brings its own
 MAX_TOKENIZER_BYTES = 4_000_000
 
 
@@ -34,13 +32,13 @@ def main() -> None:
         for parameter in drafter.parameters():
             parameter.copy_(round_mantissa(parameter, MANTISSA_BITS))
     drafter.save_pretrained(arguments.folder)
-    for path in arguments.trained.iterdir():
-        is_ours = path.name in ("config.json", "model.safetensors")
-        if path.is_file() and not is_ours and path.stat().st_size <= MAX_TOKENIZER_BYTES:
-            shutil.copy(path, arguments.folder / path.name)
-    log = arguments.trained / "training_log.jsonl"
-    if log.is_file():
-        write_whole(arguments.folder / log.name, log.read_bytes())
+    files = [path for path in arguments.trained.iterdir() if path.is_file()]
+    # a tokenizer of this size would outweigh the drafter; the target brings its own
+    is_heavy = any(path.name == "tokenizer.json" and path.stat().st_size > MAX_TOKENIZER_BYTES for path in files)
+    for path in files:
+        belongs_to_tokenizer = "tokenizer" in path.name or path.suffix == ".jinja"
+        if path.name not in ("config.json", "model.safetensors") and not (is_heavy and belongs_to_tokenizer):
+            write_whole(arguments.folder / path.name, path.read_bytes())
 
 
 def round_mantissa(tensor: Tensor, num_bits: int) -> Tensor:
