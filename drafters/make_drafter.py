@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--calibrate", help="further held-out prompts, to calibrate the confidence on")
     parser.add_argument("--batch-size", type=int, default=256, help="answers written at once")
     parser.add_argument("--max-steps", type=int, default=6000, help="length of the schedule over all runs")
+    parser.add_argument("--no-own", action="store_true", help="answer --prompts only, write no prompts")
+    parser.add_argument("--data", default="", help="further options of `dspark-hf data`")
     parser.add_argument("--train", default="", help="further options of `dspark-hf train`")
     arguments = parser.parse_args()
     clock = Clock(60 * arguments.minutes, monotonic())
@@ -55,15 +57,19 @@ def main() -> None:
     held_out = [*arguments.evaluate, *([arguments.calibrate] if arguments.calibrate else [])]
     excluded = [part for path in held_out for part in ("--exclude", path)]
     text = [*target, "--batch-size", str(arguments.batch_size), "--dtype", "bf16", *excluded]
-    files = [work / "own.jsonl"]
+    text += arguments.data.split()
+    files = [work / "answers.jsonl", work / "own.jsonl"]
     if arguments.prompts:
-        files.append(work / "answers.jsonl")
-        _run(["data", *text, "--output", str(files[1]), "--prompts", arguments.prompts], clock.left_of(TEXT_SHARE / 2))
-    openings = [part for opening in OPENINGS for part in ("--opening", opening)]
-    own = ["--output", str(files[0]), "--num-conversations", "1000000", *openings]
-    _run(["data", *text, *own], clock.left_of(TEXT_SHARE))
+        share = TEXT_SHARE if arguments.no_own else TEXT_SHARE / 2
+        _run(["data", *text, "--output", str(files[0]), "--prompts", arguments.prompts], clock.left_of(share))
+    if not arguments.no_own:
+        openings = [part for opening in OPENINGS for part in ("--opening", opening)]
+        own = ["--output", str(files[1]), "--num-conversations", "1000000", *openings]
+        _run(["data", *text, *own], clock.left_of(TEXT_SHARE))
 
-    data = [part for path in files if path.is_file() for part in ("--data", str(path))]
+    # a file may be empty still: the time was up before its first answer
+    written = [path for path in files if path.is_file() and path.stat().st_size]
+    data = [part for path in written for part in ("--data", str(path))]
     minutes = clock.left_of(TEXT_SHARE + TRAINING_SHARE) / 60
     training = [
         "--output",
