@@ -79,6 +79,9 @@ def train(
     max_minutes: Annotated[
         float | None, typer.Option(help="Stop for now after this time; the same command goes on.")
     ] = None,
+    confidence_only: Annotated[
+        bool, typer.Option("--confidence-only", help="Train only --drafter's confidence head, on text new to it.")
+    ] = False,
     state_cache_gb: Annotated[float | None, typer.Option(min=0, help="Disk for the target's states; 0: none.")] = None,
     bf16: Annotated[bool, typer.Option(help="Multiply in bf16; weights stay fp32.")] = True,
     dtype: Annotated[Dtype, typer.Option(help="What the frozen target computes in; auto is its own.")] = Dtype.bf16,
@@ -128,6 +131,7 @@ def train(
             save_steps=every,
             early_stopping_patience=patience,
             max_minutes=max_minutes,
+            confidence_only=confidence_only,
             bf16=bf16,
             **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
             compile_loss=compile_loss,

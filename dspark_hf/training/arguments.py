@@ -24,6 +24,8 @@ class DSparkTrainingArguments(TrainingArguments):
         loss_tv: weight of the total variation (0.9, paper Eq. 12).
         loss_confidence: weight of the confidence term (1.0, paper Eq. 12).
         loss_decay_gamma: slot k weighs `exp(-k / loss_decay_gamma)` (Eq. 9; 4.0, as released).
+        confidence_only: train the confidence head alone, everything else frozen. On text that the drafter has not seen
+            it unlearns the over-confidence of a drafter that knows its training text by heart; drafts stay the same.
         state_cache_gb: disk space for the target's hidden states, in GB; 0 computes them anew in every epoch.
         state_cache_dir: folder of those states; default `states` in `output_dir`.
         early_stopping_patience: stop after this many evaluations without a better held-out tau; None never does.
@@ -41,6 +43,7 @@ class DSparkTrainingArguments(TrainingArguments):
     loss_tv: float = field(default=0.9, metadata={"help": "Weight of the total variation."})
     loss_confidence: float = field(default=1.0, metadata={"help": "Weight of the confidence term."})
     loss_decay_gamma: float = field(default=4.0, metadata={"help": "Slot k weighs exp(-k / loss_decay_gamma)."})
+    confidence_only: bool = field(default=False, metadata={"help": "Train the confidence head alone."})
     state_cache_gb: float = field(default=0.0, metadata={"help": "Disk space for the target's states, in GB."})
     state_cache_dir: str | None = field(default=None, metadata={"help": "Folder of the target's states."})
     early_stopping_patience: int | None = field(

@@ -88,6 +88,8 @@ class DSparkTrainer(Trainer):
             # copies of the target's, and frozen like them
             drafter.embed_tokens.requires_grad_(False)
             drafter.lm_head.requires_grad_(False)
+        if args.confidence_only:
+            _freeze_all_but_confidence(drafter)
         # the usual attributes of a drafter being trained; `generate` and `save_pretrained` need none of them
         self._drafter = drafter
         self._held_out = _usable(held_out)
@@ -179,7 +181,8 @@ class DSparkTrainer(Trainer):
             hidden, rest = split_parameters(self._drafter)
             rate, decay = self.args.learning_rate, self.args.weight_decay
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            if self.args.drafter_optimizer == "muon":
+            # without hidden matrices to train there is nothing for Muon
+            if self.args.drafter_optimizer == "muon" and hidden:
                 self.optimizer = MuonAdamW(hidden, rest, lr=rate, weight_decay=decay, betas=betas)
             else:
                 self.optimizer = AdamW([*hidden, *rest], lr=rate, weight_decay=decay, betas=betas)
@@ -270,6 +273,15 @@ class DSparkTrainer(Trainer):
         folder = self.args.state_cache_dir or Path(str(self.args.output_dir)) / "states"
         max_bytes = int(self.args.state_cache_gb * 1e9 / self.args.world_size)
         return StateCache(folder, self.target, dtype=self._dtype, max_bytes=max_bytes)
+
+
+def _freeze_all_but_confidence(drafter: DSparkAssistantModel) -> None:
+    if drafter.confidence_head is None:
+        raise ValueError(
+            "`confidence_only` must be False for a drafter without a confidence head, got True. Leave it out."
+        )
+    drafter.requires_grad_(False)
+    drafter.confidence_head.requires_grad_(True)
 
 
 def _usable(conversations: Sequence[Conversation]) -> list[Conversation]:

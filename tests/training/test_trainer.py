@@ -332,6 +332,23 @@ def test_own_embeddings_stay_frozen(tmp_path: Path) -> None:
     assert all(torch.equal(trainer.model.state_dict()[name], before[name]) for name in names)
 
 
+def test_the_confidence_head_alone(tmp_path: Path) -> None:
+    """Drafts would change with the confidence, or the head would learn nothing."""
+    target = tiny_target()
+    texts = _own_text(target, 6)
+    options = {"confidence_only": True, "learning_rate": 1e-2, "max_steps": 20, "save_strategy": "no"}
+    trainer = _trainer(tmp_path, target, texts, {}, **options)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    loss = trainer.evaluate()["eval_loss_confidence"]
+    trainer.train()
+    after = trainer.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"confidence_head.proj.weight", "confidence_head.proj.bias"}
+    assert trainer.evaluate()["eval_loss_confidence"] < loss
+    with pytest.raises(ValueError, match="`confidence_only` must be False for a drafter without"):
+        _trainer(tmp_path, target, texts, {"enable_confidence_head": False}, **options)
+
+
 def test_evaluation_needs_texts(tmp_path: Path) -> None:
     """A run without held-out text would fail with a riddle."""
     target = tiny_target()
