@@ -6,12 +6,17 @@ from dspark_hf.generation.integration import install, install_unless_refused, un
 from dspark_hf.generation.outputs import DSparkGenerateOutput
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
+from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM, DeepseekV4DSparkModel
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 __all__ = [
     "DSparkAssistantModel",
     "DSparkConfig",
     "DSparkGenerateOutput",
+    "DeepseekV4DSparkConfig",
+    "DeepseekV4DSparkForCausalLM",
+    "DeepseekV4DSparkModel",
     "SpeculationStatistics",
     "install",
     "uninstall",
@@ -20,4 +25,7 @@ __all__ = [
 AutoConfig.register(DSparkConfig.model_type, DSparkConfig, exist_ok=True)
 AutoModel.register(DSparkConfig, DSparkAssistantModel, exist_ok=True)
 AutoModelForCausalLM.register(DSparkConfig, DSparkAssistantModel, exist_ok=True)
+AutoConfig.register(DeepseekV4DSparkConfig.model_type, DeepseekV4DSparkConfig, exist_ok=True)
+AutoModel.register(DeepseekV4DSparkConfig, DeepseekV4DSparkModel, exist_ok=True)
+AutoModelForCausalLM.register(DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, exist_ok=True)
 install_unless_refused()

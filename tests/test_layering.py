@@ -33,7 +33,7 @@ BELOW = {
         *SHARED,
     },
 }
-FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).glob("*.py"))
+FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).rglob("*.py"))
 
 
 def _imported_layers(tree: ast.Module) -> set[str]:
@@ -48,7 +48,7 @@ def _imported_layers(tree: ast.Module) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_imports_point_down(path):
     """A lower layer imports a higher one, so that it can no longer be used or tested alone."""
-    assert _imported_layers(ast.parse(path.read_text(encoding="utf-8"))) <= BELOW[path.parent.name]
+    assert _imported_layers(ast.parse(path.read_text(encoding="utf-8"))) <= BELOW[path.relative_to(PACKAGE).parts[0]]
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "evaluation").glob("*.py")), ids=lambda path: path.name)

@@ -6,6 +6,9 @@ import doctest
 
 import dspark_hf
 from dspark_hf.modeling import configuration_dspark, modeling_dspark
+from dspark_hf.modeling.deepseek_v4 import cache, configuration, modeling
+
+MODULES = (configuration_dspark, modeling_dspark, configuration, modeling, cache)
 
 
 def test_public_names():
@@ -14,6 +17,9 @@ def test_public_names():
         "DSparkAssistantModel",
         "DSparkConfig",
         "DSparkGenerateOutput",
+        "DeepseekV4DSparkConfig",
+        "DeepseekV4DSparkForCausalLM",
+        "DeepseekV4DSparkModel",
         "SpeculationStatistics",
         "install",
         "uninstall",
@@ -23,6 +29,6 @@ def test_public_names():
 
 def test_docstring_examples():
     """An example in the documentation does not run."""
-    results = [doctest.testmod(module) for module in (configuration_dspark, modeling_dspark)]
+    results = [doctest.testmod(module) for module in MODULES]
     assert sum(result.attempted for result in results) > 0
     assert sum(result.failed for result in results) == 0

@@ -20,6 +20,7 @@ from dspark_hf.generation.passes import TargetPass, TargetState
 from dspark_hf.generation.processing import ProcessorChain
 from dspark_hf.generation.ragged import RaggedTarget
 from dspark_hf.generation.requests import Knobs, check_request, read_knobs
+from dspark_hf.generation.rowwise import RowwiseCache, RowwiseTarget
 from dspark_hf.generation.sequences import Sequences
 from dspark_hf.generation.single_row import SingleRowTarget
 from dspark_hf.generation.statistics import Round, SpeculationStatistics
@@ -138,6 +139,8 @@ class _Run:
     def _target_state(self, model_kwargs: dict[str, Any]) -> TargetState:
         mask = model_kwargs.get("attention_mask")
         ids = self._sequences.padded()
+        if isinstance(model_kwargs[CACHE_KEY], RowwiseCache):
+            return RowwiseTarget(self._adapter, ids, self._config, model_kwargs, self._knobs.num_drafts + 1)
         if len(ids) == 1 and (mask is None or bool(mask.all())):
             return SingleRowTarget(self._adapter, ids, self._config, model_kwargs)
         return RaggedTarget(self._adapter, ids, self._config, model_kwargs)

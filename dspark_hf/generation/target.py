@@ -74,7 +74,9 @@ class TargetAdapter:
 
     def _capture_hook(self, layer_id: int) -> Any:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
-            self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
+            states = output[0] if isinstance(output, tuple) else output
+            # hyper-connections keep several streams (B, T, n, D); drafters read their mean
+            self._captured[layer_id] = states.mean(2) if states.ndim == 4 else states
 
         return capture
 

@@ -1,0 +1,222 @@
+"""Attention of DeepSeek-V4: a sliding window, and compressed entries where the layer has them (CSA, HCA).
+
+One vector per token is key and value of all heads. Queries are taken in blocks, so that memory does not grow with the
+product of prompt and context.
+
+B batch, T tokens, Q queries of a block, H heads, c head size, W window keys, E entries, K chosen entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dspark_hf.modeling.backbone import RMSNorm
+from dspark_hf.modeling.deepseek_v4.cache import CompressedStore, DeepseekV4LayerCache
+from dspark_hf.modeling.deepseek_v4.compressor import Compressor
+from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
+from dspark_hf.modeling.deepseek_v4.indexer import Indexer, IndexKeys, choose_entries
+from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear
+from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables, rotate
+from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec, Span
+
+# numbers that one block of queries may hold in scores or gathered entries
+_MAX_BLOCK = 1 << 24
+
+
+@dataclass
+class _Window:
+    """Uncompressed keys `(B, W, c)` and their positions `(B, W)`; negative positions hold nothing."""
+
+    keys: Tensor
+    positions: Tensor
+
+
+class Attention(nn.Module):
+    """The attention of one layer.
+
+    Args:
+        config: the model's configuration.
+        layer: the layer's number.
+    """
+
+    def __init__(self, config: DeepseekV4DSparkConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.kind = config.attention_kinds[layer]
+        self.ratio = config.compress_ratios[layer]
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        width = self.num_heads * self.head_dim
+        self.wq_a = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.wq_b = nn.Linear(config.q_lora_rank, width, bias=False)
+        self.head_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)
+        self.wkv = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.kv_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.wo_a = GroupedLinear(width // config.o_groups, config.o_groups * config.o_lora_rank, config.o_groups)
+        self.wo_b = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
+        self.attn_sink = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        if self.kind != "window":
+            self.compressor = Compressor(
+                config, ratio=self.ratio, size=self.head_dim, is_overlapping=self.kind == "csa"
+            )
+        if self.kind == "csa":
+            self.indexer = Indexer(config, self.ratio)
+        # stands for the storage format also where nothing is stored, so that every way to process a text agrees
+        self._codec = None if config.cache_dtype is None else Fp8Codec(config.qk_rope_head_dim, torch.float32)
+
+    def forward(self, hidden_states: Tensor, span: Span, cache: DeepseekV4LayerCache | None) -> tuple[Tensor, Tensor]:
+        """Return the output `(B, T, D)` for `hidden_states` `(B, T, D)`, and the indexer's loss, a scalar.
+
+        The loss is zero unless the layer has an indexer, `indexer_loss_coef` is set and gradients are on.
+        """
+        rotary = rotary_tables(self.config, span.positions, is_compressed=self.kind != "window")
+        per_head = (rotary[0][..., None, :], rotary[1][..., None, :])
+        latent = self.q_norm(self.wq_a(hidden_states))
+        query = self.head_norm(self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim)))
+        query = rotate(query, per_head)
+        keys = self._rounded(rotate(self.kv_norm(self.wkv(hidden_states)), rotary))
+        entries = None
+        if self.kind != "window":
+            entries = self._entries(hidden_states, span, None if cache is None else cache.compressed)
+        index = None
+        if self.kind == "csa":
+            index_keys = self.indexer.keys(hidden_states, span, None if cache is None else cache.index)
+            index = (index_keys, *self.indexer.queries(latent, hidden_states, rotary))
+        outputs, losses = [], []
+        for block in self._blocks(span, entries):
+            window = _window(keys, span, cache, block, self.config.sliding_window)
+            output, loss = self._attend(query[:, block], span.positions[:, block], window, entries, index, block)
+            outputs.append(output)
+            losses.append(loss)
+        if cache is not None:
+            cache.window.write(keys, span)
+        attended = rotate(torch.cat(outputs, dim=1), per_head, is_inverse=True)
+        grouped = attended.flatten(2).unflatten(-1, (self.config.o_groups, -1))
+        return self.wo_b(self.wo_a(grouped).flatten(2)), torch.stack(losses).sum() / span.num_tokens
+
+    def _rounded(self, vectors: Tensor) -> Tensor:
+        return vectors if self._codec is None else self._codec.round(vectors)
+
+    def _entries(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> _Entries:
+        new, first, end = self.compressor(hidden_states, span, store)
+        new = self._rounded(new)
+        if store is not None and new.shape[1]:
+            store.entries.write(new, first, end)
+        return _Entries(new, store, end)
+
+    def _blocks(self, span: Span, entries: _Entries | None) -> Iterator[slice]:
+        """Yield blocks of queries whose scores and gathered entries fit the memory that is meant for them."""
+        batch, length = span.positions.shape
+        per_query = self.num_heads * 2 * self.config.sliding_window
+        if entries is not None:
+            num_read = entries.num_entries
+            if self.kind == "csa":
+                num_read = min(num_read, self.config.index_topk)
+                per_query += num_read * self.head_dim + entries.num_entries
+            per_query += self.num_heads * num_read
+        size = max(min(_MAX_BLOCK // (batch * per_query), self.config.sliding_window), 1)
+        for start in range(0, length, size):
+            yield slice(start, min(start + size, length))
+
+    def _attend(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        window: _Window,
+        entries: _Entries | None,
+        index: tuple[IndexKeys, Tensor, Tensor] | None,
+        block: slice,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output of queries, both `(B, Q, H, c)`, at `positions` `(B, Q)`, and the indexer's loss."""
+        # [B, Q, W]
+        age = positions[..., None] - window.positions[:, None]
+        is_near = (age >= 0) & (age < self.config.sliding_window) & (window.positions >= 0)[:, None]
+        near = _scores(query, window.keys) * self.head_dim**-0.5
+        parts = [near.masked_fill(~is_near[:, :, None], float("-inf"))]
+        far_keys, chosen_scores = None, None
+        if entries is not None and entries.num_entries:
+            num_visible = (positions + 1) // self.ratio
+            if index is None:
+                far_keys = entries.all()
+                is_visible = torch.arange(entries.num_entries, device=positions.device) < num_visible[..., None]
+            else:
+                index_scores = index[0].scores(index[1][:, block], index[2][:, block])
+                chosen, is_visible = choose_entries(index_scores.detach(), num_visible, self.config.index_topk)
+                far_keys = entries.gather(chosen)
+                chosen_scores = index_scores.gather(-1, chosen)
+            far = _scores(query, far_keys) * self.head_dim**-0.5
+            parts.append(far.masked_fill(~is_visible[:, :, None], float("-inf")))
+        sink = self.attn_sink.view(1, 1, -1, 1).expand(*query.shape[:3], 1)
+        weights = torch.cat([*(part.float() for part in parts), sink], dim=-1).softmax(-1)
+        output = _mix(weights[..., : near.shape[-1]], window.keys)
+        loss = weights.new_zeros(())
+        if far_keys is not None:
+            far_weights = weights[..., near.shape[-1] : -1]
+            output = output + _mix(far_weights, far_keys)
+            if chosen_scores is not None and self.config.indexer_loss_coef and torch.is_grad_enabled():
+                loss = _index_loss(far_weights, chosen_scores, is_visible)
+        return output, loss
+
+
+class _Entries:
+    """Compressed entries so far: in the cache or, without one, as just made."""
+
+    def __init__(self, new: Tensor, store: CompressedStore | None, num_entries: int):
+        self._new = new
+        self._store = store
+        self.num_entries = num_entries
+
+    def all(self) -> Tensor:
+        """Return all entries `(B, E, c)`."""
+        return self._new if self._store is None else self._store.entries.read(0, self.num_entries)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Return entries `(B, Q, K, c)` by number `(B, Q, K)`."""
+        if self._store is not None:
+            return self._store.entries.gather(index)
+        rows = torch.arange(len(index), device=index.device)[:, None, None]
+        return self._new[rows, index]
+
+
+def _window(keys: Tensor, span: Span, cache: DeepseekV4LayerCache | None, block: slice, size: int) -> _Window:
+    """Return the uncompressed keys that a block of queries may see."""
+    first = max(block.start - size + 1, 0)
+    recent, positions = keys[:, first : block.stop], span.positions[:, first : block.stop]
+    past = None if cache is None or block.start >= size - 1 else cache.window.read()
+    if cache is None or past is None:
+        return _Window(recent, positions)
+    past_positions = cache.window.positions(span.starts)
+    return _Window(torch.cat([past.to(keys.dtype), recent], dim=1), torch.cat([past_positions, positions], dim=1))
+
+
+def _scores(query: Tensor, keys: Tensor) -> Tensor:
+    """Return products `(B, Q, H, S)` of queries `(B, Q, H, c)` with keys, shared `(B, S, c)` or own `(B, Q, S, c)`."""
+    if keys.ndim == 4:
+        return query @ keys.transpose(2, 3)
+    return (query.flatten(1, 2) @ keys.transpose(1, 2)).unflatten(1, query.shape[1:3])
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """Return sums `(B, Q, H, c)` of values by weights `(B, Q, H, S)`."""
+    weights = weights.to(values.dtype)
+    if values.ndim == 4:
+        return weights @ values
+    return (weights.flatten(1, 2) @ values).unflatten(1, weights.shape[1:3])
+
+
+def _index_loss(weights: Tensor, scores: Tensor, is_visible: Tensor) -> Tensor:
+    """Return the KL divergence, summed over queries and averaged over rows, of the indexer from the attention.
+
+    The attention's mass on the chosen entries, `weights` `(B, Q, H, K)` summed over heads, is what the softmax of the
+    indexer's `scores` `(B, Q, K)` should be.
+    """
+    mass = weights.detach().sum(2) * is_visible
+    wanted = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    # -inf times zero is no number
+    believed = scores.masked_fill(~is_visible, torch.finfo(scores.dtype).min).log_softmax(-1)
+    divergence = torch.special.xlogy(wanted, wanted) - wanted * believed
+    return divergence.masked_fill(~is_visible, 0.0).sum() / len(scores)

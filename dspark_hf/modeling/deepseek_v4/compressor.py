@@ -1,0 +1,96 @@
+"""Compressed key/value entries: one vector for every `ratio` tokens (CSA and HCA).
+
+B batch, T tokens, N new entries, r ratio, c vector size, S series (2 where windows overlap).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dspark_hf.modeling.backbone import RMSNorm
+from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
+from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
+from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables, rotate
+from dspark_hf.modeling.deepseek_v4.storage import Span
+
+
+class Compressor(nn.Module):
+    """Make compressed entries, in fp32.
+
+    Entry i is the mean of its window's vectors, weighted per dimension by a softmax over the window. Where windows
+    overlap (CSA), a second series of vectors comes from the window before.
+
+    Args:
+        config: the model's configuration.
+        ratio: tokens per entry.
+        size: size c of an entry.
+        is_overlapping: whether an entry also draws on the window before its own.
+    """
+
+    def __init__(self, config: DeepseekV4DSparkConfig, *, ratio: int, size: int, is_overlapping: bool):
+        super().__init__()
+        self.config = config
+        self.ratio = ratio
+        self.size = size
+        self.num_series = 2 if is_overlapping else 1
+        self.wkv = nn.Linear(config.hidden_size, self.num_series * size, bias=False)
+        self.wgate = nn.Linear(config.hidden_size, self.num_series * size, bias=False)
+        self.ape = nn.Parameter(torch.zeros(ratio, self.num_series * size, dtype=torch.float32))
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> tuple[Tensor, Tensor, int]:
+        """Return the entries that the span completes.
+
+        Takes `hidden_states` `(B, T, D)`; remembers in `store`, if there is one, what later entries need.
+
+        Returns the entries `(B, N, c)` in the dtype of `hidden_states`, the number `(B)` of the first one in every
+        row, and where the longest row's end. Rows that complete fewer hold numbers there that nobody sees.
+        """
+        first = span.starts // self.ratio
+        firsts = [before // self.ratio for before in span.num_before]
+        ends = [(before + real) // self.ratio for before, real in zip(span.num_before, span.num_real, strict=True)]
+        num_new = max(end - begin for begin, end in zip(firsts, ends, strict=True))
+        states = hidden_states.float()
+        gates = self.wgate(states) + self.ape[span.positions % self.ratio]
+        tokens = torch.cat([self.wkv(states), gates], dim=-1)  # [B, T, 2 * S * c]
+        entries = hidden_states.new_zeros(len(hidden_states), 0, self.size)
+        if num_new > 0:
+            entries = self._compress(tokens, span, store, first, num_new).to(hidden_states.dtype)
+        if store is not None:
+            store.tail.write(tokens, span)
+        return entries, first, max(firsts) + num_new
+
+    def _compress(
+        self, tokens: Tensor, span: Span, store: CompressedStore | None, first: Tensor, num_new: int
+    ) -> Tensor:
+        ratio, size = self.ratio, self.size
+        numbers = first[:, None] + torch.arange(num_new, device=first.device)  # [B, N]
+        # one window more at the start where windows overlap
+        start = (first - (self.num_series - 1)) * ratio
+        positions = start[:, None] + torch.arange((num_new + self.num_series - 1) * ratio, device=first.device)
+        windows = _tokens_at(positions, tokens, span, store).unflatten(1, (-1, ratio))
+        vectors, gates = windows.unflatten(-1, (2, self.num_series, size)).unbind(-3)  # [B, N (+ 1), r, S, c]
+        if self.num_series == 1:
+            vectors, gates = vectors[..., 0, :], gates[..., 0, :]
+        else:
+            # the first series of the window before, the second of the own one
+            is_missing = (numbers == 0)[..., None, None]
+            before = gates[:, :-1, :, 0].masked_fill(is_missing, float("-inf"))
+            gates = torch.cat([before, gates[:, 1:, :, 1]], dim=2)
+            vectors = torch.cat([vectors[:, :-1, :, 0], vectors[:, 1:, :, 1]], dim=2)
+        entries = self.norm((gates.softmax(dim=2) * vectors).sum(dim=2))
+        return rotate(entries, rotary_tables(self.config, numbers * ratio, is_compressed=True))
+
+
+def _tokens_at(positions: Tensor, tokens: Tensor, span: Span, store: CompressedStore | None) -> Tensor:
+    """Return the vectors `(B, P, *)` at `positions` `(B, P)`, from the span's `tokens` or from what is remembered."""
+    remembered = None if store is None else store.tail.read()
+    offset = positions - span.starts[:, None]
+    # a row that completes fewer entries, and the window before the first, look outside
+    inside = offset.clamp(0, span.num_tokens - 1)
+    if remembered is None or max(span.num_before) == 0:
+        return tokens.gather(1, inside[..., None].expand(-1, -1, tokens.shape[2]))
+    assert store is not None
+    index = torch.where(offset < 0, positions % store.tail.capacity, store.tail.capacity + inside)
+    return torch.cat([remembered, tokens], dim=1).gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))

@@ -1,0 +1,95 @@
+"""The lightning indexer: which compressed entries a query of a CSA layer reads.
+
+B batch, T queries, E entries, H indexer heads, c index head size, K chosen entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
+from dspark_hf.modeling.deepseek_v4.compressor import Compressor
+from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
+from dspark_hf.modeling.deepseek_v4.rotary import Rotary, rotate
+from dspark_hf.modeling.deepseek_v4.storage import Span
+
+# numbers that a block of scores may hold at once, per head
+_MAX_SCORES = 1 << 22
+
+
+class Indexer(nn.Module):
+    """Score compressed entries with small heads of their own, in fp32: sum over heads of `w * relu(q . k)`.
+
+    Hadamard rotation and the 4-bit rounding of the released inference code are left out: the first changes no score,
+    the second is a storage format.
+    """
+
+    def __init__(self, config: DeepseekV4DSparkConfig, ratio: int):
+        super().__init__()
+        self.num_heads, self.head_dim = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.compressor = Compressor(config, ratio=ratio, size=self.head_dim, is_overlapping=True)
+
+    def keys(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> IndexKeys:
+        """Return the keys of all entries so far, those that `hidden_states` `(B, T, D)` completes included."""
+        new, first, end = self.compressor(hidden_states, span, store)
+        if store is None:
+            return IndexKeys(new, None, end)
+        if new.shape[1]:
+            store.entries.write(new, first, end)
+        return IndexKeys(new, store, end)
+
+    def queries(self, latent: Tensor, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Return queries `(B, T, H, c)` and head weights `(B, T, H)` of latents `(B, T, R)` and `(B, T, D)`."""
+        query = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
+        query = rotate(query, (rotary[0][..., None, :], rotary[1][..., None, :]))
+        factor = self.head_dim**-0.5 * self.num_heads**-0.5
+        return query.float(), self.weights_proj(hidden_states).float() * factor
+
+
+class IndexKeys:
+    """Keys of the compressed entries, in the cache or, without one, as just made."""
+
+    def __init__(self, new: Tensor, store: CompressedStore | None, num_entries: int):
+        self._new = new
+        self._store = store
+        self.num_entries = num_entries
+
+    def _read(self, start: int, end: int) -> Tensor:
+        return self._new[:, start:end] if self._store is None else self._store.entries.read(start, end)
+
+    def scores(self, query: Tensor, weights: Tensor) -> Tensor:
+        """Return the scores `(B, T, E)` of all entries for queries `(B, T, H, c)` with head weights `(B, T, H)`."""
+        batch, length, heads, _ = query.shape
+        flat = query.flatten(1, 2)
+        width = max(_MAX_SCORES // (batch * length * heads), 1)
+        blocks = []
+        for start in range(0, self.num_entries, width):
+            keys = self._read(start, min(start + width, self.num_entries)).float()
+            affinity = (flat @ keys.transpose(1, 2)).relu().view(batch, length, heads, -1)
+            blocks.append((weights[:, :, None] @ affinity)[:, :, 0])
+        return torch.cat(blocks, dim=-1)
+
+
+def choose_entries(scores: Tensor, num_visible: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+    """Return the `num_chosen` best visible entries of every query, in ascending order; among equals the lowest first.
+
+    Takes `scores` `(B, T, E)` and how many entries each query may see, `num_visible` `(B, T)`.
+
+    Returns indices `(B, T, K)`, K = min(num_chosen, E), and which of them are visible.
+    """
+    num_entries = scores.shape[-1]
+    numbers = torch.arange(num_entries, device=scores.device)
+    visible = numbers < num_visible[..., None]
+    if num_entries <= num_chosen:
+        return numbers.expand_as(scores), visible
+    scores = scores.masked_fill(~visible, float("-inf"))
+    # torch.topk breaks ties as it likes: take all above the last value, then the first of those equal to it
+    last = scores.topk(num_chosen, dim=-1).values[..., -1:]
+    above, equal = scores > last, scores == last
+    missing = num_chosen - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= missing))
+    index = chosen.nonzero()[:, -1].view(*scores.shape[:-1], num_chosen)
+    return index, visible.gather(-1, index)

@@ -1,0 +1,134 @@
+"""The cache of DeepSeek-V4: any rollback equals a fresh prefill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
+from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec
+from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_config, tiny_model
+
+
+@pytest.mark.parametrize("width", [2, 5, 9, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_accept_and_reject_pattern(seed, width):
+    """Rejected drafts leave a trace in the cache, and the text after them is wrong."""
+    model = tiny_model(seed)
+    torch.manual_seed(100 + seed)
+    text = torch.randint(VOCAB, (3, 120))
+    lengths = [7, 1, 20]
+    mask = torch.tensor([[column >= 20 - length for column in range(20)] for length in lengths])
+    prompt = torch.zeros(3, 20, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        prompt[row, 20 - length :] = text[row, :length]
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits
+        cache = model(prompt, attention_mask=mask).past_key_values
+        while max(lengths) + width < text.shape[1]:
+            kept = torch.randint(0, width + 1, (3,)).tolist()
+            # the first tokens are the text's, the rest are rejected drafts
+            drafts = torch.randint(VOCAB, (3, width))
+            for row, count in enumerate(kept):
+                drafts[row, :count] = text[row, lengths[row] : lengths[row] + count]
+            logits = model(drafts, past_key_values=cache).logits
+            for row, count in enumerate(kept):
+                wanted = expected[row, lengths[row] : lengths[row] + count]
+                torch.testing.assert_close(logits[row, :count], wanted, atol=5e-4, rtol=5e-4)
+            cache.take_back([width - count for count in kept])
+            lengths = [length + count for length, count in zip(lengths, kept, strict=True)]
+            assert cache.lengths == lengths
+
+
+def test_state_equals_a_fresh_prefill():
+    """Entries or window after a rollback differ from those of a text that was never longer."""
+    model = tiny_model(0)
+    text = torch.randint(VOCAB, (1, 60))
+    with torch.no_grad():
+        cache = model(text[:, :40]).past_key_values
+        for _ in range(4):
+            model(torch.randint(VOCAB, (1, 11)), past_key_values=cache)
+            cache.take_back([11])
+        fresh = model(text[:, :40]).past_key_values
+    for layer, expected in zip(cache.layers, fresh.layers, strict=True):
+        length = torch.tensor([40])
+        near = layer.window.positions(length) > 40 - model.config.sliding_window
+        torch.testing.assert_close(layer.window.read()[near], expected.window.read()[near])
+        for store, other in ((layer.compressed, expected.compressed), (layer.index, expected.index)):
+            if store is not None:
+                count = 40 // (4 if layer.index is not None else 8)
+                torch.testing.assert_close(store.entries.read(0, count), other.entries.read(0, count))
+
+
+def test_too_long_a_rollback_is_refused():
+    """More tokens are taken back than the rings remember, and the text goes on from a corrupt state."""
+    model = tiny_model(0, max_rollback=4)
+    with torch.no_grad():
+        cache = model(torch.randint(VOCAB, (1, 30))).past_key_values
+    cache.crop(-3)
+    assert cache.get_seq_length() == 27
+    with pytest.raises(ValueError, match="`max_rollback` must be at least the tokens taken back, 5"):
+        cache.crop(-2)
+    assert cache.lengths == [27]
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be 0 or negative"):
+        cache.crop(3)
+
+
+def test_rows_can_be_chosen_and_repeated():
+    """A row that stays is mixed up with one that leaves the batch."""
+    model = tiny_model(1)
+    text = torch.randint(VOCAB, (3, 50))
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits
+        cache = model(text[:, :33]).past_key_values
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        rows = [2, 2, 0, 0]
+        logits = model(text[rows, 33:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected[rows, 33:], atol=2e-4, rtol=2e-4)
+
+
+def test_reset_forgets():
+    """A cache that was reset still knows its old text."""
+    model = tiny_model(1)
+    text = torch.randint(VOCAB, (1, 30))
+    with torch.no_grad():
+        cache = model(torch.randint(VOCAB, (2, 44))).past_key_values
+        cache.reset()
+        logits = model(text, past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(text).logits)
+
+
+def test_memory_is_that_of_the_theory():
+    """The cache holds more than window, entries and tails, for example copies for every head."""
+    config = tiny_config()
+    model = tiny_model(2)
+    cache = DeepseekV4DSparkCache(config)
+    length = 6000
+    with torch.no_grad():
+        for _ in range(6):
+            model(torch.randint(VOCAB, (1, length // 6)), past_key_values=cache)
+    window = 5 * 4 * config.head_dim * (config.sliding_window + config.max_rollback)
+    csa = 2 * (4 * (config.head_dim + config.index_head_dim) * (length // 4))
+    csa += 2 * 4 * 2 * 2 * (config.head_dim + config.index_head_dim) * (2 * 4 + config.max_rollback)
+    hca = 4 * config.head_dim * (length // 8) + 4 * 2 * config.head_dim * (8 + config.max_rollback)
+    assert cache.num_bytes == pytest.approx(window + csa + hca, rel=0.02)
+
+
+def test_fp8_storage_is_the_released_format():
+    """Stored key/value vectors are rounded otherwise than the released code rounds them."""
+    codec = Fp8Codec(64, torch.float32)
+    vectors = torch.randn(3, 5, 512) * torch.logspace(-5, 5, 5)[:, None]
+    stored = codec.encode(vectors)
+    assert [part.dtype for part in stored] == [torch.uint8, torch.uint8, torch.float32]
+    assert [part.shape[-1] for part in stored] == [448, 7, 64]
+    back = codec.decode(stored)
+    torch.testing.assert_close(back[..., 448:], vectors[..., 448:], atol=0, rtol=0)
+    groups, rounded = vectors[..., :448].unflatten(-1, (7, 64)), back[..., :448].unflatten(-1, (7, 64))
+    # three mantissa bits, or the spacing of the smallest numbers, half a step either way
+    scale = torch.exp2(torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448)))
+    allowed = torch.maximum(groups.abs() / 16, scale * 2.0**-10)
+    assert ((groups - rounded).abs() <= allowed * 1.0001).all()
+    assert all(torch.equal(a, b) for a, b in zip(codec.encode(back), stored, strict=True)) or torch.equal(
+        codec.decode(codec.encode(back)), back
+    )
