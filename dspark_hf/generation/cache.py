@@ -44,6 +44,15 @@ class RaggedStore:
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, :length], self.values[:, :, :length]
 
+    def keep_from(self, starts: Tensor, length: int) -> None:
+        """Move the `length` slots from `starts` `(B)` on to the front, and drop the others."""
+        if self.keys is not None and self.values is not None:
+            slots = (starts[:, None] + torch.arange(length, device=starts.device))[:, None, :, None]
+            self.keys, self.values = (
+                store.gather(2, slots.expand(-1, store.shape[1], -1, store.shape[3])).contiguous()
+                for store in (self.keys, self.values)
+            )
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         if self.keys is not None and self.values is not None:
@@ -88,9 +97,16 @@ class ContextCache:
     """The drafter's context keys and values, one store per drafter layer.
 
     Entries are in slot order; their positions live in the rotated keys, so a row may leave positions out.
+
+    Args:
+        num_layers: drafter layers.
+        batch_size: rows.
+        device: where they live.
+        window: latest entries that are of use, or None for all; older ones are forgotten now and then.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, device: torch.device):
+    def __init__(self, num_layers: int, batch_size: int, device: torch.device, window: int | None = None):
+        self.window = window
         self.lengths = RaggedLengths(batch_size, device)
         self.stores = [RaggedStore() for _ in range(num_layers)]
 
@@ -99,18 +115,30 @@ class ContextCache:
         for store, (keys, values) in zip(self.stores, states, strict=True):
             store.write(keys, values, self.lengths.host, self.lengths.device)
         self.lengths.add(num_tokens)
+        if self.window is not None and max(self.lengths.host) > 4 * self.window:
+            self._forget(self.window)
+
+    def _forget(self, window: int) -> None:
+        starts = (self.lengths.device - window).clamp_min(0)
+        for store in self.stores:
+            store.keep_from(starts, window)
+        self.lengths.set([min(length, window) for length in self.lengths.host])
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return keys and values `(B, H, longest row, E)` of one layer."""
         return self.stores[layer].read(max(self.lengths.host))
 
     def mask(self) -> Tensor | None:
-        """Return which entries exist, `(B, 1, longest row)`, or None if all rows are equally long."""
+        """Return which entries a block may see, `(B, 1, longest row)`, or None if all of them."""
         lengths = self.lengths.host
-        if min(lengths) == max(lengths):
+        is_short = self.window is None or max(lengths) <= self.window
+        if min(lengths) == max(lengths) and is_short:
             return None
         slots = torch.arange(max(lengths), device=self.lengths.device.device)
-        return (slots < self.lengths.device[:, None])[:, None]
+        visible = slots < self.lengths.device[:, None]
+        if self.window is not None:
+            visible &= slots >= self.lengths.device[:, None] - self.window
+        return visible[:, None]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""

@@ -159,6 +159,10 @@ class DSparkLayer(GradientCheckpointingLayer):
         if self.has_scalar:
             self.register_buffer("layer_scalar", torch.ones(1))
 
+    def keys_and_values(self, features: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the context's keys and values `(B, T, H_kv, E)` for features `(B, T, D)`."""
+        return self.self_attn.keys_and_values(features, rotary)
+
     def forward(
         self,
         hidden_states: Tensor,

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from dspark_hf.modeling import conversion, remote_code
+from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 
-BACKBONE_TYPES = ("qwen3", "gemma3", "gemma4")
+BACKBONE_TYPES = ("qwen3", "gemma3", "gemma4", "deepseek_v4")
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 
 
@@ -32,8 +33,10 @@ class DSparkConfig(PreTrainedConfig):
         attention_bias: whether the attention projections carry a bias.
         use_qk_norm: whether queries and keys pass an RMSNorm per head (Qwen3's way; the released drafters do).
         attention_k_eq_v: whether values are the unnormalised keys (Gemma 4; then there is no `v_proj`).
-        backbone_type: `"qwen3"` (pre-norm), `"gemma3"` (sandwich norms) or `"gemma4"` (sandwich norms, value norm,
-            layer scalar).
+        backbone_type: `"qwen3"` (pre-norm), `"gemma3"` (sandwich norms), `"gemma4"` (sandwich norms, value norm,
+            layer scalar) or `"deepseek_v4"` (hyper-connections, experts, one key/value vector for all heads).
+        backbone_config: fields of the `DeepseekV4DSparkConfig` that describes the stages, for `"deepseek_v4"` only.
+        context_window: latest context positions that a block sees; `None` means all.
         embed_scale: factor on the drafter's own token embedding (`sqrt(hidden_size)` for Gemma 4). A borrowed
             embedding brings the target's own scale.
         final_logit_softcapping: soft cap of the drafter's own output head. A borrowed head brings the target's.
@@ -50,6 +53,7 @@ class DSparkConfig(PreTrainedConfig):
             `draft_vocab_size`; makes drafters for large vocabularies many times smaller.
         enable_confidence_head: whether a confidence head predicts each draft's acceptance (Eq. 7).
         confidence_head_with_markov: whether that head also reads the previous token's Markov embedding.
+        confidence_head_bias: whether that head has a bias.
         draft_vocab_size: number of tokens the drafter can propose; `None` means all of them. The tokens are named by
             the buffer `d2t` of the weights.
         sts_temperatures: `block_size` temperatures of the confidence, from Sequential Temperature Scaling; `None`
@@ -86,6 +90,8 @@ class DSparkConfig(PreTrainedConfig):
         use_qk_norm: bool = True,
         attention_k_eq_v: bool = False,
         backbone_type: str = "qwen3",
+        backbone_config: dict[str, Any] | None = None,
+        context_window: int | None = None,
         embed_scale: float = 1.0,
         final_logit_softcapping: float | None = None,
         owns_embeddings: bool = False,
@@ -98,6 +104,7 @@ class DSparkConfig(PreTrainedConfig):
         markov_over_draft_vocab: bool = False,
         enable_confidence_head: bool = True,
         confidence_head_with_markov: bool = True,
+        confidence_head_bias: bool = True,
         draft_vocab_size: int | None = None,
         sts_temperatures: list[float] | None = None,
         initializer_range: float = 0.02,
@@ -118,6 +125,8 @@ class DSparkConfig(PreTrainedConfig):
         self.use_qk_norm = use_qk_norm
         self.attention_k_eq_v = attention_k_eq_v
         self.backbone_type = backbone_type
+        self.backbone_config = backbone_config
+        self.context_window = context_window
         self.embed_scale = embed_scale
         self.final_logit_softcapping = final_logit_softcapping
         self.owns_embeddings = owns_embeddings
@@ -132,6 +141,7 @@ class DSparkConfig(PreTrainedConfig):
         self.markov_over_draft_vocab = markov_over_draft_vocab
         self.enable_confidence_head = enable_confidence_head
         self.confidence_head_with_markov = confidence_head_with_markov and markov_rank > 0
+        self.confidence_head_bias = confidence_head_bias
         self.draft_vocab_size = draft_vocab_size
         self.sts_temperatures = sts_temperatures
         self.initializer_range = initializer_range
@@ -139,6 +149,11 @@ class DSparkConfig(PreTrainedConfig):
         kwargs["tie_word_embeddings"] = False
         self._validate()
         super().__init__(**kwargs)
+
+    @property
+    def deepseek_v4(self) -> DeepseekV4DSparkConfig | None:
+        """What describes the stages of a DeepSeek-V4 backbone, or None for other backbones."""
+        return None if self.backbone_config is None else DeepseekV4DSparkConfig(**self.backbone_config)
 
     @property
     def num_draft_logits(self) -> int:
@@ -182,6 +197,18 @@ class DSparkConfig(PreTrainedConfig):
     def _validate(self) -> None:
         _require(
             self.backbone_type in BACKBONE_TYPES, "backbone_type", f"be one of {BACKBONE_TYPES}", self.backbone_type
+        )
+        _require(
+            (self.backbone_config is not None) == (self.backbone_type == "deepseek_v4"),
+            "backbone_config",
+            "be given for the backbone type 'deepseek_v4' and for no other",
+            self.backbone_config,
+        )
+        _require(
+            self.context_window is None or self.context_window >= 1,
+            "context_window",
+            "be at least 1, or None for the whole context",
+            self.context_window,
         )
         _require(
             self.markov_head_type in MARKOV_HEAD_TYPES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 
 if TYPE_CHECKING:
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
@@ -38,6 +40,13 @@ def config_for_target(
     config, num_layers = target.config, target.num_layers
     layer_config = _last_layer_config(config)
     num_heads = layer_config.num_attention_heads
+    if isinstance(config, DeepseekV4DSparkConfig) and fields.get("backbone_type", "deepseek_v4") == "deepseek_v4":
+        fields = {**_deepseek_fields(config), **fields}
+        # a stage for every tapped layer, the last ones, as released
+        num_hidden_layers = min(3, num_layers) if num_hidden_layers is None else num_hidden_layers
+        target_layer_ids = (
+            range(num_layers - num_hidden_layers, num_layers) if target_layer_ids is None else target_layer_ids
+        )
     derived = {
         "vocab_size": target.vocab_size,
         "hidden_size": target.hidden_size,
@@ -60,6 +69,18 @@ def config_for_target(
         **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
     return DSparkConfig(**{**derived, **fields})
+
+
+def _deepseek_fields(config: DeepseekV4DSparkConfig) -> dict[str, Any]:
+    """Return what a drafter's configuration takes from DeepSeek-V4's own."""
+    fields = config.to_dict()
+    described = {name: fields[name] for name in inspect.signature(type(config).__init__).parameters if name in fields}
+    return {
+        "backbone_type": "deepseek_v4",
+        "backbone_config": described,
+        "context_window": config.sliding_window,
+        "confidence_head_bias": False,
+    }
 
 
 def _last_layer_config(config: Any) -> Any:

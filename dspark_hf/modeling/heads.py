@@ -97,11 +97,12 @@ class ConfidenceHead(nn.Module):
     def __init__(self, config: DSparkConfig):
         super().__init__()
         width = config.hidden_size + (config.markov_rank if config.confidence_head_with_markov else 0)
-        self.proj = nn.Linear(width, 1)
+        self.proj = nn.Linear(width, 1, bias=config.confidence_head_bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits `(*)`, fp32, for features `(*, D)` or `(*, D + R)`."""
-        return self.proj(features).squeeze(-1).float()
+        bias = None if self.proj.bias is None else self.proj.bias.float()
+        return nn.functional.linear(features.float(), self.proj.weight.float(), bias).squeeze(-1).float()
 
 
 def build_markov_head(config: DSparkConfig) -> MarkovHead | None:

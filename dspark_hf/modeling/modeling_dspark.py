@@ -21,6 +21,8 @@ from dspark_hf.generation.target import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm, RotaryEmbedding
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.deepseek_v4.layer import init_weights
+from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
 from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
 from dspark_hf.modeling.remote_code import AUTO_MAP
 
@@ -63,7 +65,9 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     base_model_prefix = ""
     main_input_name = "context_hidden_states"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DSparkLayer"]
+    _no_split_modules = ["DSparkLayer", "DeepseekV4Stage"]
+    # parameters of DeepSeek-V4's stages only
+    _keep_in_fp32_modules_strict = ["hc_", "attn_sink", "gate.bias"]
     config: DSparkConfig
     d2t: Tensor
     t2d: Tensor
@@ -73,9 +77,15 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         width = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
         self.hidden_norm = RMSNorm(width, config.rms_norm_eps)
-        self.layers = nn.ModuleList([DSparkLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(width, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        deepseek, count = config.deepseek_v4, config.num_hidden_layers
+        self.streams = None if deepseek is None else StreamEnds(deepseek)
+        if deepseek is None:
+            self.layers = nn.ModuleList([DSparkLayer(config) for _ in range(count)])
+            self.rotary_emb: nn.Module = RotaryEmbedding(config)
+        else:
+            self.layers = nn.ModuleList([DeepseekV4Stage(deepseek) for _ in range(count)])
+            self.rotary_emb = StageRotary(deepseek)
         self.markov_head = build_markov_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         if config.owns_embeddings:
@@ -185,6 +195,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             del self.config.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        deepseek = self.config.deepseek_v4
+        if deepseek is None:
+            super()._init_weights(module)
+        else:
+            init_weights(module, deepseek)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing: the code lives in the installed package, and a saved folder must not receive a copy of it."""
@@ -259,7 +276,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     def context_keys_and_values(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return every layer's context keys and values `(B, H, T, E)` for features `(B, T, D)` at `(B, T)` (Eq. 3)."""
         rotary = self.rotary_emb(positions, features.dtype)
-        pairs = [cast(DSparkLayer, layer).self_attn.keys_and_values(features, rotary) for layer in self.layers]
+        pairs = [cast(DSparkLayer, layer).keys_and_values(features, rotary) for layer in self.layers]
         return [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pairs]
 
     def run_blocks(
@@ -270,19 +287,28 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         context: Sequence[tuple[Tensor, Tensor]],
         context_mask: Tensor | None,
         target: TargetAdapter,
-    ) -> Tensor:
-        """Return hidden states `(B, N, num_slots, D)` of blocks that start at the anchors `(B, N)` (Eq. 1).
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden states of blocks that start at the anchors `(B, N)`, after the final norm and before (Eq. 1).
 
-        `context` holds every layer's keys and values, `context_mask` `(B, N, C)` what each block may see of them.
+        Both are `(B, N, num_slots, D)`. `context` holds every layer's keys and values, `context_mask` `(B, N, C)` what
+        each block may see of them.
         """
         slots = torch.arange(num_slots, device=anchor_ids.device)
         block_ids = anchor_ids[..., None].expand(*anchor_ids.shape, num_slots)
         block_ids = torch.where(slots == 0, block_ids, self.config.mask_token_id)
         hidden_states = self.embed(block_ids, target)
         rotary = self.rotary_emb(anchor_positions[..., None] + slots, hidden_states.dtype)
+        if self.streams is not None:
+            hidden_states = self.streams.open(hidden_states)
         for layer, layer_context in zip(self.layers, context, strict=True):
             hidden_states = layer(hidden_states, rotary, layer_context, context_mask)
-        return self.norm(hidden_states)
+        if self.streams is not None:
+            hidden_states = self.streams.close(hidden_states)
+        return self.norm(hidden_states), hidden_states
+
+    def confidence_features(self, normed: Tensor, unnormed: Tensor) -> Tensor:
+        """Return what the confidence head reads: the state before the final norm in DeepSeek-V4, else after it."""
+        return normed if self.streams is None else unnormed
 
     def confidence_logits(self, hidden_states: Tensor, previous_ids: Tensor) -> Tensor | None:
         """Return the logits `(*, K)` of the drafts' acceptance (Eq. 7), or None without a confidence head."""
@@ -313,10 +339,16 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         length = context_hidden_states.shape[1]
         positions = torch.arange(length, device=anchor_ids.device).expand(len(anchor_ids), -1)
         context = self.context_keys_and_values(self.project_context(context_hidden_states), positions)
-        visible = positions[:, None, :] < anchor_positions[..., None]
-        hidden_states = self.run_blocks(anchor_ids, anchor_positions, self.config.block_size, context, visible, target)
+        age = anchor_positions[..., None] - positions[:, None, :]
+        visible = age > 0
+        if self.config.context_window is not None:
+            visible &= age <= self.config.context_window
+        hidden_states, unnormed = self.run_blocks(
+            anchor_ids, anchor_positions, self.config.block_size, context, visible, target
+        )
         latents = None if self.markov_head is None else self.markov_head.latents(previous_ids, hidden_states)
-        return BlockStates(hidden_states, latents, self.confidence_logits(hidden_states, previous_ids))
+        features = self.confidence_features(hidden_states, unnormed)
+        return BlockStates(hidden_states, latents, self.confidence_logits(features, previous_ids))
 
     def draft_head(self, target: TargetAdapter) -> _DraftHead:
         """Return the function from hidden states to logits over the proposable tokens."""
@@ -355,12 +387,14 @@ class _DSparkContext(DraftContext):
         self._target = target
         self._head = drafter.draft_head(target)
         self._ids = drafter.draft_token_ids
-        self.cache = ContextCache(len(drafter.layers), batch_size, drafter.device)
+        self.cache = ContextCache(len(drafter.layers), batch_size, drafter.device, drafter.config.context_window)
         temperatures = drafter.config.sts_temperatures
         self._temperatures = None if temperatures is None else torch.tensor(temperatures, device=drafter.device)
 
     def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
-        drafter = self._drafter
+        drafter, window = self._drafter, self._drafter.config.context_window
+        if window is not None and hidden_states.shape[1] > window:
+            hidden_states, positions, num_tokens = _latest(hidden_states, positions, num_tokens, window)
         features = drafter.project_context(hidden_states)
         states = drafter.context_keys_and_values(features, positions.to(drafter.device))
         self.cache.append(states, num_tokens)
@@ -370,9 +404,12 @@ class _DSparkContext(DraftContext):
         anchors, positions = anchor_ids.to(drafter.device), positions.to(drafter.device)
         context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
         # all slots run even if fewer drafts are wanted: the block was trained at its full width
-        hidden_states = drafter.run_blocks(
-            anchors[:, None], positions[:, None], drafter.block_size, context, self.cache.mask(), self._target
-        )[:, 0, :num_drafts]
+        hidden_states, unnormed = (
+            states[:, 0, :num_drafts]
+            for states in drafter.run_blocks(
+                anchors[:, None], positions[:, None], drafter.block_size, context, self.cache.mask(), self._target
+            )
+        )
         token_ids, probs, previous_ids = sample_block(
             self._head(hidden_states),
             hidden_states,
@@ -381,7 +418,7 @@ class _DSparkContext(DraftContext):
             markov_head=drafter.markov_head,
             expand_logits=self._expand,
         )
-        logits = drafter.confidence_logits(hidden_states, previous_ids)
+        logits = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
         if logits is not None and self._temperatures is not None:
             logits = logits / self._temperatures[:num_drafts]
         return DraftedBlock(token_ids, probs, None if logits is None else logits.sigmoid())
@@ -395,3 +432,13 @@ class _DSparkContext(DraftContext):
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)
+
+
+def _latest(
+    hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int], window: int
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the last `window` real tokens of every row: `(B, window, *)`, `(B, window)` and how many are real."""
+    starts = torch.tensor([max(count - window, 0) for count in num_tokens], device=positions.device)
+    index = starts[:, None] + torch.arange(window, device=positions.device)
+    states = hidden_states.gather(1, index.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2]))
+    return states, positions.gather(1, index), [min(count, window) for count in num_tokens]
