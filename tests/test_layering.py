@@ -14,7 +14,8 @@ BELOW = {
     "chat": {"chat"},
     "estimation": {"estimation"},
     "generation": {"generation"},
-    "modeling": {"generation", "modeling"},
+    # chat: a tiny checkpoint comes with a tokenizer
+    "modeling": {"generation", "modeling", "chat"},
     "calibration": {"generation", "modeling", "calibration", *SHARED},
     # only the metrics, see below
     "evaluation": {"generation", "modeling", "evaluation", "calibration", *SHARED},

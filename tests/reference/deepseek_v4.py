@@ -195,7 +195,7 @@ class Entered:
 
 
 def enter(weights: Weights, hc_name: str, norm_name: str, streams: Tensor, settings: Settings) -> Entered:
-    """Return one token's way into a sub-block: mix = fn f / rms(f) for the flattened streams f, then pre, post, comb."""
+    """Return one token's way into a sub-block: mix = fn f / rms(f) for the flat streams f, then pre, post, comb."""
     n = settings.hc_mult
     mix = stream_mix(weights, hc_name, streams, settings)
     base, scale = weights[f"{hc_name}_base"], weights[f"{hc_name}_scale"]

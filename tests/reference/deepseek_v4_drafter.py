@@ -33,7 +33,7 @@ from tests.reference.deepseek_v4 import (
 
 
 class Draft(NamedTuple):
-    """The drafts and, per row, the logits `(K, V)` they are chosen from and the confidence before its sigmoid `(K,)`."""
+    """The drafts, the logits `(K, V)` they are chosen from and the confidence before its sigmoid `(K,)`."""
 
     token_ids: list[int]
     logits: Tensor

@@ -1,12 +1,17 @@
-"""Linear layers of DeepSeek-V4.
+"""Linear layers of DeepSeek-V4: grouped ones, and ones that keep their weight as it is stored.
 
 g groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from dspark_hf.modeling.deepseek_v4.formats import dequantize
 
 
 class GroupedLinear(nn.Linear):
@@ -18,5 +23,60 @@ class GroupedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `(*, g, out_features / g)` for inputs `(*, g, in_features)`."""
-        weight = self.weight.unflatten(0, (self.num_groups, -1))
-        return torch.einsum("...gi,goi->...go", input, weight)
+        return grouped_product(input, self.weight, self.num_groups)
+
+
+def grouped_product(states: Tensor, weight: Tensor, num_groups: int) -> Tensor:
+    """Return `(*, g, o / g)` for states `(*, g, i)` and a weight `(o, i)`."""
+    return torch.einsum("...gi,goi->...go", states, weight.unflatten(0, (num_groups, -1)))
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight stays in FP8 or packed FP4 and becomes floating point for the time of a product.
+
+    Args:
+        weight: as stored; scales in `scale`. Both may be on the meta device until they are loaded.
+        scale: as stored.
+        num_groups: groups of a block-diagonal product, or None for an ordinary one.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, num_groups: int | None = None):
+        super().__init__()
+        self.num_groups = num_groups
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `(o, i)` in `dtype`."""
+        return dequantize(self.weight, self.scale, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product with `input`, in its dtype."""
+        weight = self.dequantize(input.dtype)
+        if self.num_groups is not None:
+            return grouped_product(input, weight, self.num_groups)
+        return nn.functional.linear(input, weight)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        # a change of the model's dtype leaves stored weights as they are
+        def keep_format(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keep_format, recurse)
+
+
+def swap_linears(module: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Replace the linear layers whose weights are `stored` with scales, `NAME.weight` and `NAME.scale`.
+
+    `stored` maps the module's own parameter names to anything with a `dtype` and a `shape`. The new parameters are on
+    the meta device.
+    """
+    for name, child in list(module.named_modules()):
+        weight, scale = stored.get(f"{name}.weight"), stored.get(f"{name}.scale")
+        if not isinstance(child, nn.Linear) or weight is None or scale is None:
+            continue
+        parts = [torch.empty(tuple(part.shape), dtype=part.dtype, device="meta") for part in (weight, scale)]
+        groups = child.num_groups if isinstance(child, GroupedLinear) else None
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, QuantizedLinear(parts[0], parts[1], groups))

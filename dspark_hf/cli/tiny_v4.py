@@ -1,0 +1,43 @@
+"""`dspark-hf tiny-v4`: a tiny random DeepSeek-V4 checkpoint in the released layout."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Experts(str, Enum):
+    """How the routed experts are stored."""
+
+    fp4 = "fp4"
+    fp8 = "fp8"
+    bf16 = "bf16"
+
+
+def tiny_v4(
+    out: Annotated[Path, typer.Option(help="Folder to write, absent or empty.")],
+    experts: Annotated[
+        Experts,
+        typer.Option(help="fp4 as Flash and Pro (other matrices FP8), fp8 as their -Base, bf16: nothing quantised."),
+    ] = Experts.fp4,
+    dspark: Annotated[bool, typer.Option(help="Put a DSpark module (mtp.*) inside.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+) -> None:
+    """Write a tiny random DeepSeek-V4 checkpoint, to try everything on before the real weights."""
+    # imported here, so that the help is instant
+    from dspark_hf.files import write_whole_folder
+    from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
+
+    def write(folder: Path) -> None:
+        write_tiny_checkpoint(folder, seed=seed, experts=experts.value, with_dspark=dspark)
+
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"`--out` must be absent or empty, got {str(out)!r}. Name another, or empty it.")
+        write_whole_folder(out, write)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"Written: {out}")
