@@ -58,10 +58,11 @@ def write_tiny_checkpoint(
     """Write a tiny random DeepSeek-V4 checkpoint: configuration, sharded weights and a byte-level tokenizer.
 
     Names, dtypes, scales and the order of shards are those of the released checkpoints; so are all kinds of layers
-    (window, CSA, HCA, hash routing), but HCA compresses by 8, that short texts reach it. For Transformers' own classes
-    `config.json` therefore also has `layer_types` and `compress_rates`, which the released ones leave out. The
-    same arguments give the same bytes, and the weights before they are rounded
-    to their formats depend on `seed` alone.
+    (window, CSA, HCA, hash routing), but HCA compresses by 8, so that short texts reach it. For Transformers' own
+    classes `config.json` therefore also has `layer_types` and `compress_rates`, which the released ones leave out.
+
+    The same arguments give the same bytes, and the weights before they are rounded to their formats depend on `seed`
+    alone.
 
     Args:
         folder: where to; it must be absent or empty.
