@@ -14,7 +14,10 @@ VALID: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_hea
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"backbone_type": "llama"}, r"`backbone_type` must be one of \('qwen3', 'gemma3', 'gemma4'\), got 'llama'"),
+        (
+            {"backbone_type": "llama"},
+            r"`backbone_type` must be one of \('qwen3', 'gemma3', 'gemma4', 'deepseek_v4'\), got 'llama'",
+        ),
         ({"markov_head_type": "lstm"}, r"`markov_head_type` must be one of .*'rnn'\), got 'lstm'"),
         ({"block_size": 0}, "`block_size` must be at least 1, got 0"),
         ({"markov_rank": -1}, "`markov_rank` must be at least 0 .*, got -1"),
