@@ -5,13 +5,27 @@ g groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
+
+# dtypes that packed FP4 is stored in, and all that come with scales
+PACKED = (torch.int8, torch.uint8)
+QUANTIZED = (torch.float8_e4m3fn, *PACKED)
+
+
+class _Stored(Protocol):
+    """What is known of a tensor without reading it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
 
 
 class GroupedLinear(nn.Linear):
@@ -66,17 +80,35 @@ class QuantizedLinear(nn.Module):
         return super()._apply(keep_format, recurse)
 
 
-def swap_linears(module: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Replace the linear layers whose weights are `stored` with scales, `NAME.weight` and `NAME.scale`.
+def swap_linears(module: nn.Module, stored: Mapping[str, _Stored], prefix: str = "") -> None:
+    """Replace the linear layers whose weights are stored in FP8 or FP4, `NAME.weight` with `NAME.scale`.
 
-    `stored` maps the module's own parameter names to anything with a `dtype` and a `shape`. The new parameters are on
-    the meta device.
+    The new parameters are on the meta device, with the dtypes and shapes that are stored.
+
+    Args:
+        module: any module with linear layers.
+        stored: what is known of the tensors, by name.
+        prefix: what the names in `stored` begin with, before the module's own.
+
+    Raises:
+        ValueError: if a stored weight has another size than its layer.
     """
     for name, child in list(module.named_modules()):
-        weight, scale = stored.get(f"{name}.weight"), stored.get(f"{name}.scale")
-        if not isinstance(child, nn.Linear) or weight is None or scale is None:
+        weight, scale = stored.get(f"{prefix}{name}.weight"), stored.get(f"{prefix}{name}.scale")
+        if not isinstance(child, nn.Linear) or weight is None or scale is None or weight.dtype not in QUANTIZED:
             continue
+        shape = dequantized_shape(weight.dtype, weight.shape)
+        if shape != tuple(child.weight.shape):
+            raise ValueError(
+                f"`{prefix}{name}.weight` must hold {tuple(child.weight.shape)} numbers, got {shape}. Use the "
+                "configuration that belongs to the checkpoint."
+            )
         parts = [torch.empty(tuple(part.shape), dtype=part.dtype, device="meta") for part in (weight, scale)]
         groups = child.num_groups if isinstance(child, GroupedLinear) else None
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, QuantizedLinear(parts[0], parts[1], groups))
+
+
+def dequantized_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that a stored weight has as floating point: two numbers of packed FP4 are in a byte."""
+    return (*shape[:-1], 2 * shape[-1]) if dtype in PACKED else tuple(shape)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from dspark_hf.generation.integration import CACHE_KEY
 from dspark_hf.modeling.backbone import RMSNorm
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
+from dspark_hf.modeling.deepseek_v4.checkpoint import ReleasedCheckpoints
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.hyper_connections import join_streams
 from dspark_hf.modeling.deepseek_v4.layer import DeepseekV4Layer, add_hyper_head, init_weights
@@ -43,7 +44,7 @@ class DeepseekV4CausalLMOutput(MoeCausalLMOutputWithPast):
     indexer_loss: Tensor | None = None
 
 
-class DeepseekV4DSparkPreTrainedModel(PreTrainedModel):
+class DeepseekV4DSparkPreTrainedModel(ReleasedCheckpoints):
     """What both models share."""
 
     config_class = DeepseekV4DSparkConfig
@@ -56,6 +57,12 @@ class DeepseekV4DSparkPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^mtp\."]
     _is_stateful = False
     config: DeepseekV4DSparkConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states; the first parameter, which Transformers looks at, is in fp32 with any."""
+        embedding: Any = self.get_input_embeddings()
+        return embedding.weight.dtype
 
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config)
@@ -141,7 +148,14 @@ class DeepseekV4DSparkModel(DeepseekV4DSparkPreTrainedModel):
                 affinities.append(affinity)
         if cache is not None:
             cache.finish(span, packing.num_columns)
-        joined = join_streams(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
+        joined = join_streams(
+            # layers may be on other devices
+            streams.to(self.hc_head_fn.device),
+            self.hc_head_fn,
+            self.hc_head_base,
+            self.hc_head_scale,
+            self.config,
+        )
         return DeepseekV4ModelOutput(
             last_hidden_state=packing.unpack(self.norm(joined)),
             hidden_states=tuple(packing.unpack(states) for states in every) if output_hidden_states else None,

@@ -29,6 +29,7 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -69,14 +70,17 @@ def _files(name_or_path: str | os.PathLike, prefix: str, hub_options: dict[str, 
     index = cached_file(name_or_path, INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if index is None:
         single = cached_file(name_or_path, SINGLE_NAME, _raise_exceptions_for_missing_entries=False, **options)
-        return [] if single is None else [Path(single)]
+        return [] if single is None else [Path(single).absolute()]
     weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     names = sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
-    return [Path(str(cached_file(name_or_path, name, **options))) for name in names]
+    return [Path(str(cached_file(name_or_path, name, **options))).absolute() for name in names]
 
 
 def iterate_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors by name, file by file, each as it is stored."""
+    """Yield tensors by name, file by file, each as it is stored.
+
+    They are views of the mapped file: memory is filled as they are read, and only what is written to is copied.
+    """
     by_file: dict[Path, list[str]] = {}
     for name in names:
         by_file.setdefault(infos[name].file, []).append(name)

@@ -1,0 +1,95 @@
+"""Linear layers that keep their weight as it is stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dspark_hf.modeling.deepseek_v4 import linear
+from dspark_hf.modeling.deepseek_v4.formats import dequantize, quantize_fp4, quantize_fp8
+from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear, QuantizedLinear, swap_linears
+from dspark_hf.modeling.deepseek_v4.reading import read_index
+from tests.modeling.deepseek_v4.checkpoints import NUM_TOKENS, load, logits
+
+QUANTIZERS = {"fp8": quantize_fp8, "fp4": quantize_fp4}
+
+
+def _stored(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return QUANTIZERS[kind](torch.randn(96, 64, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_equals_that_of_the_dequantized_weight(kind, dtype):
+    """A kept weight is decoded in another dtype than the activations, or wrongly."""
+    weight, scale = _stored(kind)
+    states = torch.randn(3, 64, dtype=dtype)
+    expected = nn.functional.linear(states, dequantize(weight, scale, dtype))
+    actual = QuantizedLinear(weight, scale)(states)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_grouped_product(kind):
+    """The kept output projection mixes its groups."""
+    weight, scale = _stored(kind)
+    plain = GroupedLinear(64, 96, 3)
+    plain.weight = nn.Parameter(dequantize(weight, scale, torch.float32))
+    states = torch.randn(2, 3, 64)
+    assert torch.equal(QuantizedLinear(weight, scale, 3)(states), plain(states))
+
+
+def test_gradients_pass_through():
+    """An adapter before a kept layer gets no gradient, or the kept weight does."""
+    layer = QuantizedLinear(*_stored("fp8"))
+    states = torch.randn(3, 64, requires_grad=True)
+    layer(states).sum().backward()
+    torch.testing.assert_close(states.grad, layer.dequantize(torch.float32).sum(0).expand(3, -1))
+    assert layer.weight.grad is None
+
+
+def test_swap_with_names_of_another_place():
+    """Layers of a part of a model cannot be found by the names of the whole."""
+    module = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 8, bias=False))
+    weight, scale = _stored("fp4")
+    stored = {"a.0.weight": weight, "a.0.scale": scale, "a.1.weight": torch.zeros(8, 96)}
+    swap_linears(module, stored, "a.")
+    assert isinstance(module[0], QuantizedLinear)
+    assert module[0].weight.is_meta
+    assert (module[0].weight.dtype, module[0].weight.shape) == (torch.int8, (96, 32))
+    assert type(module[1]) is nn.Linear
+
+
+def test_swap_refuses_another_size():
+    """A checkpoint of another size is taken, and fails at the first product."""
+    weight, scale = _stored("fp8")
+    with pytest.raises(ValueError, match=r"`0\.weight` must hold \(96, 32\) numbers, got \(96, 64\)"):
+        swap_linears(nn.Sequential(nn.Linear(32, 96, bias=False)), {"0.weight": weight, "0.scale": scale})
+
+
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+def test_swap_takes_what_is_stored_with_scales(checkpoints, experts):
+    """Some stored weights are dequantised at loading, and memory grows by gigabytes."""
+    names = {name.removesuffix(".scale") for name in read_index(checkpoints[experts]) if name.endswith(".scale")}
+    names = {name for name in names if not name.startswith("mtp.")}
+    kept = {name for name, one in load(checkpoints[experts]).model.named_modules() if isinstance(one, QuantizedLinear)}
+    assert kept == names
+
+
+def test_only_chosen_experts_are_dequantized(checkpoints, monkeypatch):
+    """Every token pays for decoding all experts."""
+    model = load(checkpoints["fp4"])
+    config = model.config
+    seen = []
+    monkeypatch.setattr(linear, "dequantize", lambda *args: seen.append(args[0].dtype) or dequantize(*args))
+    with torch.no_grad():
+        model(torch.tensor([[7]]))
+    # three matrices an expert; only routed experts are in FP4
+    assert seen.count(torch.int8) == 3 * config.num_experts_per_tok * config.num_hidden_layers
+    assert config.num_experts_per_tok < config.n_routed_experts
+    seen.clear()
+    logits(model)
+    most = min(config.n_routed_experts, NUM_TOKENS * config.num_experts_per_tok)
+    assert seen.count(torch.int8) <= 3 * most * config.num_hidden_layers

@@ -1,0 +1,217 @@
+"""Loading DeepSeek-V4: formats, dtypes, devices, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
+
+from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkModel
+from dspark_hf.modeling.deepseek_v4.drafter_names import PREFIX
+from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
+from tests.modeling.deepseek_v4.checkpoints import load, logits, read_files
+
+STRICT = ("hc_", "attn_sink", "gate", "compressor", "head")
+
+
+def _is_kept(model) -> bool:
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_weights_give_the_same_logits(checkpoints, experts, dtype):
+    """A model that keeps its weights as stored says something else than one with the same weights dequantised."""
+    kept = load(checkpoints[experts], dtype=dtype, keep_quantized=True)
+    plain = load(checkpoints[experts], dtype=dtype)
+    assert _is_kept(kept)
+    assert not _is_kept(plain)
+    assert torch.equal(logits(kept), logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_kept"),
+    [
+        ({}, True),
+        ({"dtype": "auto"}, True),
+        ({"dtype": "float32"}, False),
+        ({"dtype": torch.bfloat16}, False),
+        ({"keep_quantized": False}, False),
+        ({"dtype": torch.bfloat16, "keep_quantized": True}, True),
+    ],
+)
+def test_when_weights_are_kept(checkpoints, options, is_kept):
+    """Weights are dequantised unasked, and do not fit; or kept where a dtype was asked for."""
+    assert _is_kept(load(checkpoints["fp4"], **options)) == is_kept
+
+
+@pytest.mark.parametrize("experts", ["fp4", "fp8", "bf16"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_dtypes(checkpoints, experts, dtype):
+    """Router, streams or head run in bf16, and choices differ from the released code's; or tables become floats."""
+    stored = read_files(checkpoints[experts])
+    model = load(checkpoints[experts], dtype=dtype)
+    assert model.dtype == model.config.dtype == (dtype or torch.bfloat16)
+    for own, parameter in model.named_parameters():
+        name = own.removeprefix("model.")
+        is_quantized = isinstance(model.get_submodule(own.rpartition(".")[0]), QuantizedLinear)
+        if is_quantized or not stored[name].dtype.is_floating_point and name.endswith("tid2eid"):
+            wanted = stored[name].dtype
+        elif any(part in name for part in STRICT):
+            wanted = torch.float32
+        else:
+            wanted = dtype or torch.bfloat16
+        assert parameter.dtype == wanted, name
+        assert not parameter.is_meta, name
+
+
+def test_what_a_loaded_model_is_like(checkpoints):
+    """A loaded model drops out, stops nowhere, or forgets its name."""
+    model = load(checkpoints["fp4"], cache_dtype="fp8")
+    assert not model.training
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == 1
+    assert model.name_or_path == str(checkpoints["fp4"])
+    assert model.config.cache_dtype == "fp8"
+    _, info = load(checkpoints["fp4"], output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_configuration_of_the_caller_stays(checkpoints):
+    """Loading changes a configuration that others use."""
+    config = DeepseekV4DSparkConfig.from_pretrained(checkpoints["fp4"])
+    before = config.to_dict()
+    assert load(checkpoints["fp4"], config=config, dtype=torch.float32, max_rollback=3).config.max_rollback == 3
+    assert config.to_dict() == before
+
+
+def test_the_bare_decoder(checkpoints):
+    """The decoder alone cannot be loaded from a checkpoint with a head."""
+    decoder = DeepseekV4DSparkModel.from_pretrained(checkpoints["fp4"])
+    whole = load(checkpoints["fp4"])
+    token_ids = torch.arange(9)[None]
+    with torch.no_grad():
+        states = whole.model(token_ids).last_hidden_state
+        assert torch.equal(decoder(token_ids).last_hidden_state, states)
+
+
+def test_own_names_are_understood(checkpoints, tmp_path):
+    """A folder whose names begin with `model.` cannot be loaded."""
+    tensors = {
+        name if name.startswith("head.") else f"model.{name}": tensor
+        for name, tensor in read_files(checkpoints["fp4"]).items()
+        if not name.startswith(PREFIX)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(checkpoints["fp4"] / "config.json", tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(load(checkpoints["fp4"])))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=["kept", "dequantized"])
+def test_disk(checkpoints, tmp_path, options):
+    """Layers on disk compute something else, or the weights of another run."""
+    expected = load(checkpoints["fp4"], **options)
+    for _ in range(2):
+        model = load(
+            checkpoints["fp4"],
+            device_map="auto",
+            max_memory={"cpu": _size(expected) // 2},
+            offload_folder=tmp_path,
+            **options,
+        )
+        assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+        assert torch.equal(logits(model), logits(expected))
+        # what is kept is read from the checkpoint itself
+        assert any(tmp_path.iterdir()) == bool(options)
+
+
+def _size(model) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", torch.device("cpu"), {"": "cpu"}])
+def test_all_on_one_device(checkpoints, device_map):
+    """A device map changes what a model says."""
+    model = load(checkpoints["fp4"], device_map=device_map)
+    assert {str(device) for device in model.hf_device_map.values()} == {"cpu"}
+    assert torch.equal(logits(model), logits(load(checkpoints["fp4"])))
+
+
+def test_generation_from_disk(checkpoints):
+    """A cache cannot be used where layers are on disk."""
+    whole = load(checkpoints["fp4"])
+    parts = load(checkpoints["fp4"], device_map="auto", max_memory={"cpu": _size(whole) // 2})
+    assert "disk" in parts.hf_device_map.values()
+    token_ids = torch.arange(5)[None]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(parts.generate(token_ids, **options), whole.generate(token_ids, **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=lambda options: [*options][0]
+)
+def test_bitsandbytes(checkpoints, options):
+    """Layers that run in fp32 or in groups are quantised, or the model says something else altogether."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = load(checkpoints["fp4"], quantization_config=BitsAndBytesConfig(**options))
+    kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
+    quantized = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert quantized == {"wq_a", "wq_b", "wkv", "wo_b", "w1", "w2", "w3"}
+    assert not any(isinstance(module, kinds) for name, module in model.named_modules() if "compressor" in name)
+    plain = logits(load(checkpoints["fp4"]))
+    assert torch.cosine_similarity(logits(model).flatten(), plain.flatten(), dim=0) > 0.9
+
+
+def _changed(source, folder, change):
+    """Copy a checkpoint, its first file changed."""
+    shutil.copytree(source, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    file = index["weight_map"]["embed.weight"]
+    tensors = load_file(folder / file)
+    change(tensors)
+    (folder / file).unlink()
+    save_file(tensors, folder / file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("embed.weight"), r"got 1 missing: embed\.weight\."),
+        (lambda tensors: tensors.update({"layers.9.x": torch.ones(1)}), r"got 1 unexpected: layers\.9\.x\."),
+        (lambda tensors: tensors.update({"embed.weight": torch.ones(1, 2)}), r"`embed\.weight` must have the shape"),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=["kept", "dequantized"])
+def test_other_tensors_are_refused(checkpoints, tmp_path, change, message, options):
+    """A checkpoint that does not fit gives a model with random or lost weights."""
+    folder = _changed(checkpoints["fp4"], tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=message):
+        load(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "`dtype` must be a floating-point dtype, got 'int8'"),
+        ({"surprise": 1}, r"`kwargs` must be options .* got \['surprise'\]"),
+        ({"device_map": {"head": "cpu"}}, "`device_map` must name a device for every weight"),
+        (
+            {"device_map": {"": "disk"}, "dtype": torch.float32},
+            "`offload_folder` must be given where dequantised weights are put on disk",
+        ),
+        (
+            {"keep_quantized": True, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+            "`keep_quantized` must be left out",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "`quantization_config` must be a BitsAndBytesConfig"),
+    ],
+)
+def test_arguments_are_checked(checkpoints, options, message):
+    """A wrong argument is passed over in silence."""
+    with pytest.raises(ValueError, match=message):
+        load(checkpoints["fp4"], **options)
