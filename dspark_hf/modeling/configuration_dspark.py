@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from dspark_hf.modeling import conversion, remote_code
+from dspark_hf.modeling.deepseek_v4 import drafter_names
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 
 BACKBONE_TYPES = ("qwen3", "gemma3", "gemma4", "deepseek_v4")
@@ -173,6 +174,8 @@ class DSparkConfig(PreTrainedConfig):
         if conversion.is_deepspec(fields):
             shapes = conversion.read_tensor_shapes(pretrained_model_name_or_path, kwargs)
             fields = conversion.fields_from_deepspec(fields, shapes)
+        elif drafter_names.is_released(fields):
+            fields = drafter_names.drafter_fields(fields)
         if fields.get("model_type") != cls.model_type:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold a DSpark drafter, got "

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dspark_hf.generation.cache import ContextCache
 from dspark_hf.generation.decoding import decode
@@ -21,7 +21,10 @@ from dspark_hf.generation.target import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm, RotaryEmbedding
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.deepseek_v4.drafter_loading import load_module
+from dspark_hf.modeling.deepseek_v4.drafter_names import is_released
 from dspark_hf.modeling.deepseek_v4.layer import init_weights
+from dspark_hf.modeling.deepseek_v4.reading import HUB_OPTIONS
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
 from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
 from dspark_hf.modeling.remote_code import AUTO_MAP
@@ -159,14 +162,19 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     def from_pretrained(  # type: ignore[override]  # every further argument is passed on
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a drafter from a folder or a hub name: our own layout, or the released DeepSpec one.
+        """Load a drafter from a folder or a hub name: our own layout, the released DeepSpec one, or DeepSeek-V4.
 
-        Takes every argument of `PreTrainedModel.from_pretrained`.
+        Takes every argument of `PreTrainedModel.from_pretrained`. Of a DeepSeek-V4 checkpoint with a DSpark module,
+        that module alone is read; `dtype`, `keep_quantized`, a device as `device_map` and hub options apply.
 
         Raises:
             ValueError: if the folder holds no DSpark drafter, or its tensors are not exactly the drafter's: one left
                 at random would draft badly without an error.
         """
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if pretrained_model_name_or_path is not None and _is_deepseek(pretrained_model_name_or_path, hub_options):
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_options)
+            return load_module(cls, pretrained_model_name_or_path, config, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -205,6 +213,11 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing: the code lives in the installed package, and a saved folder must not receive a copy of it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the drafter's activations; its weights may be stored in fewer bits."""
+        return cast(Tensor, self.hidden_norm.weight).dtype
 
     # what the decoding loop asks of a drafter
 
@@ -432,6 +445,11 @@ class _DSparkContext(DraftContext):
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)
+
+
+def _is_deepseek(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> bool:
+    fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
+    return is_released(fields)
 
 
 def _latest(

@@ -304,6 +304,40 @@ class DeepseekV4DSparkForCausalLM(DeepseekV4DSparkPreTrainedModel, GenerationMix
             loss = loss + self.config.indexer_loss_coef * indexer_loss.to(loss.device)
         return loss
 
+    @property
+    def dspark(self) -> Any:
+        """The drafter in the checkpoint that this model was loaded from; read when it is first asked for.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        # no submodule: it is not this model's to save or to train
+        if "_dspark" not in self.__dict__:
+            # imported here: the drafter's class stands above the target's
+            from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+
+            if not self.config.has_dspark or not self.name_or_path:
+                raise ValueError(
+                    "`use_dspark` must be left out for a model that was not loaded from a checkpoint with a DSpark "
+                    f"module, got {self.name_or_path or 'a fresh model'!r}. Pass a drafter as `assistant_model`."
+                )
+            stored = None if self.dtype == torch.bfloat16 else self.dtype
+            drafter = DSparkAssistantModel.from_pretrained(self.name_or_path, dtype=stored)
+            self.__dict__["_dspark"] = drafter.to(self.device)
+        return self.__dict__["_dspark"]
+
+    def generate(self, *args: Any, use_dspark: bool = False, **kwargs: Any) -> Any:
+        """Generate as every model of Transformers; with `use_dspark=True`, assisted by the checkpoint's own drafter.
+
+        Raises:
+            ValueError: if `use_dspark` is set without such a drafter, or beside `assistant_model`.
+        """
+        if use_dspark:
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError("`use_dspark` must be False beside `assistant_model`, got True. Choose one drafter.")
+            kwargs["assistant_model"] = self.dspark
+        return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:

@@ -1,0 +1,102 @@
+"""The DSpark module read out of a DeepSeek-V4 checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
+from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.modeling.deepseek_v4.formats import dequantize
+from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
+from dspark_hf.modeling.deepseek_v4.reading import iterate_tensors, read_index
+from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
+from tests.modeling.deepseek_v4.tiny import oracle_settings
+from tests.reference.deepseek_v4_drafter import draft
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a tiny checkpoint with FP4 experts and a DSpark module."""
+    folder = tmp_path_factory.mktemp("attached")
+    write_tiny_checkpoint(folder)
+    return folder
+
+
+def _prompts(num_rows: int) -> torch.Tensor:
+    return torch.randint(200, (num_rows, 21), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_use_dspark_changes_no_token(folder, num_rows):
+    """Text with the checkpoint's own drafter is not the text without it."""
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(_prompts(num_rows), **options)
+    assert torch.equal(model.generate(_prompts(num_rows), use_dspark=True, **options), plain)
+    assert model.dspark.last_statistics.num_drafted > 0
+    assert model.dspark is model.dspark
+
+
+def test_drafts_are_those_of_the_oracle(folder):
+    """Tensors of the module land in the wrong places."""
+    target = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    infos = read_index(folder, "mtp.")
+    stored = dict(iterate_tensors(infos, infos))
+    weights = {
+        name: dequantize(value, stored[f"{name[:-6]}scale"], torch.float32)
+        if f"{name[:-6]}scale" in stored and name.endswith(".weight")
+        else value
+        for name, value in stored.items()
+        if not name.endswith(".scale")
+    }
+    drafter = target.dspark
+    features = torch.randn(1, 30, 3 * target.config.hidden_size)
+    expected = draft(
+        weights,
+        oracle_settings(target.config),
+        features[0],
+        7,
+        30,
+        target.model.embed.weight,
+        target.head.weight,
+        block_size=drafter.block_size,
+        noise_token_id=drafter.config.mask_token_id,
+    )
+    with torch.no_grad():
+        context = drafter.start(TargetAdapter(target), 1)
+        context.extend(features, torch.arange(30)[None], [30])
+        block = context.draft(
+            torch.tensor([7]),
+            torch.tensor([30]),
+            drafter.block_size,
+            lambda slot, logits, _: (logits.argmax(-1), None),
+        )
+    assert block.token_ids[0].tolist() == expected.token_ids
+    confidence = expected.confidence_logits.sigmoid()
+    torch.testing.assert_close(block.confidence[0].double(), confidence, atol=1e-4, rtol=1e-4)
+
+
+def test_kept_as_stored(folder):
+    """The module is blown up to floating point although nobody asked for it, or a kept one fails."""
+    drafter = DSparkAssistantModel.from_pretrained(folder)
+    assert any(isinstance(module, QuantizedLinear) for module in drafter.modules())
+    assert drafter.dtype == torch.bfloat16
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(folder)
+    text = model.generate(_prompts(2), max_new_tokens=8, do_sample=False, assistant_model=drafter, eos_token_id=None)
+    assert text.shape == (2, 29)
+    drafter = DSparkAssistantModel.from_pretrained(folder, dtype=torch.float32)
+    assert not any(isinstance(module, QuantizedLinear) for module in drafter.modules())
+
+
+def test_only_where_there_is_one(folder, tmp_path):
+    """A checkpoint without the module is taken for one with it, or two drafters for one."""
+    write_tiny_checkpoint(tmp_path / "plain", with_dspark=False)
+    with pytest.raises(ValueError, match="must hold a checkpoint with a DSpark module"):
+        DSparkAssistantModel.from_pretrained(tmp_path / "plain")
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="`use_dspark` must be left out"):
+        model.generate(_prompts(1), use_dspark=True, max_new_tokens=2)
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="`use_dspark` must be False beside"):
+        model.generate(_prompts(1), use_dspark=True, assistant_model=model.dspark, max_new_tokens=2)
