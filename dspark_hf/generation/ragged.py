@@ -24,6 +24,7 @@ from dspark_hf.generation.integration import (
     is_placeholder_layer,
     mask_length,
 )
+from dspark_hf.generation.padding import full_mask, pack_order, run_packed
 from dspark_hf.generation.passes import TargetPass
 from dspark_hf.generation.target import TargetAdapter
 
@@ -127,7 +128,7 @@ class RaggedTarget:
         self._wants_hidden_states = bool(generation_config.output_hidden_states)
         self.cache = RaggedCache(adapter.model, len(input_ids))
         past_length = int(cache.get_seq_length())
-        mask = _full_mask(input_ids, attention_mask, past_length, mask_length(generation_config, attention_mask))
+        mask = full_mask(input_ids, attention_mask, past_length, mask_length(generation_config, attention_mask))
         if mask.shape[1] == input_ids.shape[1]:
             input_ids = input_ids[:, past_length:]
         self._num_padded = (mask.shape[1] - mask.long().sum(-1)).tolist()
@@ -139,18 +140,8 @@ class RaggedTarget:
 
     def prefill(self) -> TargetPass:
         """Process the prompts, packed to slot 0, with logits of every row's last token."""
-        order, num_new = _pack_order(self._new_mask)
-        token_ids = self._prompt_ids.gather(1, order)
-        last = torch.tensor(num_new, device=token_ids.device) - 1
-        kept, index = torch.unique(last, return_inverse=True)
-        target_pass = self._run(token_ids, num_new, kept)
-        rows = torch.arange(len(token_ids), device=index.device)
-        target_pass.logits = target_pass.logits[rows, index.to(target_pass.logits.device)][:, None]
-        if target_pass.hidden_states is not None:
-            target_pass.hidden_states = tuple(
-                _unpack(states, self._new_mask, order) for states in target_pass.hidden_states
-            )
-        self.cache.lengths.add(num_new)
+        target_pass = run_packed(self._run, self._prompt_ids, self._new_mask)
+        self.cache.lengths.add(target_pass.num_tokens)
         return target_pass
 
     def verify(self, token_ids: Tensor) -> TargetPass:
@@ -260,31 +251,9 @@ def _check_attention_kinds(model: PreTrainedModel) -> None:
         )
 
 
-def _full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int, width: int) -> Tensor:
-    if attention_mask is not None:
-        return attention_mask.bool()
-    # generate dropped a mask of ones; its width tells whether the ids repeat what the cache holds
-    width = input_ids.shape[1] if width == input_ids.shape[1] else past_length + input_ids.shape[1]
-    return torch.ones(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
-
-
-def _pack_order(mask: Tensor) -> tuple[Tensor, list[int]]:
-    """Return the columns `(B, longest)` of every row's real tokens, in order, and how many there are."""
-    counts: list[int] = mask.long().sum(-1).tolist()
-    order = torch.argsort((~mask).long(), dim=1, stable=True)
-    return order[:, : max(counts)], counts
-
-
-def _unpack(states: Tensor, mask: Tensor, order: Tensor) -> Tensor:
-    """Return packed states `(B, T, D)` laid out as in the padded prompt, zeros where padding was."""
-    padded = states.new_zeros(len(states), mask.shape[1], states.shape[-1])
-    index = order[..., None].expand(-1, -1, states.shape[-1])
-    return padded.scatter(1, index, states) * mask[..., None]
-
-
 def _adopt(ragged: RaggedCache, given: Any, mask: Tensor) -> None:
     """Fill a ragged cache from a left-padded one whose tokens `mask` `(B, S)` marks."""
-    order, counts = _pack_order(mask)
+    order, counts = pack_order(mask)
     lengths = RaggedLengths(len(mask), mask.device)
     for layer, source in zip(ragged.layers, given.layers, strict=True):
         if not isinstance(layer, RaggedLayer) or source.keys is None:

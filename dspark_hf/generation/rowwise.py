@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dspark_hf.generation.integration import CACHE_KEY, mask_length
+from dspark_hf.generation.padding import full_mask, run_packed
 from dspark_hf.generation.passes import TargetPass
 from dspark_hf.generation.target import TargetAdapter
 
@@ -72,14 +73,10 @@ class RowwiseTarget:
             )
         self._wants_hidden_states = bool(generation_config.output_hidden_states)
         past = int(self._cache.get_seq_length())
-        mask = model_kwargs.get("attention_mask")
-        width = mask_length(generation_config, mask)
-        if mask is None:
-            # generate dropped a mask of ones; its width tells whether the ids repeat what the cache holds
-            width = input_ids.shape[1] if width == input_ids.shape[1] else past + input_ids.shape[1]
-            mask = input_ids.new_ones(len(input_ids), width)
+        attention_mask = model_kwargs.get("attention_mask")
+        mask = full_mask(input_ids, attention_mask, past, mask_length(generation_config, attention_mask))
         self._prompt_ids = input_ids[:, past:] if mask.shape[1] == input_ids.shape[1] else input_ids
-        self._new_mask = mask[:, past:].bool()
+        self._new_mask = mask[:, past:]
         # left padding is gone once the prompts are packed; a returned cache has its columns again
         missing: list[int] = (~self._new_mask).sum(-1).tolist()
         self._num_padded = [past - length + count for length, count in zip(self._lengths(), missing, strict=True)]
@@ -90,29 +87,21 @@ class RowwiseTarget:
 
     def prefill(self) -> TargetPass:
         """Process the prompts, packed to their rows' front, with logits of every row's last token."""
-        num_new: list[int] = self._new_mask.sum(-1).tolist()
-        order = torch.argsort((~self._new_mask).long(), dim=1, stable=True)[:, : max(num_new)]
-        last = torch.tensor(num_new, device=order.device) - 1
-        kept, index = torch.unique(last, return_inverse=True)
-        is_real = torch.arange(max(num_new), device=order.device) <= last[:, None]
-        target_pass = self._run(self._prompt_ids.gather(1, order), is_real, num_new, kept)
-        rows = torch.arange(len(order), device=target_pass.logits.device)
-        target_pass.logits = target_pass.logits[rows, index.to(rows.device)][:, None]
-        if target_pass.hidden_states is not None:
-            target_pass.hidden_states = tuple(
-                _unpack(states, self._new_mask, order) for states in target_pass.hidden_states
-            )
-        return target_pass
+        return run_packed(self._run, self._prompt_ids, self._new_mask)
 
     def verify(self, token_ids: Tensor) -> TargetPass:
         """Process every row's anchor and drafts `(B, W)`."""
         width = token_ids.shape[1]
         self._width = width
-        return self._run(token_ids, None, [width] * len(token_ids), torch.arange(width, device=token_ids.device))
+        return self._run(token_ids, [width] * len(token_ids), torch.arange(width, device=token_ids.device))
 
-    def _run(self, token_ids: Tensor, is_real: Tensor | None, num_tokens: list[int], kept: Tensor) -> TargetPass:
+    def _run(self, token_ids: Tensor, num_tokens: list[int], kept: Tensor) -> TargetPass:
         starts = torch.tensor(self._lengths(), device=token_ids.device)
+        columns = torch.arange(token_ids.shape[1], device=token_ids.device)
+        is_real = None
         # without a mask every token is real; the cache knows what came before
+        if min(num_tokens) < len(columns):
+            is_real = columns < torch.tensor(num_tokens, device=columns.device)[:, None]
         outputs = self._model(
             input_ids=token_ids,
             attention_mask=is_real,
@@ -124,7 +113,7 @@ class RowwiseTarget:
         return TargetPass(
             logits=outputs.logits,
             context_hidden_states=self._adapter.pop_context_hidden_states(),
-            positions=starts[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device),
+            positions=starts[:, None] + columns,
             num_tokens=num_tokens,
             hidden_states=outputs.get("hidden_states"),
         )
@@ -142,12 +131,3 @@ class RowwiseTarget:
         lengths = zip(self._num_padded, self._cache.lengths, strict=True)
         self._cache.num_columns = max(padded + length for padded, length in lengths)
         return self._cache
-
-
-def _unpack(states: Tensor, mask: Tensor, order: Tensor) -> Tensor:
-    """Return packed states `(B, W, *)` laid out as in the padded prompt, zeros where padding was."""
-    padded = states.new_zeros(len(states), mask.shape[1], *states.shape[2:])
-    rows = torch.arange(len(states), device=states.device)[:, None]
-    padded[rows, order.to(states.device)] = states
-    is_padding = ~mask.to(states.device)
-    return padded.masked_fill(is_padding.view(*mask.shape, *[1] * (states.ndim - 2)), 0)

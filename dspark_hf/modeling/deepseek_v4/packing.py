@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dspark_hf.generation.padding import pack_order, unpack
+
 
 class Packing:
     """Move every row's real tokens to its front.
@@ -36,11 +38,9 @@ class Packing:
         mask = attention_mask[:, -self.width :].bool()
         if bool(mask.all()):
             return
-        self.counts = mask.sum(-1).tolist()
-        self.width = max(self.counts)
         self._mask = mask
-        # stable: real tokens first, in their order
-        self._order = torch.argsort((~mask).long(), dim=1, stable=True)[:, : self.width]
+        self._order, self.counts = pack_order(mask)
+        self.width = max(self.counts)
 
     def pack(self, values: Tensor) -> Tensor:
         """Return values `(B, T, *)` as `(B, W, *)`."""
@@ -53,7 +53,4 @@ class Packing:
         """Return values `(B, W, *)` as `(B, T, *)`, zeros where padding is."""
         if self._order is None:
             return values
-        order, mask = self._order.to(values.device), self._mask.to(values.device)
-        columns = values.new_zeros(len(values), self.num_columns, *values.shape[2:])
-        columns[torch.arange(len(values), device=values.device)[:, None], order] = values
-        return columns.masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 2)), 0)
+        return unpack(values, self._mask, self._order)
