@@ -13,7 +13,8 @@ SHARED = {"files", "loading", "prompts"}
 BELOW = {
     "chat": {"chat"},
     "estimation": {"estimation"},
-    "generation": {"generation"},
+    "profiling": {"profiling", "files"},
+    "generation": {"generation", "profiling"},
     # chat: a tiny checkpoint comes with a tokenizer
     "modeling": {"generation", "modeling", "chat"},
     "calibration": {"generation", "modeling", "calibration", *SHARED},

@@ -220,6 +220,7 @@ def _observe(
             **_pad_left(prompts, target.device),
             assistant_model=drafter,
             num_assistant_tokens=drafter.block_size,
+            scheduler="fixed",
             assistant_confidence_threshold=0.0,
             pad_token_id=_pad_token_id(target),
             **options,

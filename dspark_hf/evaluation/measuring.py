@@ -136,7 +136,7 @@ class Measuring:
         if drafter is None:
             return {}
         # every draft is verified: only then is known what a threshold would have done
-        options = {"assistant_model": drafter, "assistant_confidence_threshold": 0.0}
+        options = {"assistant_model": drafter, "scheduler": "fixed", "assistant_confidence_threshold": 0.0}
         if self._settings.num_drafts is not None:
             options["num_assistant_tokens"] = self._settings.num_drafts
         return options

@@ -62,6 +62,5 @@ def round_records(statistics: SpeculationStatistics) -> tuple[RoundRecord, ...]:
         # only the last round of a row can lose tokens to a stop rule
         committed = min(accepted + 1, num_left)
         num_left -= committed
-        num_drafted = verified if confidence is None else len(confidence)
-        records.append(RoundRecord(num_drafted, verified, accepted, committed, confidence))
+        records.append(RoundRecord(one.num_drafted, verified, accepted, committed, confidence))
     return tuple(records)

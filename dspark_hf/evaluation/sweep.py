@@ -14,7 +14,7 @@ import torch
 
 from dspark_hf.evaluation.intervals import Estimate, ratio_of_sums
 from dspark_hf.evaluation.records import RoundRecord
-from dspark_hf.generation.scheduling import ThresholdScheduler
+from dspark_hf.generation.scheduling.threshold import count_confident
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -90,4 +90,4 @@ def _admitted(rounds: Sequence[RoundRecord], threshold: float) -> list[int]:
     # short blocks are filled up with what no threshold admits
     confidence = [(*(one.confidence or ()), *[-1.0] * (width - len(one.confidence or ()))) for one in rounds]
     # the scheduler itself, so that a confidence at the threshold is rounded as in a run
-    return ThresholdScheduler(threshold).admit(torch.tensor(confidence), width, len(rounds))
+    return count_confident(torch.tensor(confidence), threshold)

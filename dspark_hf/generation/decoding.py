@@ -5,6 +5,7 @@ B rows of the batch, b rows still in it, K drafts, W = 1 + K positions of a veri
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
+from dspark_hf.generation.deferred import DeferredContext
 from dspark_hf.generation.drafting import DraftedBlock, Drafter
 from dspark_hf.generation.integration import CACHE_KEY, pad_token_id, was_given_by_user
 from dspark_hf.generation.outputs import DSparkGenerateOutput, OutputRecorder
@@ -21,6 +23,8 @@ from dspark_hf.generation.processing import ProcessorChain
 from dspark_hf.generation.ragged import RaggedTarget
 from dspark_hf.generation.requests import Knobs, check_request, read_knobs
 from dspark_hf.generation.rowwise import RowwiseCache, RowwiseTarget
+from dspark_hf.generation.scheduling.estimator import top_margin
+from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Scheduler
 from dspark_hf.generation.sequences import Sequences
 from dspark_hf.generation.single_row import SingleRowTarget
 from dspark_hf.generation.statistics import Round, SpeculationStatistics
@@ -44,12 +48,14 @@ def decode(
     inputs_tensor: Tensor | None = None,
     tokenizer: Any = None,
     assistant_tokenizer: Any = None,
+    scheduler: Scheduler | str | None = None,
     **model_kwargs: Any,
 ) -> Tensor | DSparkGenerateOutput:
     """Generate with a drafter: the same output as plain `generate`, in fewer passes of the target.
 
-    The arguments are those that `generate` hands to its decoding methods. Greedy output is token-identical where the
-    target's arithmetic does not depend on the number of tokens per pass (fp32); sampled output follows the target's
+    The arguments are those that `generate` hands to its decoding methods, and the scheduler, which on the way through
+    `assistant_model=` comes with the generation configuration. Greedy output is token-identical where the target's
+    arithmetic does not depend on the number of tokens per pass (fp32); sampled output follows the target's
     distribution exactly.
 
     Returns the token ids `(B, length)`, or a `DSparkGenerateOutput` with `return_dict_in_generate=True`.
@@ -58,7 +64,7 @@ def decode(
         ValueError: before any work, if the request cannot be served exactly; the message says why.
     """
     check_request(model, generation_config, model_kwargs, synced_gpus)
-    knobs = read_knobs(generation_config, drafter)
+    knobs = read_knobs(generation_config, drafter, model, scheduler)
     adapter = TargetAdapter(model, drafter.target_layer_ids)
     drafter.check_target(adapter)
     with adapter:
@@ -124,7 +130,8 @@ class _Run:
         self._stream = OrderedStream(streamer, self._sequences)
         self._returns_cache = self._recorder.returns_dict or was_given_by_user(model_kwargs[CACHE_KEY])
         self._target = self._target_state(model_kwargs)
-        self._context = self._drafter.start(self._adapter, self._sequences.batch_size)
+        self._context = DeferredContext(self._drafter.start(self._adapter, self._sequences.batch_size))
+        self._schedule = self._knobs.scheduler.start(self._call())
         with self._statistics.timed("prefill_seconds", self._adapter.model.device):
             target_pass = self._target.prefill()
         self._statistics.num_target_passes += 1
@@ -145,13 +152,25 @@ class _Run:
             return SingleRowTarget(self._adapter, ids, self._config, model_kwargs)
         return RaggedTarget(self._adapter, ids, self._config, model_kwargs)
 
+    def _call(self) -> Call:
+        return Call(
+            target=self._adapter,
+            drafter=self._drafter,
+            num_rows=self._sequences.batch_size,
+            max_drafts=self._knobs.num_drafts,
+            prompt_length=self._sequences.prompt_length,
+            is_sampling=self._is_sampling,
+        )
+
     def round(self) -> None:
         """Draft, schedule, verify, commit and roll back once."""
         statistics, device = self._statistics, self._adapter.model.device
-        start, inside = perf_counter(), statistics.draft_seconds + statistics.verify_seconds
+        start, drafting, verifying = perf_counter(), statistics.draft_seconds, statistics.verify_seconds
+        batch = self._batch()
+        is_typical = not self._context.is_behind
         anchors = self._sequences.last_tokens(self._rows)
-        drafted = self._draft(anchors)
-        num_verified = self._admit(drafted)
+        drafted = self._draft(anchors, self._schedule.num_drafts(batch))
+        num_verified = [0] * len(self._rows) if drafted is None else self._schedule.admit(drafted, batch)
         tokens = self._verified_tokens(anchors, drafted, max(num_verified))
         with statistics.timed("verify_seconds", device):
             target_pass = self._target.verify(tokens.to(device))
@@ -167,17 +186,30 @@ class _Run:
         self._target.keep(num_kept)
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
         self._drop_finished_rows()
-        inside = statistics.draft_seconds + statistics.verify_seconds - inside
-        statistics.other_seconds += perf_counter() - start - inside
+        seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
+        statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
+        num_drafted = 0 if drafted is None else drafted.token_ids.shape[1]
+        self._schedule.observe(
+            Outcome(batch, num_drafted, num_verified, num_accepted, drafting, seconds - drafting, is_typical)
+        )
 
-    def _draft(self, anchors: Tensor) -> DraftedBlock | None:
-        """Return the drafts of all rows, or None where no row has room for one."""
-        num_drafts = min(self._knobs.num_drafts, max(self._room(row) for row in self._rows) - 1)
+    def _batch(self) -> Batch:
+        limits = tuple(min(self._knobs.num_drafts, self._room(row) - 1) for row in self._rows)
+        num_live = sum(self._is_live(row) for row in self._rows)
+        return Batch(limits, num_live, max(self._sequences.lengths[row] for row in self._rows))
+
+    def _draft(self, anchors: Tensor, num_drafts: int) -> DraftedBlock | None:
+        """Return the drafts of all rows, or None for a round without."""
         if num_drafts < 1:
             return None
         positions = torch.tensor([self._num_processed[row] for row in self._rows], device=anchors.device)
+        self._margins: list[Tensor] = []
         with self._statistics.timed("draft_seconds", self._adapter.model.device):
-            return self._context.draft(anchors, positions, num_drafts, self._sample_draft)
+            self._context.catch_up()
+            drafted = self._context.context.draft(anchors, positions, num_drafts, self._sample_draft)
+        if self._margins:
+            drafted = replace(drafted, margins=torch.stack(self._margins, dim=1))
+        return drafted
 
     def _room(self, row: int) -> int:
         """Return how many tokens a row may still get; 1 for a row that waits."""
@@ -188,6 +220,8 @@ class _Run:
 
     def _sample_draft(self, slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor | None]:
         scores = logits
+        if self._schedule.wants_margins:
+            self._margins.append(top_margin(logits))
         if not self._processors.is_empty:
             device = self._sequences.device
             scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
@@ -197,13 +231,6 @@ class _Run:
             return scores.argmax(-1).to(logits.device), None
         probs = _probabilities(scores)
         return torch.multinomial(probs, num_samples=1).squeeze(-1).to(logits.device), probs
-
-    def _admit(self, drafted: DraftedBlock | None) -> list[int]:
-        if drafted is None:
-            return [0] * len(self._rows)
-        num_drafts = drafted.token_ids.shape[1]
-        admitted = self._knobs.scheduler.admit(drafted.confidence, num_drafts, len(self._rows))
-        return [min(count, self._room(row) - 1) for row, count in zip(self._rows, admitted, strict=True)]
 
     def _verified_tokens(self, anchors: Tensor, drafted: DraftedBlock | None, num_drafts: int) -> Tensor:
         if drafted is None or num_drafts == 0:
@@ -275,7 +302,9 @@ class _Run:
     ) -> None:
         num_drafted = 0 if drafted is None else drafted.token_ids.shape[1]
         confidence = None if drafted is None else drafted.confidence
-        self._statistics.rounds.append(Round(tuple(self._rows), confidence, tuple(num_verified), tuple(num_accepted)))
+        self._statistics.rounds.append(
+            Round(tuple(self._rows), num_drafted, confidence, tuple(num_verified), tuple(num_accepted))
+        )
         for verified, accepted, kept in zip(num_verified, num_accepted, num_kept, strict=True):
             if kept:
                 self._statistics.add_round(num_drafted, verified, accepted, kept)

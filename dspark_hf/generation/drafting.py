@@ -28,12 +28,15 @@ class DraftedBlock:
 
     `token_ids` `(B, K)`; `probs` `(B, K, V)`, fp32, the distributions the tokens were really drawn from, or None when
     greedy; `confidence` `(B, K)`, fp32, the estimated chance that draft k is accepted given that its prefix is, or
-    None without a confidence head. `confidence[:, k]` depends on the drafts before k only.
+    None without a confidence head; `margins` `(B, K)`, fp32, how far the best logit of each slot lies above the
+    second, filled in by the decoding loop where a scheduler wants it. `confidence[:, k]` and `margins[:, k]` depend on
+    the drafts before k only.
     """
 
     token_ids: Tensor
     probs: Tensor | None
     confidence: Tensor | None
+    margins: Tensor | None = None
 
 
 class DraftContext(ABC):
@@ -55,9 +58,12 @@ class DraftContext(ABC):
 class Drafter(ABC):
     """A model that proposes blocks of tokens from the target's hidden states.
 
-    `last_statistics` holds what the last call of `generate` measured.
+    `scheduler` says how many drafts are made and verified: a name, a `Scheduler`, or None for the adaptive one; what
+    a call says goes before. `last_statistics` holds what the last call of `generate` measured.
     """
 
+    # Transformers evaluates annotations when the class is made, and schedulers know drafters
+    scheduler: Any = None
     last_statistics: SpeculationStatistics | None = None
 
     @property

@@ -2,8 +2,8 @@
 
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Two more methods are wrapped
-because what they know is gone when the decoding method is called: which knobs the user set, and that an assistant was
-passed to a mode that ignores it.
+because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=` among them,
+which `generate` does not know, and that an assistant was passed to a mode that ignores it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _EXPECTED_ARGUMENTS = (
 # run-time knobs whose defaults Transformers fills in for other kinds of assistants
 _KNOBS = ("num_assistant_tokens", "assistant_confidence_threshold")
 _EXPLICIT = "_dspark_explicit"
+_SCHEDULER = "_dspark_scheduler"
 
 
 def install() -> None:
@@ -118,8 +119,11 @@ def _remember_knobs(original: Any) -> Any:
         explicit = {
             name for name in _KNOBS if kwargs.get(name) is not None or any(_is_set(source, name) for source in given)
         }
+        # generate takes what it does not know for an input of the model, and refuses it
+        scheduler = kwargs.pop("scheduler", None)
         prepared, model_kwargs = original(self, generation_config, **kwargs)
         setattr(prepared, _EXPLICIT, explicit)
+        setattr(prepared, _SCHEDULER, scheduler)
         return prepared, model_kwargs
 
     prepare_generation_config.is_dspark = True  # type: ignore[attr-defined]
@@ -149,6 +153,11 @@ def _check_mode(original: Any) -> Any:
                 # the original refuses, since its own loop knows a single row only
                 generation_config = copy.copy(generation_config)
                 generation_config.num_return_sequences = 1
+        elif scheduler_of_call(generation_config) is not None:
+            raise ValueError(
+                "`scheduler` must be left out unless a DSpark drafter assists, got "
+                f"{scheduler_of_call(generation_config)!r}. Pass `assistant_model=drafter`."
+            )
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     validate_generation_mode.is_dspark = True  # type: ignore[attr-defined]
@@ -163,6 +172,11 @@ def explicit_knob(generation_config: GenerationConfig, name: str) -> Any:
         # not installed: only a value that differs from Transformers' default is known to be the user's
         return None if value in (20, 0.4) else value
     return value if name in explicit else None
+
+
+def scheduler_of_call(generation_config: GenerationConfig) -> Any:
+    """Return what the user passed to `generate` as `scheduler=`, or None."""
+    return getattr(generation_config, _SCHEDULER, None)
 
 
 def bind_row(processor: PrefixConstrainedLogitsProcessor, row: int) -> PrefixConstrainedLogitsProcessor:

@@ -91,6 +91,11 @@ class RaggedCache(Cache):
             layers.append(layer if is_placeholder_layer(layer) else RaggedLayer(self.lengths))
         super().__init__(layers=layers)
 
+    def pretend_length(self, length: int) -> None:
+        """Let every row hold `length` tokens that nobody wrote, to measure what a pass over such a context costs."""
+        # the next write makes room for them, filled with zeros
+        self.lengths.set([length] * len(self.lengths.host))
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self.lengths.select_rows(rows)

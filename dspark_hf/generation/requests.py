@@ -8,24 +8,28 @@ from typing import Any
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from dspark_hf.generation.drafting import Drafter
-from dspark_hf.generation.integration import CACHE_KEY, explicit_knob, is_stateful
-from dspark_hf.generation.scheduling import FixedScheduler, Scheduler, ThresholdScheduler
+from dspark_hf.generation.integration import CACHE_KEY, explicit_knob, is_stateful, scheduler_of_call
+from dspark_hf.generation.scheduling.choosing import choose_scheduler
+from dspark_hf.generation.scheduling.interface import Scheduler
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """`num_drafts`: drafts per round at most; `scheduler`: how many of them are verified."""
+    """`num_drafts`: drafts per round at most; `scheduler`: how many are made, and how many of them verified."""
 
     num_drafts: int
     scheduler: Scheduler
 
 
-def read_knobs(generation_config: GenerationConfig, drafter: Drafter) -> Knobs:
-    """Return the run-time knobs.
+def read_knobs(
+    generation_config: GenerationConfig, drafter: Drafter, model: PreTrainedModel, scheduler: Scheduler | str | None
+) -> Knobs:
+    """Return the run-time knobs; `scheduler` is what `custom_generate` was called with.
 
     Raises:
         ValueError: if more drafts are asked for than the drafter was trained to propose, or the threshold is no
-            probability.
+            probability, or the scheduler does not exist or contradicts the threshold.
+        TypeError: if the scheduler is neither a name nor a `Scheduler`.
     """
     num_drafts = explicit_knob(generation_config, "num_assistant_tokens")
     if num_drafts is not None and not 1 <= num_drafts <= drafter.block_size:
@@ -38,8 +42,14 @@ def read_knobs(generation_config: GenerationConfig, drafter: Drafter) -> Knobs:
         raise ValueError(
             f"`assistant_confidence_threshold` must lie in [0, 1], got {threshold}. It is compared with a probability."
         )
-    scheduler = ThresholdScheduler(threshold) if threshold else FixedScheduler()
-    return Knobs(num_drafts or drafter.block_size, scheduler)
+    chosen = scheduler if scheduler is not None else scheduler_of_call(generation_config)
+    if chosen is None and threshold is None:
+        chosen = drafter.scheduler
+    is_tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
+    return Knobs(
+        num_drafts or drafter.block_size,
+        choose_scheduler(chosen, threshold, is_tensor_parallel=is_tensor_parallel),
+    )
 
 
 def check_request(

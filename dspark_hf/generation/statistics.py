@@ -15,12 +15,14 @@ from torch import Tensor
 class Round:
     """One verify pass, before stop rules cut its tokens: what was believed of the drafts, and what came of them.
 
-    `rows` are the batch's rows that took part, b of them; `num_verified` and `num_accepted` hold one count a row.
+    `rows` are the batch's rows that took part, b of them; `num_drafted` is the number of drafts of each of them, K;
+    `num_verified` and `num_accepted` hold one count a row.
     `confidence` `(b, K)`, fp32, is on the drafter's device, after calibration if the drafter has any; None without a
     confidence head, or without drafts.
     """
 
     rows: tuple[int, ...]
+    num_drafted: int
     confidence: Tensor | None
     num_verified: tuple[int, ...]
     num_accepted: tuple[int, ...]

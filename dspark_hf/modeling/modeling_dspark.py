@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dspark_hf.generation.cache import ContextCache
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler, sample_block
+from dspark_hf.generation.scheduling.interface import Scheduler
 from dspark_hf.generation.target import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm, RotaryEmbedding
@@ -239,12 +240,14 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         """Return an empty context for `batch_size` sequences of `target`."""
         return _DSparkContext(self, target, batch_size)
 
-    def decode(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
+    def decode(
+        self, model: PreTrainedModel, input_ids: Tensor, scheduler: Scheduler | str | None = None, **kwargs: Any
+    ) -> Any:
         """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
 
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
-        return decode(model, input_ids, drafter=self, **kwargs)
+        return decode(model, input_ids, drafter=self, scheduler=scheduler, **kwargs)
 
     @property
     def draft_token_ids(self) -> Tensor | None:

@@ -49,9 +49,9 @@ def test_rounds_become_blocks():
     """Fates are given to the wrong rows, or slots that were never verified count as rejected."""
     confidence = torch.tensor([[0.5, 0.6, 0.7], [0.1, 0.2, 0.3]])
     rounds = [
-        Round((0, 1), confidence, (3, 2), (2, 0)),
-        Round((1,), confidence[1:, :2], (1,), (1,)),
-        Round((1,), None, (0,), (0,)),
+        Round((0, 1), 3, confidence, (3, 2), (2, 0)),
+        Round((1,), 2, confidence[1:, :2], (1,), (1,)),
+        Round((1,), 0, None, (0,), (0,)),
     ]
     found = read_observations(_statistics(rounds, [4, 5]), block_size=4, prompt_ids=[7, 8])
     assert found.num_accepted.tolist() == [2, 0, 1]
@@ -69,7 +69,7 @@ def test_drafts_after_the_end_of_the_text_are_not_observed():
     """What the target says after its own end teaches the temperatures."""
     confidence = torch.full((1, 4), 0.5)
     # the prefill's token, then 3 tokens; then the second of 3 accepted drafts ends the text
-    rounds = [Round((0,), confidence, (4,), (2,)), Round((0,), confidence, (4,), (3,))]
+    rounds = [Round((0,), 4, confidence, (4,), (2,)), Round((0,), 4, confidence, (4,), (3,))]
     found = read_observations(_statistics(rounds, [1 + 3 + 2]), block_size=4)
     assert found.num_accepted.tolist() == [2, 2]
     assert found.num_observed.tolist() == [4, 2]
@@ -98,7 +98,7 @@ def test_temperatures_are_undone():
     """A drafter that is calibrated already is calibrated on top of that."""
     logits = torch.tensor([[3.0, -1.0, 0.5]], dtype=torch.float64)
     temperatures = [2.0, 0.5, 16.0]
-    rounds = [Round((0,), (logits / torch.tensor(temperatures)).sigmoid().float(), (3,), (1,))]
+    rounds = [Round((0,), 3, (logits / torch.tensor(temperatures)).sigmoid().float(), (3,), (1,))]
     found = read_observations(_statistics(rounds, [3]), 3, temperatures)
     torch.testing.assert_close(found.confidence_logits, logits, atol=1e-5, rtol=0)
 

@@ -17,6 +17,7 @@ class AlteredDrafter(Drafter):
         self.config = drafter.config
         self.drafter = drafter
         self.alter = alter
+        self.scheduler = drafter.scheduler
 
     @property
     def block_size(self) -> int:

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation import decoding
+from dspark_hf.generation.deferred import DeferredContext
 from dspark_hf.generation.integration import CACHE_KEY
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.generation.schedulers import EveryThirdRound
 from tests.tiny import FAMILIES, tiny_target
 
 SEEDS = (0, 1, 2)
@@ -63,14 +66,16 @@ def test_ragged_cache_equals_fresh_prefill(family, seed):
 
 @pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_drafter_context_equals_one_from_scratch(num_rows, seed, monkeypatch):
+@pytest.mark.parametrize("scheduler", ["fixed", EveryThirdRound()], ids=["fixed", "every third round"])
+def test_drafter_context_equals_one_from_scratch(scheduler, num_rows, seed, monkeypatch):
     """The drafter's context misses a position, holds a rejected one, or stands at the wrong place."""
     target = tiny_target("llama")
     inputs = ragged_prompts(num_rows, seed=seed)
     padded = num_padded(inputs)
     plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=2, markov_rank=8, block_size=5)
-    contexts = []
+    drafter.scheduler = scheduler
+    contexts, deferred = [], []
     start = drafter.start
 
     def scripted_start(adapter, batch_size):
@@ -80,12 +85,19 @@ def test_drafter_context_equals_one_from_scratch(num_rows, seed, monkeypatch):
         contexts.append(real)
         return real
 
+    def recorded(context):
+        deferred.append(DeferredContext(context))
+        return deferred[-1]
+
     monkeypatch.setattr(drafter, "start", scripted_start)
+    monkeypatch.setattr(decoding, "DeferredContext", recorded)
     output = target.generate(
         **inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
     )
     assert torch.equal(output.sequences, plain)
     assert 0 < output.statistics.num_accepted < output.statistics.num_verified
+    # the last rounds' hidden states wait for drafts that nobody asked for
+    deferred[0].catch_up()
     cache = contexts[0].cache
     for row, num_pad in enumerate(padded):
         # the last token was never processed

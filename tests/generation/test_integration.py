@@ -85,6 +85,7 @@ def test_user_values_of_the_knobs_are_told_from_defaults():
     """A value the user set is taken for Transformers' default, or the other way round."""
     target = tiny_target("llama")
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    drafter.scheduler = "fixed"
     inputs = ragged_prompts(1)
     # the default of Transformers, 20, is no wish of the user's
     target.generate(**inputs, max_new_tokens=9, do_sample=False, assistant_model=drafter)

@@ -145,7 +145,10 @@ def _memoryless_target() -> PreTrainedModel:
 def _untrained(target: PreTrainedModel, **fields: Any) -> DSparkAssistantModel:
     # larger weights than fresh ones: every head has a say, and the drafts are far from the target's distribution
     options = {"num_hidden_layers": 1, "markov_rank": 4, "block_size": BLOCK_SIZE, "initializer_range": 0.5}
-    return DSparkAssistantModel.from_target(target, **{**options, **fields})
+    drafter = DSparkAssistantModel.from_target(target, **{**options, **fields})
+    # a few tokens are too few for a scheduler to learn from: every draft is verified
+    drafter.scheduler = "fixed"
+    return drafter
 
 
 def _sample(target: PreTrainedModel, drafter: Drafter | None, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Schedulers cut blocks before the verify pass, from what is known before the drafts they decide about."""
+"""A fixed number of drafts, and blocks cut at the first doubtful draft."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.drafting import DraftedBlock
-from dspark_hf.generation.scheduling import FixedScheduler, ThresholdScheduler, prefix_survival
+from dspark_hf.generation.scheduling import Batch, Call, FixedScheduler, ThresholdScheduler
 from dspark_hf.generation.target import TargetAdapter
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
@@ -52,10 +52,29 @@ def _untrained(target: PreTrainedModel, **fields: object) -> DSparkAssistantMode
     return DSparkAssistantModel.from_target(target, **{**options, **fields})
 
 
+def _call(drafter: DSparkAssistantModel | None = None) -> Call:
+    target = tiny_target()
+    return Call(TargetAdapter(target), drafter or _untrained(target), 1, BLOCK_SIZE)
+
+
+def _block(confidence: Tensor | None, num_rows: int = 1, num_drafts: int = BLOCK_SIZE) -> DraftedBlock:
+    shape = (num_rows, num_drafts) if confidence is None else confidence.shape
+    return DraftedBlock(torch.zeros(shape, dtype=torch.long), None, confidence)
+
+
+def _admitted(threshold: float, confidence: Tensor) -> list[int]:
+    num_rows, num_drafts = confidence.shape
+    schedule = ThresholdScheduler(threshold, confidence="head").start(_call())
+    return schedule.admit(_block(confidence), Batch((num_drafts,) * num_rows, num_rows))
+
+
 def test_fixed_scheduler_admits_every_draft():
-    """Drafts are thrown away although nobody asked for it."""
-    assert FixedScheduler().admit(None, 4, 3) == [4, 4, 4]
-    assert FixedScheduler().admit(torch.zeros(3, 4), 4, 3) == [4, 4, 4]
+    """Drafts are thrown away although nobody asked for it, or a row gets more than it has room for."""
+    schedule = FixedScheduler().start(_call())
+    batch = Batch((4, 4, 2), 3)
+    assert schedule.num_drafts(batch) == 4
+    assert schedule.admit(_block(None, 3, 4), batch) == [4, 4, 2]
+    assert schedule.admit(_block(torch.zeros(3, 4)), batch) == [4, 4, 2]
 
 
 def test_threshold_cuts_at_the_first_doubtful_draft():
@@ -63,32 +82,24 @@ def test_threshold_cuts_at_the_first_doubtful_draft():
     confidence = torch.tensor(
         [[0.9, 0.5, 0.6], [0.9, 0.4, 0.9], [0.1, 0.9, 0.9], [0.5, 0.5, 0.49]],
     )
-    assert ThresholdScheduler(0.5).admit(confidence, 3, 4) == [3, 1, 0, 2]
+    assert _admitted(0.5, confidence) == [3, 1, 0, 2]
 
 
 def test_threshold_decides_from_earlier_confidences_only():
     """What comes after a draft decides whether it is verified: sampling is no longer lossless."""
     confidence = torch.rand(64, BLOCK_SIZE)
-    admitted = torch.tensor(ThresholdScheduler(0.4).admit(confidence, BLOCK_SIZE, 64))
+    admitted = torch.tensor(_admitted(0.4, confidence))
     for slot in range(BLOCK_SIZE):
         changed = confidence.clone()
         changed[:, slot + 1 :] = torch.rand(64, BLOCK_SIZE - slot - 1)
-        again = torch.tensor(ThresholdScheduler(0.4).admit(changed, BLOCK_SIZE, 64))
+        again = torch.tensor(_admitted(0.4, changed))
         assert torch.equal(again > slot, admitted > slot)
 
 
 def test_rows_are_scheduled_one_by_one():
     """A row's block is cut because of another row."""
     confidence = torch.rand(16, BLOCK_SIZE)
-    together = ThresholdScheduler(0.4).admit(confidence, BLOCK_SIZE, 16)
-    alone = [ThresholdScheduler(0.4).admit(row[None], BLOCK_SIZE, 1)[0] for row in confidence]
-    assert together == alone
-
-
-def test_survival_is_the_product_of_confidences():
-    """The chance that a whole prefix is accepted is wrong."""
-    survival = prefix_survival(torch.tensor([[0.5, 0.8, 0.0]]))
-    torch.testing.assert_close(survival, torch.tensor([[0.5, 0.4, 0.0]]))
+    assert _admitted(0.4, confidence) == [_admitted(0.4, row[None])[0] for row in confidence]
 
 
 @pytest.mark.parametrize(

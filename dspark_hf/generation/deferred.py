@@ -1,0 +1,82 @@
+"""Hidden states that the drafter has not read yet, kept until it drafts again.
+
+B batch, T tokens, M tapped layers, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_hf.generation.drafting import DraftContext
+
+# tokens of a row that may wait: reading many at once costs little, keeping them costs memory
+_MAX_WAITING = 128
+
+
+@dataclass
+class _Waiting:
+    """Passes that read on where the one before ended: hidden states, positions, and tokens that each row keeps."""
+
+    hidden_states: list[Tensor]
+    positions: list[Tensor]
+    num_tokens: list[int]
+
+    def can_take(self, width: int, num_tokens: Sequence[int]) -> bool:
+        """Return whether a pass can follow without a gap: in every row all tokens count, or none of either."""
+        length = sum(states.shape[1] for states in self.hidden_states)
+        pairs = zip(self.num_tokens, num_tokens, strict=True)
+        return all((old, new) in ((length, width), (0, 0)) for old, new in pairs)
+
+
+class DeferredContext:
+    """Hand hidden states to a `DraftContext` only when it is about to draft.
+
+    Rounds without drafts then cost the drafter nothing; what they leave is read in one go.
+
+    Args:
+        context: the drafter's context.
+    """
+
+    def __init__(self, context: DraftContext):
+        self.context = context
+        self._waiting: list[_Waiting] = []
+        self._num_waiting = 0
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more than the last pass is waiting."""
+        return sum(len(one.hidden_states) for one in self._waiting) > 1
+
+    def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
+        """Take a pass's hidden states `(B, T, M * D)` at `positions` `(B, T)`: `num_tokens[r]` of row r."""
+        width = hidden_states.shape[1]
+        last = self._waiting[-1] if self._waiting else None
+        if last is not None and last.can_take(width, num_tokens):
+            last.hidden_states.append(hidden_states)
+            last.positions.append(positions)
+            last.num_tokens = [old + new for old, new in zip(last.num_tokens, num_tokens, strict=True)]
+        else:
+            self._waiting.append(_Waiting([hidden_states], [positions], list(num_tokens)))
+        self._num_waiting += max(num_tokens)
+        if self._num_waiting >= _MAX_WAITING:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Let the drafter read all that waits."""
+        for one in self._waiting:
+            self.context.extend(torch.cat(one.hidden_states, dim=1), torch.cat(one.positions, dim=1), one.num_tokens)
+        self._waiting.clear()
+        self._num_waiting = 0
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        chosen = rows.tolist()
+        for one in self._waiting:
+            one.hidden_states = [states[rows.to(states.device)] for states in one.hidden_states]
+            one.positions = [places[rows.to(places.device)] for places in one.positions]
+            one.num_tokens = [one.num_tokens[row] for row in chosen]
+        self.context.select_rows(rows)

@@ -1,0 +1,135 @@
+"""The default: draft as far as it pays, and not at all where it does not."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.scheduling.confidence import OnlineConfidence
+from dspark_hf.generation.scheduling.costs import Costs, OnlineCosts
+from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.memory import DrafterMemory, remembered
+from dspark_hf.generation.scheduling.planning import Plan, make_plan
+from dspark_hf.generation.scheduling.profile import online_costs, stored_profile
+from dspark_hf.generation.scheduling.survival import possible_survival
+
+# drafting must promise so much more than plain decoding: estimates err, and plain text is what users compare with
+_REQUIRED_GAIN = 1.02
+# drafted rounds between two plans
+_PLAN_EVERY = 4
+# drafts of every other round while costs are unknown; in between are whole blocks, and plain steps
+_FEW_DRAFTS = 3
+
+
+class AdaptiveScheduler(Scheduler):
+    """Choose from measured costs and from how drafts fared whether to draft at all, how far, and what to verify.
+
+    Costs come from the profile of this machine if there is one, else from this process's own rounds, which are
+    remembered from call to call. Where drafting does not pay it stops ("parks") and is tried again now and then,
+    ever more rarely. Confidence comes from the margin between the two best draft logits.
+
+    Args:
+        costs: what passes cost; default as said above.
+    """
+
+    name = "adaptive"
+
+    def __init__(self, *, costs: Costs | None = None):
+        self.costs = costs
+
+    def start(self, call: Call) -> Schedule:
+        return _Adaptive(self.costs or stored_profile(call) or online_costs(call), remembered(call))
+
+
+class _Mode(Enum):
+    learning = "learning"
+    plain = "plain"
+    trial = "trial"
+    drafting = "drafting"
+
+
+class _Adaptive(Schedule):
+    wants_margins = True
+
+    def __init__(self, costs: Costs, memory: DrafterMemory):
+        self._costs = costs
+        self._memory = memory
+        self._source = OnlineConfidence(memory.estimator)
+        self._mode = _Mode.plain
+        self._gains: list[float] = []
+        self._num_rounds = 0
+        self._plan: Plan | None = None
+        self._plan_is_for: tuple[int, ...] = ()
+
+    def num_drafts(self, batch: Batch) -> int:
+        room = batch.max_drafts
+        self._mode = _Mode.plain
+        if room < 1:
+            return 0
+        if isinstance(self._costs, OnlineCosts) and not self._costs.is_known:
+            return self._learning_drafts(room)
+        plan, parking = self._current_plan(batch), self._memory.parking
+        if plan.rate > _REQUIRED_GAIN * plan.plain_rate:
+            is_busy = not parking.is_plain_step_due()
+            self._mode = _Mode.drafting if is_busy else _Mode.plain
+        elif parking.is_trial_due():
+            self._mode = _Mode.trial
+        return 0 if self._mode is _Mode.plain else plan.num_drafts
+
+    def _learning_drafts(self, room: int) -> int:
+        """Return whole blocks, plain steps and short blocks in turns: all shapes are measured side by side."""
+        turn = self._num_rounds % 4
+        if turn % 2:
+            return 0
+        self._mode = _Mode.learning
+        return room if turn == 0 else min(room, _FEW_DRAFTS)
+
+    def _current_plan(self, batch: Batch) -> Plan:
+        experience = self._memory.experience
+        is_for = (batch.num_rows, batch.num_live, batch.max_drafts, experience.num_blocks // _PLAN_EVERY)
+        if self._plan is None or self._plan_is_for != is_for:
+            rows, length = batch.num_rows, batch.context_length
+            counts = range(1, batch.max_drafts + 1)
+            self._plan = make_plan(
+                batch.num_live * experience.gains(batch.max_drafts),
+                batch.num_live,
+                [self._costs.draft_seconds(rows, count, length) for count in counts],
+                [self._costs.verify_seconds(rows, 1 + level, length) for level in (0, *counts)],
+            )
+            self._plan_is_for = is_for
+        return self._plan
+
+    def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
+        self._gains = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
+        if self._mode is _Mode.drafting and self._plan is not None:
+            return batch.cut(self._plan.admit(self._gains))
+        # a trial is there to see what becomes of the drafts
+        return batch.cut(len(self._gains))
+
+    def observe(self, outcome: Outcome) -> None:
+        self._num_rounds += 1
+        self._source.learn(outcome)
+        if isinstance(self._costs, OnlineCosts):
+            self._costs.observe(outcome)
+        if outcome.num_drafted:
+            self._remember(outcome.batch)
+        self._count(outcome)
+
+    def _remember(self, batch: Batch) -> None:
+        writing = [limit for limit in batch.limits if limit]
+        # a row at its end says nothing about rounds to come
+        if writing and min(writing) >= len(self._gains):
+            self._memory.experience.add([gain / len(writing) for gain in self._gains])
+
+    def _count(self, outcome: Outcome) -> None:
+        parking = self._memory.parking
+        if self._mode is _Mode.plain:
+            parking.count_plain()
+        elif self._mode is _Mode.drafting:
+            parking.count_drafted()
+        elif self._mode is _Mode.trial and self._plan is not None:
+            tokens = outcome.batch.num_live + sum(outcome.num_accepted)
+            seconds = outcome.draft_seconds + outcome.other_seconds
+            parking.count_trial(has_paid=tokens > self._plan.plain_rate * seconds)
+            self._memory.experience.forget_old()
+            self._plan = None

@@ -1,0 +1,20 @@
+"""Verify every draft."""
+
+from __future__ import annotations
+
+from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.scheduling.interface import Batch, Call, Schedule, Scheduler
+
+
+class FixedScheduler(Scheduler):
+    """Make and verify the same number of drafts in every round."""
+
+    name = "fixed"
+
+    def start(self, call: Call) -> Schedule:
+        return _Fixed()
+
+
+class _Fixed(Schedule):
+    def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
+        return batch.cut(drafted.token_ids.shape[1])
