@@ -1,0 +1,231 @@
+"""Tokens per second of batches: plain `generate`, fixed blocks, and every scheduler.
+
+    python -m benchmarks.throughput --model smollm2 --prompts questions.jsonl
+    python -m benchmarks.throughput --shape qwen3-4b --device cuda --dtype bf16 --rates 0.8,0.8,0.75,0.75,0.7,0.7,0.65
+
+All ways decode the same batches in turns, another one first each time, so that a slow minute of the machine hits all
+of them. What is measured is stored batch size by batch size: an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks.loads import PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
+from benchmarks.overhead import DTYPES, FOLDER
+from benchmarks.provenance import describe_run
+from benchmarks.simulation import SimulatedDrafter, random_target
+from benchmarks.throughput_report import draw, speculation_table, speed_table, summary
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+from dspark_hf.files import write_whole
+from dspark_hf.generation.drafting import Drafter
+from dspark_hf.prompts import encode_prompt, read_prompts
+
+GREEDY = {"do_sample": False}
+# drafts of the longest fixed setting
+BLOCK_SIZE = 7
+WORST = ("random prompts", "untrained drafter", "temperature 2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target, a drafter, and the batch of a run: `load(num_rows, run)`."""
+
+    name: str
+    target: PreTrainedModel
+    drafter: Drafter
+    load: Callable[[int, int], Load]
+    is_greedy: bool = True
+
+
+def packaged_cases(model: str, prompts: Path, dtype: torch.dtype) -> list[Case]:
+    """Return real prompts with the shipped drafter, and the worst that may come."""
+    folder = converted_target(model)
+    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    drafter = DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[model]), dtype=dtype)
+    torch.manual_seed(0)
+    untrained = DSparkAssistantModel.from_target(
+        target, num_hidden_layers=2, markov_rank=64, block_size=BLOCK_SIZE
+    ).to(dtype)
+    encoded = [encode_prompt(prompt, tokenizer).flatten() for prompt in read_prompts(prompts)]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def real(num_rows: int, run: int, **options: Any) -> Load:
+        chosen = [encoded[(run * num_rows + row) % len(encoded)] for row in range(num_rows)]
+        return make_load(chosen, pad, target.device, options)
+
+    def random(num_rows: int, run: int) -> Load:
+        chosen = random_prompts(num_rows, target.config.get_text_config().vocab_size, seed=run)
+        # such texts hardly ever end by themselves
+        return make_load(chosen, pad, target.device, {**GREEDY, "eos_token_id": None})
+
+    hot = {"do_sample": True, "temperature": 2.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
+    return [
+        Case("prompts", target, drafter, lambda rows, run: real(rows, run, **GREEDY)),
+        Case(WORST[0], target, drafter, random),
+        Case(WORST[1], target, untrained, lambda rows, run: real(rows, run, **GREEDY)),
+        Case(WORST[2], target, drafter, lambda rows, run: real(rows, run, **hot), is_greedy=False),
+    ]
+
+
+def simulated_cases(shape: str, rates: list[float], dtype: torch.dtype, device: str) -> list[Case]:
+    """Return a random target of a real shape, and drafts that are right at the given rates."""
+    target = random_target(shape, dtype, device)
+    model = DSparkAssistantModel.from_target(target, block_size=BLOCK_SIZE).to(device=device, dtype=dtype)
+    drafter = SimulatedDrafter(model, rates)
+
+    def load(num_rows: int, run: int) -> Load:
+        prompts = random_prompts(num_rows, target.config.vocab_size, seed=run)
+        return make_load(prompts, 0, target.device, {**GREEDY, "eos_token_id": None})
+
+    return [Case("simulated acceptance", target, drafter, load)]
+
+
+def measure(case: Case, num_rows: int, runs: int, max_new_tokens: int) -> dict[str, Measured]:
+    """Return what every way took, run by run."""
+    measured = {way: Measured() for way in WAYS}
+    for way in WAYS:
+        # kernels are chosen, costs are profiled
+        _run(case, way, case.load(num_rows, 0), min(8, max_new_tokens), Measured())
+    for run in range(runs):
+        load = case.load(num_rows, run)
+        names = list(WAYS)
+        order = names[run % len(names) :] + names[: run % len(names)]
+        texts: dict[str, Tensor] = {}
+        for way in order:
+            torch.manual_seed(run)
+            texts[way] = _run(case, way, load, max_new_tokens, measured[way])
+        if case.is_greedy:
+            for way in order:
+                measured[way].is_identical.append(torch.equal(texts[way], texts[PLAIN]))
+    return measured
+
+
+def _run(case: Case, way: str, load: Load, max_new_tokens: int, measured: Measured) -> Tensor:
+    if isinstance(case.drafter, SimulatedDrafter) and way != PLAIN:
+        script = case.target.generate(
+            load.token_ids, attention_mask=load.attention_mask, max_new_tokens=max_new_tokens, **load.options
+        )
+        case.drafter.script = script
+        case.drafter.num_padded = (load.attention_mask == 0).sum(1).tolist()
+    return run_once(case.target, case.drafter, way, load, max_new_tokens, measured)
+
+
+class Store:
+    """What is measured so far, in a JSON file that belongs to one set of settings.
+
+    Args:
+        path: the file.
+        settings: what makes measurements comparable; a file of other settings is begun anew.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self._path = path
+        self._fields: dict[str, Any] = {"settings": settings, "provenance": describe_run(), "results": {}}
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["settings"] == settings:
+                self._fields = stored
+
+    @property
+    def provenance(self) -> list[str]:
+        """Where the first measurement came from."""
+        return list(self._fields["provenance"])
+
+    def has(self, case: str, num_rows: int) -> bool:
+        """Return whether that batch size is measured."""
+        return str(num_rows) in self._fields["results"].get(case, {})
+
+    def add(self, case: str, num_rows: int, measured: dict[str, Measured]) -> None:
+        """Add a batch size and write the file."""
+        by_rows = self._fields["results"].setdefault(case, {})
+        by_rows[str(num_rows)] = {way: asdict(one) for way, one in measured.items()}
+        write_whole(self._path, (json.dumps(self._fields, indent=1) + "\n").encode())
+
+    def results(self) -> dict[str, dict[int, dict[str, Measured]]]:
+        """Return everything: by case, rows and way."""
+        return {
+            case: {
+                int(rows): {way: Measured(**one) for way, one in by_way.items()}
+                for rows, by_way in sorted(by_rows.items(), key=lambda pair: int(pair[0]))
+            }
+            for case, by_rows in self._fields["results"].items()
+        }
+
+
+def write_report(store: Store, title: str, description: str, folder: Path, stem: str) -> str:
+    """Write figures and the page of tables, and return the page."""
+    results = store.results()
+    lines = [f"# Throughput: {title}", "", description, "", *store.provenance, "", *summary(results, WORST)]
+    for case, by_rows in results.items():
+        figure = f"{stem}-{case.replace(' ', '-')}.png"
+        draw(by_rows, f"{title}, {case}", folder / figure)
+        lines += [
+            *("", f"## {case}", "", "Speed, plain = 1:", "", *speed_table(by_rows)),
+            *("", "tau / verified drafts per row and round:", "", *speculation_table(by_rows)),
+            *("", f"![{case}]({figure})"),
+        ]
+    text = "\n".join(lines) + "\n"
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"A packaged target: {', '.join(PACKAGED_MODELS)}.")] = "smollm2",
+    prompts: Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')] = FOLDER / "prompts.jsonl",
+    shape: Annotated[str | None, typer.Option(help="A random target of that shape instead.")] = None,
+    rates: Annotated[
+        str, typer.Option(help="Simulated chance of each draft, with --shape.")
+    ] = "0.8,0.8,0.75,0.75,0.7,0.7,0.65",
+    rows: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16",
+    runs: Annotated[int, typer.Option(min=1, help="Runs whose median counts.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
+    device: Annotated[str, typer.Option(help="With --shape.")] = "cpu",
+    cases: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the page, figures and numbers.")] = FOLDER / "results",
+) -> None:
+    """Measure, and write a page with tables and figures."""
+    console = Console()
+    chances = [float(rate) for rate in rates.split(",")]
+    if len(chances) != BLOCK_SIZE or not all(0 < chance < 1 for chance in chances):
+        raise typer.BadParameter(f"`--rates` must be {BLOCK_SIZE} chances between 0 and 1, got {rates!r}. Correct it.")
+    if shape is None:
+        found = packaged_cases(model, prompts, DTYPES[dtype])
+        title, stem = f"{PACKAGED_MODELS[model].title}, {dtype}", f"throughput-{model}-{dtype}"
+        text = f"the prompts of `{prompts.name}`"
+    else:
+        found = simulated_cases(shape, chances, DTYPES[dtype], device)
+        title, stem = f"random weights in the shape of {shape}, {dtype}", f"throughput-{shape}-{dtype}"
+        text = f"random prompts. **Acceptance is simulated**: drafts are right at the rates {rates}"
+    wanted = None if cases is None else cases.split(",")
+    settings = {"model": shape or model, "prompts": prompts.name, "rates": rates if shape else None}
+    settings.update(runs=runs, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
+    output.mkdir(parents=True, exist_ok=True)
+    store = Store(output / f"{stem}.json", settings)
+    for case in found:
+        if wanted is not None and case.name not in wanted:
+            continue
+        for num_rows in (int(one) for one in rows.split(",")):
+            if store.has(case.name, num_rows):
+                continue
+            with console.status(f"{case.name}, {num_rows} rows"):
+                store.add(case.name, num_rows, measure(case, num_rows, runs, max_new_tokens))
+    description = f"{max_new_tokens} new tokens at most, medians of {runs} interleaved runs, {text}."
+    console.print(write_report(store, title, description, output, stem), soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,90 @@
+"""Tables and figures of `benchmarks.throughput`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.loads import DEFAULT, FIXED, PLAIN, Measured
+
+# what was measured at each number of rows: ways by name
+ByRows = Mapping[int, Mapping[str, Measured]]
+# Okabe and Ito's colours, told apart by colour-blind eyes too
+_COLORS = ("#000000", "#56B4E9", "#0072B2", "#7A5195", "#E69F00", "#CC79A7", "#D55E00")
+
+
+def speed_table(by_rows: ByRows) -> list[str]:
+    """Return the table of speeds, plain = 1, one line per number of rows."""
+    ways = list(next(iter(by_rows.values())))
+    others = [way for way in ways if way != PLAIN]
+    lines = [
+        f"| rows | plain, tokens/s | {' | '.join(others)} | default / best fixed | identical |",
+        f"| ---: | ---: | {' | '.join('---:' for _ in others)} | ---: | ---: |",
+    ]
+    for rows, measured in by_rows.items():
+        plain = measured[PLAIN]
+        ratios = [f"{measured[way].ratio_to(plain):.2f}" for way in others]
+        same = [one for way in others for one in measured[way].is_identical]
+        lines.append(
+            f"| {rows} | {plain.speed:.1f} | {' | '.join(ratios)} | {against_best_fixed(measured):.2f} "
+            f"| {f'{sum(same)} of {len(same)}' if same else ''} |"
+        )
+    return lines
+
+
+def against_best_fixed(measured: Mapping[str, Measured]) -> float:
+    """Return the default's speed by that of the fixed setting whose median is best."""
+    best = max((measured[way] for way in FIXED if way in measured), key=lambda one: one.speed)
+    return measured[DEFAULT].ratio_to(best)
+
+
+def speculation_table(by_rows: ByRows) -> list[str]:
+    """Return the table of tau and of verified drafts per row and round."""
+    ways = [way for way in next(iter(by_rows.values())) if way != PLAIN]
+    lines = [f"| rows | {' | '.join(ways)} |", f"| ---: | {' | '.join('---:' for _ in ways)} |"]
+    for rows, measured in by_rows.items():
+        cells = [f"{median(measured[way].tau):.2f} / {median(measured[way].verified):.2f}" for way in ways]
+        lines.append(f"| {rows} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(by_rows: ByRows, title: str, path: Path) -> None:
+    """Draw throughput against rows, speed per row against throughput, and verified length against rows (PNG)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.6), dpi=120, layout="constrained")
+    throughput, frontier, verified = figure.subplots(1, 3)
+    rows = list(by_rows)
+    for way, color in zip(next(iter(by_rows.values())), _COLORS, strict=False):
+        measured = [by_rows[count][way] for count in rows]
+        speeds = [one.speed for one in measured]
+        style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "label": way}
+        style["linewidth"] = 2.4 if way in (PLAIN, DEFAULT) else 1.2
+        throughput.plot(rows, speeds, **style)
+        frontier.plot(speeds, [speed / count for speed, count in zip(speeds, rows, strict=True)], **style)
+        if way != PLAIN:
+            verified.plot(rows, [1 + median(one.verified) for one in measured], **style)
+    throughput.set(title="Throughput", xlabel="rows", ylabel="tokens/s, all rows")
+    frontier.set(title="Speed of a row against throughput", xlabel="tokens/s, all rows", ylabel="tokens/s per row")
+    verified.set(title="Verified length", xlabel="rows", ylabel="tokens per row and pass")
+    for axes in (throughput, verified):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rows, labels=[str(count) for count in rows])
+    for axes in (throughput, frontier, verified):
+        axes.grid(color="#e3e7ec")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.legend(*throughput.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(path)
+
+
+def summary(results: Mapping[str, ByRows], worst: Sequence[str]) -> list[str]:
+    """Return one line per case: the smallest ratio of the default to plain and to the best fixed setting."""
+    lines = ["| case | smallest default / plain | smallest default / best fixed |", "| --- | ---: | ---: |"]
+    for case, by_rows in results.items():
+        plain = min(measured[DEFAULT].ratio_to(measured[PLAIN]) for measured in by_rows.values())
+        fixed = min(against_best_fixed(measured) for measured in by_rows.values())
+        lines.append(f"| {case}{' (worst case)' if case in worst else ''} | {plain:.2f} | {fixed:.2f} |")
+    return lines
