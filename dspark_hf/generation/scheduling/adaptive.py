@@ -17,8 +17,10 @@ from dspark_hf.generation.scheduling.survival import possible_survival
 _REQUIRED_GAIN = 1.02
 # drafted rounds between two plans
 _PLAN_EVERY = 4
-# drafts of every other round while costs are unknown; in between are whole blocks, and plain steps
-_FEW_DRAFTS = 3
+# tokens of a pass, over all rows, with which drafting is tried while costs are unknown: most machines take so many
+# at little more than the price of one
+_FEW_TOKENS = 16
+_MOST_DRAFTS = 3
 
 
 class AdaptiveScheduler(Scheduler):
@@ -62,12 +64,11 @@ class _Adaptive(Schedule):
         self._plan_is_for: tuple[int, ...] = ()
 
     def num_drafts(self, batch: Batch) -> int:
-        room = batch.max_drafts
         self._mode = _Mode.plain
-        if room < 1:
+        if batch.max_drafts < 1:
             return 0
         if isinstance(self._costs, OnlineCosts) and not self._costs.is_known:
-            return self._learning_drafts(room)
+            return self._learning_drafts(batch)
         plan, parking = self._current_plan(batch), self._memory.parking
         if plan.rate > _REQUIRED_GAIN * plan.plain_rate:
             is_busy = not parking.is_plain_step_due()
@@ -76,13 +77,12 @@ class _Adaptive(Schedule):
             self._mode = _Mode.trial
         return 0 if self._mode is _Mode.plain else plan.num_drafts
 
-    def _learning_drafts(self, room: int) -> int:
-        """Return whole blocks, plain steps and short blocks in turns: all shapes are measured side by side."""
-        turn = self._num_rounds % 4
-        if turn % 2:
+    def _learning_drafts(self, batch: Batch) -> int:
+        """Return plain steps and short blocks in turns, so that both are measured side by side."""
+        if self._num_rounds % 2 == 0:
             return 0
         self._mode = _Mode.learning
-        return room if turn == 0 else min(room, _FEW_DRAFTS)
+        return min(batch.max_drafts, max(_FEW_TOKENS // batch.num_rows - 1, 1), _MOST_DRAFTS)
 
     def _current_plan(self, batch: Batch) -> Plan:
         experience = self._memory.experience

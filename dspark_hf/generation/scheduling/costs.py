@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import median
 from typing import Protocol
 
 from dspark_hf.generation.scheduling.interface import Batch, Outcome
-from dspark_hf.profiling.interpolation import interpolate
+from dspark_hf.profiling.fitting import fit_line, smooth_curve
 
 # rounds of a shape whose median counts
 _NUM_SAMPLES = 15
-# rounds of either kind that make the costs known
-_NUM_NEEDED = 2
+# rounds of either kind, beside the very first, that make the costs known
+_NUM_NEEDED = 1
 # how fast the common factor follows the machine's mood and the growing context
 _DRIFT_RATE = 0.2
+# samples of a shape that count as much as what all shapes together say
+_TRUST = 4.0
 # share of the drafter's time that does not depend on the number of drafts: its backbone runs over whole blocks
 _FIXED_SHARE = 0.5
 
@@ -40,74 +42,108 @@ def round_seconds(costs: Costs, batch: Batch, num_drafts: int) -> Callable[[int]
 
 
 class OnlineCosts:
-    """Costs measured while decoding: medians of the latest rounds of every shape.
+    """Costs measured while decoding: medians of the latest rounds of every shape, smoothed.
 
-    All times are kept relative to a common factor that follows the machine, so that a shape that was last seen at
-    another load, or on a shorter context, is still comparable.
+    Rounds are few and machines moody, so what is known of one shape also says something of others: costs lie near a
+    line, over tokens for a pass and over drafts for the drafter, and never fall. All times are kept relative to a
+    common factor that follows the machine, so that a shape that was last seen at another load, or on a shorter
+    context, is still comparable.
     """
 
     def __init__(self) -> None:
-        self._verify: dict[int, dict[int, deque[float]]] = {}
-        self._draft: dict[int, dict[int, deque[float]]] = {}
-        self._seen: set[tuple[int, int, int]] = set()
+        self._verify = _Times()
+        self._draft = _Times()
         self._drift = 1.0
 
     @property
     def is_known(self) -> bool:
         """Whether both plain and drafting rounds have been measured."""
-        num_plain = sum(len(widths[1]) for widths in self._verify.values() if 1 in widths)
-        num_drafted = sum(len(times) for drafts in self._draft.values() for times in drafts.values())
-        return num_plain >= _NUM_NEEDED and num_drafted >= _NUM_NEEDED
+        return self._verify.num_samples(1) >= _NUM_NEEDED and self._draft.num_samples() >= _NUM_NEEDED
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from a round."""
-        rows, drafts, width = outcome.batch.num_rows, outcome.num_drafted, outcome.width
-        shape = (rows, drafts, width)
-        if shape not in self._seen:
-            # the first pass of a shape also pays for choosing kernels and making room
-            self._seen.add(shape)
-            return
         if not outcome.is_typical:
             return
-        self._follow(rows, width, outcome.other_seconds)
-        _store(self._verify, rows, width, outcome.other_seconds / self._drift)
-        if drafts:
-            _store(self._draft, rows, drafts, outcome.draft_seconds / self._drift)
-
-    def _follow(self, rows: int, width: int, seconds: float) -> None:
-        known = self._verify.get(rows, {}).get(width)
-        if known:
-            ratio = seconds / max(median(known) * self._drift, 1e-9)
+        rows, drafts, width = outcome.batch.num_rows, outcome.num_drafted, outcome.width
+        known = self._verify.median(rows, width)
+        if known is not None:
+            ratio = outcome.other_seconds / max(known * self._drift, 1e-9)
             self._drift *= min(max(ratio, 0.5), 2.0) ** _DRIFT_RATE
+        self._verify.add(rows, width, outcome.other_seconds / self._drift)
+        if drafts:
+            self._draft.add(rows, drafts, outcome.draft_seconds / self._drift)
 
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
         """Return the seconds of a pass over `width` tokens of each row, with all that goes with it."""
-        own = _medians(self._verify.get(num_rows, {}))
-        if 1 in own and len(own) > 1:
-            return self._drift * interpolate(own, width)
-        # a batch of this size is new: what counts most is the number of tokens
-        by_tokens = {
-            rows * tokens: seconds
-            for rows, widths in self._verify.items()
-            for tokens, seconds in _medians(widths).items()
-        }
-        return self._drift * interpolate({**by_tokens, **{num_rows * w: s for w, s in own.items()}}, num_rows * width)
+        # what counts most is the number of tokens, whichever rows they are of
+        intercept, slope = self._verify.line_over_products()
+        return self._drift * self._verify.smoothed(num_rows, width, (intercept, slope * num_rows))
 
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
-        nearest = min(self._draft, key=lambda rows: abs(rows - num_rows))
-        known = _medians(self._draft[nearest])
-        if len(known) == 1:
-            [(drafts, seconds)] = known.items()
-            known = {0: seconds * _FIXED_SHARE, drafts: seconds}
+        nearest = self._draft.nearest_rows(num_rows)
         # rows share the drafter's weights, and add their own work
         scale = 1.0 if nearest == num_rows else 0.5 + 0.5 * num_rows / nearest
-        return self._drift * scale * interpolate(known, num_drafts)
+        line = self._draft.line(nearest, start=_FIXED_SHARE)
+        return self._drift * scale * self._draft.smoothed(nearest, num_drafts, line)
 
 
-def _store(table: dict[int, dict[int, deque[float]]], rows: int, size: int, seconds: float) -> None:
-    table.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
+class _Times:
+    """Seconds by number of rows and size of a step, the latest ones of each."""
 
+    def __init__(self) -> None:
+        self._samples: dict[int, dict[int, deque[float]]] = {}
+        self._seen: set[tuple[int, int]] = set()
 
-def _medians(times: Mapping[int, deque[float]]) -> dict[int, float]:
-    return {size: median(samples) for size, samples in times.items()}
+    def add(self, rows: int, size: int, seconds: float) -> None:
+        """Add a sample; the first of its kind, which also pays for choosing kernels and making room, is left out."""
+        if (rows, size) in self._seen:
+            self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
+        self._seen.add((rows, size))
+
+    def median(self, rows: int, size: int) -> float | None:
+        """Return the median, or None if there is no sample."""
+        samples = self._samples.get(rows, {}).get(size)
+        return median(samples) if samples else None
+
+    def num_samples(self, size: int | None = None) -> int:
+        """Return how many samples there are, of that size if one is given."""
+        return sum(
+            len(samples)
+            for by_size in self._samples.values()
+            for one, samples in by_size.items()
+            if size is None or one == size
+        )
+
+    def nearest_rows(self, rows: int) -> int:
+        """Return the measured number of rows that is nearest to `rows`."""
+        return min(self._samples, key=lambda one: abs(one - rows))
+
+    def line(self, rows: int, *, start: float) -> tuple[float, float]:
+        """Return the line through a number of rows' medians; through a single one, from `start` of it at size 0."""
+        medians, counts = self._curve(rows)
+        if len(medians) > 1:
+            return fit_line(medians, counts)
+        [(size, seconds)] = medians.items()
+        return start * seconds, (1 - start) * seconds / size
+
+    def line_over_products(self) -> tuple[float, float]:
+        """Return the line over rows times size through all medians."""
+        points: dict[int, float] = {}
+        weights: dict[int, float] = {}
+        for rows in self._samples:
+            medians, counts = self._curve(rows)
+            for size, seconds in medians.items():
+                place, old = rows * size, weights.get(rows * size, 0.0)
+                points[place] = (points.get(place, 0.0) * old + seconds * counts[size]) / (old + counts[size])
+                weights[place] = old + counts[size]
+        return fit_line(points, weights)
+
+    def smoothed(self, rows: int, size: int, line: tuple[float, float]) -> float:
+        """Return the seconds of a step of that size, from the medians of that many rows and the line."""
+        medians, counts = self._curve(rows)
+        return smooth_curve(medians, counts, line, max(size, *medians, 1), trust=_TRUST)[size - 1]
+
+    def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:
+        by_size = self._samples.get(rows, {})
+        return {size: median(one) for size, one in by_size.items()}, {size: len(one) for size, one in by_size.items()}
