@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class ReleasedCheckpoints(PreTrainedModel):
     """A model that loads and saves checkpoints with the released names and number formats."""
 
     _origin: Origin | None = None
+    # where in the hub or below the folder the checkpoint is, for what is read from it later
+    _hub_options: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # fewer ways to load, all by name
@@ -154,6 +157,8 @@ class ReleasedCheckpoints(PreTrainedModel):
                 has_dequantized=any(loading.is_dequantized for loading in loadings.values()),
             )
         _load_generation_config(model, pretrained_model_name_or_path, hub_options)
+        # what was fetched anew is not fetched once more
+        model._hub_options = {name: value for name, value in hub_options.items() if name != "force_download"}
         model.eval()
         nothing: dict[str, Any] = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), set())
         return (model, {**nothing, "error_msgs": []}) if output_loading_info else model

@@ -322,7 +322,7 @@ class DeepseekV4DSparkForCausalLM(DeepseekV4DSparkPreTrainedModel, GenerationMix
                     f"module, got {self.name_or_path or 'a fresh model'!r}. Pass a drafter as `assistant_model`."
                 )
             stored = None if self.dtype == torch.bfloat16 else self.dtype
-            drafter = DSparkAssistantModel.from_pretrained(self.name_or_path, dtype=stored)
+            drafter = DSparkAssistantModel.from_pretrained(self.name_or_path, dtype=stored, **self._hub_options)
             self.__dict__["_dspark"] = drafter.to(self.device)
         return self.__dict__["_dspark"]
 

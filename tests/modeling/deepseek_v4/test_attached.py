@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from transformers import configuration_utils
 
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.modeling.deepseek_v4 import reading
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
 from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
 from dspark_hf.modeling.deepseek_v4.reading import iterate_tensors, read_index
@@ -100,3 +104,26 @@ def test_only_where_there_is_one(folder, tmp_path):
     model = DeepseekV4DSparkForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="`use_dspark` must be False beside"):
         model.generate(_prompts(1), use_dspark=True, assistant_model=model.dspark, max_new_tokens=2)
+
+
+def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
+    """The drafter is read from another folder or revision than its target, or fetched twice."""
+    shutil.copytree(folder, tmp_path / "below")
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path, subfolder="below", force_download=True)
+    assert torch.equal(model.dspark.fc.scale, DSparkAssistantModel.from_pretrained(folder).fc.scale)
+
+    # a hub with one revision, in the place of Transformers' access to it
+    original, asked = reading.cached_file, []
+
+    def cached_file(name, file, **options):
+        assert name == "some/model"
+        asked.append((file, options.pop("revision"), bool(options.get("force_download"))))
+        return original(folder, file, **options)
+
+    monkeypatch.setattr(reading, "cached_file", cached_file)
+    monkeypatch.setattr(configuration_utils, "cached_file", cached_file)
+    model = DeepseekV4DSparkForCausalLM.from_pretrained("some/model", revision="pinned", force_download=True)
+    num_for_target = len(asked)
+    assert model.dspark.fc.weight.shape[0] == model.config.hidden_size
+    assert {revision for _, revision, _ in asked} == {"pinned"}
+    assert not any(is_forced for _, _, is_forced in asked[num_for_target:])
