@@ -254,7 +254,7 @@ def _load_config(
     """Return the configuration with its changes.
 
     Raises:
-        ValueError: if a change is to no field.
+        ValueError: if a change is to no field, or breaks a rule.
     """
     if isinstance(config, DeepseekV4DSparkConfig):
         loaded = copy.deepcopy(config)
@@ -270,6 +270,7 @@ def _load_config(
         raise ValueError(
             f"`kwargs` must be options of `from_pretrained` or fields, got {sorted(unknown)}. Remove them."
         )
+    loaded.check()
     return loaded
 
 

@@ -193,7 +193,7 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
         self.indexer_loss_coef = indexer_loss_coef
         self.use_cache = use_cache
         kwargs["tie_word_embeddings"] = False
-        self._validate()
+        self.check()
         super().__init__(**{**kwargs, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id})
 
     @property
@@ -236,7 +236,8 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
             fields.pop(name, None)
         return {**fields, "model_type": RELEASED_MODEL_TYPE, "architectures": ["DeepseekV4ForCausalLM"]}
 
-    def _validate(self) -> None:
+    def check(self) -> None:
+        """Raise a `ValueError` that names the field, the rule and the value if a field breaks a rule."""
         _require(
             len(self.compress_ratios) >= self.num_hidden_layers,
             "compress_ratios",

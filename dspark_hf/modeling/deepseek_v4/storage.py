@@ -103,8 +103,10 @@ class Fp8Codec:
         return torch.cat([plain.to(self.dtype), rope.to(self.dtype)], dim=-1)
 
     def round(self, vectors: Tensor) -> Tensor:
-        """Return the vectors as they would come back from storage; the gradient passes unchanged."""
-        return vectors + (self.decode(self.encode(vectors.detach())) - vectors.detach())
+        """Return the vectors, in their dtype, as they would come back from storage; the gradient passes unchanged."""
+        held = vectors.detach()
+        # exact in every dtype: what is rounded lies near or is zero
+        return vectors + (self.decode(self.encode(held)).to(vectors.dtype) - held)
 
 
 def _group_size(size: int) -> int:

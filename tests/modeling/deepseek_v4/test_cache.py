@@ -132,3 +132,13 @@ def test_fp8_storage_is_the_released_format():
     assert all(torch.equal(a, b) for a, b in zip(codec.encode(back), stored, strict=True)) or torch.equal(
         codec.decode(codec.encode(back)), back
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_is_what_comes_back(dtype):
+    """A text processed at once and one read back from an 8-bit cache differ."""
+    codec = Fp8Codec(64, dtype)
+    vectors = (torch.randn(3, 5, 512) * torch.logspace(-5, 5, 5)[:, None]).to(dtype)
+    rounded = codec.round(vectors)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, codec.decode(codec.encode(vectors)))

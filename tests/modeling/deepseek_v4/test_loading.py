@@ -80,6 +80,18 @@ def test_what_a_loaded_model_is_like(checkpoints):
     assert not any(info.values())
 
 
+def test_fp8_cache_in_the_released_dtype(checkpoints):
+    """A bf16 model cannot have an 8-bit cache, or reads something else from it than it wrote."""
+    model, plain = load(checkpoints["fp4"], cache_dtype="fp8"), load(checkpoints["fp4"])
+    token_ids = torch.randint(200, (2, 40))
+    with torch.no_grad():
+        outputs = model(token_ids)
+        assert torch.equal(outputs.logits, model(token_ids, use_cache=False).logits)
+        assert outputs.past_key_values.num_bytes < plain(token_ids).past_key_values.num_bytes
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert model.generate(token_ids, use_dspark=True, **options).shape == (2, 48)
+
+
 def test_configuration_of_the_caller_stays(checkpoints):
     """Loading changes a configuration that others use."""
     config = DeepseekV4DSparkConfig.from_pretrained(checkpoints["fp4"])
@@ -199,6 +211,7 @@ def test_other_tensors_are_refused(checkpoints, tmp_path, change, message, optio
     [
         ({"dtype": "int8"}, "`dtype` must be a floating-point dtype, got 'int8'"),
         ({"surprise": 1}, r"`kwargs` must be options .* got \['surprise'\]"),
+        ({"cache_dtype": "int8"}, "`cache_dtype` must be None or 'fp8', got 'int8'"),
         ({"device_map": {"head": "cpu"}}, "`device_map` must name a device for every weight"),
         (
             {"device_map": {"": "disk"}, "dtype": torch.float32},
