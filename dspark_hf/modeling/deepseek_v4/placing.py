@@ -102,17 +102,32 @@ def resolve_device_map(
         device_map: `"auto"`, `"balanced"`, `"balanced_low_0"` or `"sequential"`, a device for all, or a device for
             every part by name; None: the CPU.
         max_memory: bytes for every device, for the first four.
+
+    Raises:
+        ValueError: if it is none of these.
     """
     if isinstance(device_map, dict):
         return _with_parameters_on_main(model, device_map)
     if device_map not in _STRATEGIES:
-        return {"": "cpu" if device_map is None else device_map}
+        return {"": "cpu" if device_map is None else _usable(device_map)}
     blocks = list(model._no_split_modules or ())
     if device_map != "sequential":
         is_low = device_map == "balanced_low_0"
         max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=blocks, low_zero=is_low)
     inferred = infer_auto_device_map(model, max_memory, no_split_module_classes=blocks)
     return _with_parameters_on_main(model, dict(inferred))
+
+
+def _usable(device: Device) -> Device:
+    try:
+        if device != _DISK:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"`device_map` must be one of {', '.join(_STRATEGIES)}, a device that PyTorch can use here, or a device "
+            f"for every part, got {device!r}. Try auto. ({str(error).splitlines()[0]})"
+        ) from error
+    return device
 
 
 def _with_parameters_on_main(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:

@@ -212,6 +212,7 @@ def test_other_tensors_are_refused(checkpoints, tmp_path, change, message, optio
         ({"dtype": "int8"}, "`dtype` must be a floating-point dtype, got 'int8'"),
         ({"surprise": 1}, r"`kwargs` must be options .* got \['surprise'\]"),
         ({"cache_dtype": "int8"}, "`cache_dtype` must be None or 'fp8', got 'int8'"),
+        ({"device_map": "automatic"}, "`device_map` must be one of auto, .* got 'automatic'"),
         ({"device_map": {"head": "cpu"}}, "`device_map` must name a device for every weight"),
         (
             {"device_map": {"": "disk"}, "dtype": torch.float32},
