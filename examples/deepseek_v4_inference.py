@@ -50,7 +50,7 @@ def main() -> None:
     except (OSError, ValueError, TemplateError) as error:
         raise SystemExit(f"Error: {error}") from error
 
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
+    is_greedy = arguments.temperature == 0
     texts = []
     for use_dspark in ways:
         print("\nDSpark" if use_dspark else "\nPlain")
@@ -60,17 +60,17 @@ def main() -> None:
             use_dspark=use_dspark,
             max_new_tokens=arguments.max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_prompt=True) if arguments.stream else None,
-            **(sampling or {"do_sample": False}),
+            do_sample=not is_greedy,
+            temperature=None if is_greedy else arguments.temperature,
         )
-        seconds = perf_counter() - start
-        token_ids = output[0, inputs["input_ids"].shape[1] :]
+        seconds, token_ids = perf_counter() - start, output[0, inputs["input_ids"].shape[1] :]
         tau = f", tau {drafter.last_statistics.tau:.2f} tokens per round" if use_dspark else ""
         print(f"{len(token_ids)} tokens, {len(token_ids) / seconds:.2f} tokens/s{tau}")
         texts.append(tokenizer.decode(token_ids, skip_special_tokens=False))
-        if not arguments.stream:
-            print(texts[-1])
-    if arguments.compare and not sampling:
+    if arguments.compare and is_greedy:
         print("\nThe texts are", "identical" if texts[0] == texts[1] else "different, as near-ties allow")
+    if not arguments.stream:
+        print(texts[-1])
     show(texts[-1], is_thinking=effort != "none")
 
 
