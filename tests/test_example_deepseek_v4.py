@@ -53,7 +53,7 @@ def test_thinks_as_asked(infer):
         printed = infer(*mode, "--dtype", "float32", "--compare")
         assert "The texts are identical" in printed
         assert _streamed(printed, "Plain") == _streamed(printed, "DSpark")
-        assert printed.count("tokens/s, tau ") == 1
+        assert printed.count(", tau ") == 1
         # so few random tokens have no end
         assert "Not parsed: `text` must end with" in printed
         texts.add(_streamed(printed, "Plain"))
