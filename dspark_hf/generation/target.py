@@ -91,14 +91,14 @@ class TargetAdapter:
         """Return the token embeddings `(*, D)` as the first decoder layer receives them, without a gradient."""
         embedding = self.model.get_input_embeddings()
         with torch.no_grad():
-            states = embedding(token_ids.to(_device_of(embedding)))
+            states = embedding(token_ids.to(device_of(embedding)))
         # Granite and its kin scale outside the embedding module; Gemma inside
         return states * getattr(self.config, "embedding_multiplier", 1.0)
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """Return the logits `(*, V)` of normed hidden states `(*, D)`, as the target itself scales and caps them."""
         head = self.model.get_output_embeddings()
-        device, dtype = _device_of(head), _compute_dtype(head, self.model)
+        device, dtype = device_of(head), _compute_dtype(head, self.model)
         return self.finish_logits(head(hidden_states.to(device=device, dtype=dtype)))
 
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -144,11 +144,15 @@ def _decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
     )
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    # accelerate's offload keeps weights on the meta device and runs the module elsewhere
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device that a module runs on."""
+    # accelerate's offload keeps weights on the meta device and runs the module elsewhere; one hook may hold several
     hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else next(module.parameters()).device
+    for one in getattr(hook, "hooks", [hook]):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
 
 
 def _compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:

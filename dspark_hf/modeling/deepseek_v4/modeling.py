@@ -14,6 +14,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from dspark_hf.generation.integration import CACHE_KEY
+from dspark_hf.generation.target import device_of
 from dspark_hf.modeling.backbone import RMSNorm
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
 from dspark_hf.modeling.deepseek_v4.checkpoint import ReleasedCheckpoints
@@ -63,6 +64,11 @@ class DeepseekV4DSparkPreTrainedModel(ReleasedCheckpoints):
         """Dtype of the hidden states; the first parameter, which Transformers looks at, is in fp32 with any."""
         embedding: Any = self.get_input_embeddings()
         return embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that token ids belong on; the embedding, which Transformers looks at, may itself be on disk."""
+        return device_of(self.get_input_embeddings())
 
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config)

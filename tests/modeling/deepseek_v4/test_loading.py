@@ -152,14 +152,21 @@ def test_all_on_one_device(checkpoints, device_map):
     assert torch.equal(logits(model), logits(load(checkpoints["fp4"])))
 
 
-def test_generation_from_disk(checkpoints):
-    """A cache cannot be used where layers are on disk."""
-    whole = load(checkpoints["fp4"])
-    parts = load(checkpoints["fp4"], device_map="auto", max_memory={"cpu": _size(whole) // 2})
+@pytest.mark.parametrize("use_dspark", [False, True], ids=["plain", "dspark"])
+@pytest.mark.parametrize("is_all", [False, True], ids=["layers", "all"])
+def test_generation_from_disk(checkpoints, is_all, use_dspark):
+    """A cache or a drafter cannot be used where layers, or the embedding too, are on disk."""
+    whole = load(checkpoints["fp4"], dtype=torch.float32, keep_quantized=True)
+    options = (
+        {"device_map": {"": "disk"}} if is_all else {"device_map": "auto", "max_memory": {"cpu": _size(whole) // 2}}
+    )
+    parts = load(checkpoints["fp4"], dtype=torch.float32, keep_quantized=True, **options)
     assert "disk" in parts.hf_device_map.values()
-    token_ids = torch.arange(5)[None]
-    options = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(parts.generate(token_ids, **options), whole.generate(token_ids, **options))
+    assert parts.device == torch.device("cpu")
+    token_ids = torch.arange(5)[None].to(parts.device)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = whole.generate(token_ids, **options)
+    assert torch.equal(parts.generate(token_ids, use_dspark=use_dspark, **options), expected)
 
 
 @pytest.mark.parametrize(
