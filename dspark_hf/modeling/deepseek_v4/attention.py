@@ -71,7 +71,8 @@ class Attention(nn.Module):
     def forward(self, hidden_states: Tensor, span: Span, cache: DeepseekV4LayerCache | None) -> tuple[Tensor, Tensor]:
         """Return the output `(B, T, D)` for `hidden_states` `(B, T, D)`, and the indexer's loss, a scalar.
 
-        The loss is zero unless the layer has an indexer, `indexer_loss_coef` is set and gradients are on.
+        The loss is a mean over the real tokens. It is zero unless the layer has an indexer, `indexer_loss_coef` is set
+        and the model is trained.
         """
         rotary = rotary_tables(self.config, span.positions, is_compressed=self.kind != "window")
         per_head = (rotary[0][..., None, :], rotary[1][..., None, :])
@@ -84,8 +85,10 @@ class Attention(nn.Module):
             entries = self._entries(hidden_states, span, None if cache is None else cache.compressed)
         index = None
         if self.kind == "csa":
-            index_keys = self.indexer.keys(hidden_states, span, None if cache is None else cache.index)
-            index = (index_keys, *self.indexer.queries(latent, hidden_states, rotary))
+            # the indexer learns to serve the model, the model nothing from the indexer
+            states = hidden_states.detach()
+            index_keys = self.indexer.keys(states, span, None if cache is None else cache.index)
+            index = (index_keys, *self.indexer.queries(latent.detach(), states, rotary))
         outputs, losses = [], []
         for block in self._blocks(span, entries):
             window = _window(keys, span, cache, block, self.config.sliding_window)
@@ -96,7 +99,9 @@ class Attention(nn.Module):
             cache.window.write(keys, span)
         attended = rotate(torch.cat(outputs, dim=1), per_head, is_inverse=True)
         grouped = attended.flatten(2).unflatten(-1, (self.config.o_groups, -1))
-        return self.wo_b(self.wo_a(grouped).flatten(2)), torch.stack(losses).sum() / span.num_tokens
+        is_real = span.positions < (span.starts + span.counts)[:, None]
+        loss = torch.cat(losses, dim=1).masked_fill(~is_real, 0.0).sum() / max(sum(span.num_real), 1)
+        return self.wo_b(self.wo_a(grouped).flatten(2)), loss
 
     def _rounded(self, vectors: Tensor) -> Tensor:
         return vectors if self._codec is None else self._codec.round(vectors)
@@ -131,7 +136,7 @@ class Attention(nn.Module):
         index: tuple[IndexKeys, Tensor, Tensor] | None,
         block: slice,
     ) -> tuple[Tensor, Tensor]:
-        """Return the output of queries, both `(B, Q, H, c)`, at `positions` `(B, Q)`, and the indexer's loss."""
+        """Return the output of queries, both `(B, Q, H, c)`, at `positions` `(B, Q)`, and the indexer's loss there."""
         # [B, Q, W]
         age = positions[..., None] - window.positions[:, None]
         is_near = (age >= 0) & (age < self.config.sliding_window) & (window.positions >= 0)[:, None]
@@ -153,11 +158,13 @@ class Attention(nn.Module):
         sink = self.attn_sink.view(1, 1, -1, 1).expand(*query.shape[:3], 1)
         weights = torch.cat([*(part.float() for part in parts), sink], dim=-1).softmax(-1)
         output = _mix(weights[..., : near.shape[-1]], window.keys)
-        loss = weights.new_zeros(())
+        loss = weights.new_zeros(positions.shape)
         if far_keys is not None:
             far_weights = weights[..., near.shape[-1] : -1]
             output = output + _mix(far_weights, far_keys)
-            if chosen_scores is not None and self.config.indexer_loss_coef and torch.is_grad_enabled():
+            # in training also without gradients: a checkpointed layer may run so at first
+            is_trained = self.training or torch.is_grad_enabled()
+            if chosen_scores is not None and self.config.indexer_loss_coef and is_trained:
                 loss = _index_loss(far_weights, chosen_scores, is_visible)
         return output, loss
 
@@ -209,7 +216,7 @@ def _mix(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _index_loss(weights: Tensor, scores: Tensor, is_visible: Tensor) -> Tensor:
-    """Return the KL divergence, summed over queries and averaged over rows, of the indexer from the attention.
+    """Return the KL divergence `(B, Q)` of the indexer from the attention.
 
     The attention's mass on the chosen entries, `weights` `(B, Q, H, K)` summed over heads, is what the softmax of the
     indexer's `scores` `(B, Q, K)` should be.
@@ -219,4 +226,4 @@ def _index_loss(weights: Tensor, scores: Tensor, is_visible: Tensor) -> Tensor:
     # -inf times zero is no number
     believed = scores.masked_fill(~is_visible, torch.finfo(scores.dtype).min).log_softmax(-1)
     divergence = torch.special.xlogy(wanted, wanted) - wanted * believed
-    return divergence.masked_fill(~is_visible, 0.0).sum() / len(scores)
+    return divergence.masked_fill(~is_visible, 0.0).sum(-1)
