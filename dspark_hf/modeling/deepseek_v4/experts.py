@@ -25,7 +25,9 @@ class Router(nn.Module):
             self.tid2eid: nn.Parameter | None = nn.Parameter(table, requires_grad=False)
         else:
             self.tid2eid = None
-            self.bias = nn.Parameter(torch.zeros(config.n_routed_experts, dtype=torch.float32))
+            # no gradient passes the choice of experts
+            bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden_states: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the chosen experts and their weights, both `(N, A)`, and the affinities `(N, X)` in fp32.

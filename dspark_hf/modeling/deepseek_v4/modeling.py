@@ -132,7 +132,12 @@ class DeepseekV4DSparkModel(DeepseekV4DSparkPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             # a layer that runs twice would write twice
-            use_cache, cache = False, None
+            use_cache = False
+            if cache is not None:
+                raise ValueError(
+                    f"`{CACHE_KEY}` must be left out of training with gradient checkpointing, got a cache. Leave it "
+                    "out, or call `model.eval()` first."
+                )
         if use_cache and cache is None:
             cache = DeepseekV4DSparkCache(self.config, embeds.dtype)
         _check_cache(cache)
@@ -304,10 +309,13 @@ class DeepseekV4DSparkForCausalLM(DeepseekV4DSparkPreTrainedModel, GenerationMix
         self, logits: Tensor, labels: Tensor, aux_loss: Tensor | None, indexer_loss: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        num_items = kwargs.get("num_items_in_batch")
+        # of accumulated batches each adds its share of the next-token loss: of the other terms too
+        share = 1.0 if num_items is None else labels.ne(-100).sum().to(loss.device) / num_items
         if aux_loss is not None:
-            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            loss = loss + share * self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         if self.config.indexer_loss_coef:
-            loss = loss + self.config.indexer_loss_coef * indexer_loss.to(loss.device)
+            loss = loss + share * self.config.indexer_loss_coef * indexer_loss.to(loss.device)
         return loss
 
     @property
