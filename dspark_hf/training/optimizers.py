@@ -57,11 +57,11 @@ class MuonAdamW(Optimizer):
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trainable hidden matrices of a drafter, and its other trainable parameters."""
+    """Return the trainable hidden matrices of a drafter or of a target, and its other trainable parameters."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_hidden = parameter.ndim == 2 and (name.startswith("layers.") or name == "fc.weight")
+            is_hidden = parameter.ndim == 2 and ("layers" in name.split(".") or name == "fc.weight")
             (hidden if is_hidden else rest).append(parameter)
     return hidden, rest
