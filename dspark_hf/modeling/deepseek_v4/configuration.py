@@ -88,6 +88,16 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
 
     model_type = "deepseek_v4_dspark"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # experts are modules of their own, as stored: each is split like a feed-forward network
+    base_model_tp_plan = {
+        "embed": "embedding_rowwise",
+        "layers.*.ffn.experts.*.w1": "colwise",
+        "layers.*.ffn.experts.*.w3": "colwise",
+        "layers.*.ffn.experts.*.w2": "rowwise",
+        "layers.*.ffn.shared_experts.w1": "colwise",
+        "layers.*.ffn.shared_experts.w3": "colwise",
+        "layers.*.ffn.shared_experts.w2": "rowwise",
+    }
     attribute_map = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
 
     def __init__(

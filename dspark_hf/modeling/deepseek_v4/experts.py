@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 
@@ -69,8 +70,16 @@ class Expert(nn.Module):
         inner = nn.functional.silu(gate) * up
         if weights is not None:
             # before the last product, as the released code does
-            inner = inner * weights[:, None]
+            inner = inner * _for_shard(weights, self.w1.weight)[:, None]
         return self.w2(inner.to(hidden_states.dtype))
+
+
+def _for_shard(weights: Tensor, shard: Tensor) -> Tensor:
+    """Return `weights`, whose gradient is summed over the processes that each hold a shard of the expert."""
+    if not isinstance(shard, DTensor):
+        return weights
+    replicated = DTensor.from_local(weights, shard.device_mesh, [Replicate()], run_check=False)
+    return replicated.to_local(grad_placements=[Partial()])
 
 
 class MixtureOfExperts(nn.Module):
