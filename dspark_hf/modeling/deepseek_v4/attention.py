@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dspark_hf.modeling.backbone import RMSNorm
 from dspark_hf.modeling.deepseek_v4.cache import CompressedStore, DeepseekV4LayerCache
 from dspark_hf.modeling.deepseek_v4.compressor import Compressor
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.indexer import Indexer, IndexKeys, choose_entries
-from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear
-from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables, rotate
+from dspark_hf.modeling.deepseek_v4.projections import AttentionProjections
+from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables
 from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec, Span
 
 # numbers that one block of queries may hold in scores or gathered entries
@@ -35,7 +34,7 @@ class _Window:
     positions: Tensor
 
 
-class Attention(nn.Module):
+class Attention(AttentionProjections):
     """The attention of one layer.
 
     Args:
@@ -44,21 +43,9 @@ class Attention(nn.Module):
     """
 
     def __init__(self, config: DeepseekV4DSparkConfig, layer: int):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.kind = config.attention_kinds[layer]
         self.ratio = config.compress_ratios[layer]
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        width = self.num_heads * self.head_dim
-        self.wq_a = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
-        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.wq_b = nn.Linear(config.q_lora_rank, width, bias=False)
-        self.head_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)
-        self.wkv = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        self.kv_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.wo_a = GroupedLinear(width // config.o_groups, config.o_groups * config.o_lora_rank, config.o_groups)
-        self.wo_b = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
-        self.attn_sink = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
         if self.kind != "window":
             self.compressor = Compressor(
                 config, ratio=self.ratio, size=self.head_dim, is_overlapping=self.kind == "csa"
@@ -75,11 +62,9 @@ class Attention(nn.Module):
         and the model is trained.
         """
         rotary = rotary_tables(self.config, span.positions, is_compressed=self.kind != "window")
-        per_head = (rotary[0][..., None, :], rotary[1][..., None, :])
-        latent = self.q_norm(self.wq_a(hidden_states))
-        query = self.head_norm(self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim)))
-        query = rotate(query, per_head)
-        keys = self._rounded(rotate(self.kv_norm(self.wkv(hidden_states)), rotary))
+        latent = self.latents(hidden_states)
+        query = self.queries(latent, rotary)
+        keys = self._rounded(self.keys(hidden_states, rotary))
         entries = None
         if self.kind != "window":
             entries = self._entries(hidden_states, span, None if cache is None else cache.compressed)
@@ -97,11 +82,9 @@ class Attention(nn.Module):
             losses.append(loss)
         if cache is not None:
             cache.window.write(keys, span)
-        attended = rotate(torch.cat(outputs, dim=1), per_head, is_inverse=True)
-        grouped = attended.flatten(2).unflatten(-1, (self.config.o_groups, -1))
         is_real = span.positions < (span.starts + span.counts)[:, None]
         loss = torch.cat(losses, dim=1).masked_fill(~is_real, 0.0).sum() / max(sum(span.num_real), 1)
-        return self.wo_b(self.wo_a(grouped).flatten(2)), loss
+        return self.output(torch.cat(outputs, dim=1), rotary), loss
 
     def _rounded(self, vectors: Tensor) -> Tensor:
         return vectors if self._codec is None else self._codec.round(vectors)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
 from dspark_hf.modeling.deepseek_v4.compressor import Compressor
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
-from dspark_hf.modeling.deepseek_v4.rotary import Rotary, rotate
+from dspark_hf.modeling.deepseek_v4.rotary import Rotary, per_head, rotate
 from dspark_hf.modeling.deepseek_v4.storage import Span
 
 # numbers that a block of scores may hold at once, per head
@@ -44,7 +44,7 @@ class Indexer(nn.Module):
     def queries(self, latent: Tensor, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Return queries `(B, T, H, c)` and head weights `(B, T, H)` of latents `(B, T, R)` and `(B, T, D)`."""
         query = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
-        query = rotate(query, (rotary[0][..., None, :], rotary[1][..., None, :]))
+        query = rotate(query, per_head(rotary))
         factor = self.head_dim**-0.5 * self.num_heads**-0.5
         return query.float(), self.weights_proj(hidden_states).float() * factor
 

@@ -47,6 +47,11 @@ def _yarn(frequencies: Tensor, theta: float, size: int, scaling: dict[str, Any])
     return frequencies * (1 - slow) + frequencies / scaling["factor"] * slow
 
 
+def per_head(rotary: Rotary) -> Rotary:
+    """Return tables `(*, 1, P)`, the same for all heads."""
+    return rotary[0][..., None, :], rotary[1][..., None, :]
+
+
 def rotate(states: Tensor, rotary: Rotary, *, is_inverse: bool = False) -> Tensor:
     """Rotate the last `2 * P` dimensions of states `(*, E)` as pairs `(2i, 2i + 1)`, computed in fp32.
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dspark_hf.modeling.backbone import RMSNorm
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.hyper_connections import join_streams
 from dspark_hf.modeling.deepseek_v4.layer import HyperConnectedLayer, add_hyper_head
-from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear
-from dspark_hf.modeling.deepseek_v4.rotary import Rotary, rotary_tables, rotate
+from dspark_hf.modeling.deepseek_v4.projections import AttentionProjections
+from dspark_hf.modeling.deepseek_v4.rotary import Rotary, rotary_tables
 
 
 class StageRotary(nn.Module):
@@ -28,26 +27,12 @@ class StageRotary(nn.Module):
         return rotary_tables(self.config, positions, is_compressed=False)
 
 
-class StageAttention(nn.Module):
+class StageAttention(AttentionProjections):
     """Attend from every slot of a block to the latest context and, both ways, to the block; with sinks (Eq. 3)."""
-
-    def __init__(self, config: DeepseekV4DSparkConfig):
-        super().__init__()
-        self.num_heads, self.head_dim, self.num_groups = config.num_attention_heads, config.head_dim, config.o_groups
-        width = self.num_heads * self.head_dim
-        self.wq_a = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
-        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.wq_b = nn.Linear(config.q_lora_rank, width, bias=False)
-        self.head_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)
-        self.wkv = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        self.kv_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.wo_a = GroupedLinear(width // config.o_groups, config.o_groups * config.o_lora_rank, config.o_groups)
-        self.wo_b = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
-        self.attn_sink = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
 
     def keys_and_values(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Return keys and values of `(B, *, D)`, one vector for all heads and both purposes: `(B, *, 1, c)` twice."""
-        shared = rotate(self.kv_norm(self.wkv(hidden_states)), rotary)[..., None, :]
+        shared = self.keys(hidden_states, rotary)[..., None, :]
         return shared, shared
 
     def forward(
@@ -57,11 +42,9 @@ class StageAttention(nn.Module):
 
         `context` holds keys `(B, 1, C, c)`; `context_mask` `(B, N, C)` is True where block n may look.
         """
-        per_head = (rotary[0][..., None, :], rotary[1][..., None, :])
-        query = self.wq_b(self.q_norm(self.wq_a(hidden_states))).unflatten(-1, (self.num_heads, self.head_dim))
-        query = rotate(self.head_norm(query), per_head)  # [B, N, K, H, c]
-        own, _ = self.keys_and_values(hidden_states, rotary)
-        own, past = own[..., 0, :], context[0][:, 0].to(query.dtype)  # [B, N, K, c], [B, C, c]
+        query = self.queries(self.latents(hidden_states), rotary)  # [B, N, K, H, c]
+        own = self.keys(hidden_states, rotary)  # [B, N, K, c]
+        past = context[0][:, 0].to(query.dtype)  # [B, C, c]
         past_scores = torch.einsum("bnkhc,bsc->bnkhs", query, past) * self.head_dim**-0.5
         if context_mask is not None:
             past_scores = past_scores.masked_fill(~context_mask[:, :, None, None], float("-inf"))
@@ -71,8 +54,7 @@ class StageAttention(nn.Module):
         past_weights, own_weights, _ = weights.split([past.shape[1], own.shape[2], 1], dim=-1)
         output = torch.einsum("bnkhs,bsc->bnkhc", past_weights, past)
         output = output + torch.einsum("bnkhs,bnsc->bnkhc", own_weights, own)
-        output = rotate(output, per_head, is_inverse=True).flatten(3).unflatten(-1, (self.num_groups, -1))
-        return self.wo_b(self.wo_a(output).flatten(3))
+        return self.output(output, rotary)
 
 
 class DeepseekV4Stage(HyperConnectedLayer):
