@@ -113,13 +113,35 @@ def _group_size(size: int) -> int:
     return _GROUP if size % _GROUP == 0 else size
 
 
-class Ring:
+class _Slots:
+    """What a codec makes of vectors, in numbered slots of every row; nothing until they are written."""
+
+    def __init__(self, codec: Codec):
+        self._codec = codec
+        self._stored: tuple[Tensor, ...] | None = None
+
+    def _scatter(self, slots: Tensor, parts: tuple[Tensor, ...]) -> None:
+        assert self._stored is not None
+        for store, part in zip(self._stored, parts, strict=True):
+            store.scatter_(1, slots[..., None].expand(-1, -1, part.shape[2]), part)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch, in that order."""
+        if self._stored is not None:
+            self._stored = tuple(store[rows.to(store.device)] for store in self._stored)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory in bytes."""
+        return 0 if self._stored is None else sum(store.numel() * store.element_size() for store in self._stored)
+
+
+class Ring(_Slots):
     """The vectors of the latest `capacity` positions of every row; position p lies in slot `p % capacity`."""
 
     def __init__(self, capacity: int, codec: Codec):
+        super().__init__(codec)
         self.capacity = capacity
-        self._codec = codec
-        self._stored: tuple[Tensor, ...] | None = None
 
     def write(self, vectors: Tensor, span: Span) -> None:
         """Keep vectors `(B, T, c)` of a span's real tokens, the latest `capacity` of them."""
@@ -134,8 +156,7 @@ class Ring:
         parts = self._codec.encode(latest.detach())
         if self._stored is None:
             self._stored = tuple(part.new_zeros(len(part), self.capacity + 1, part.shape[2]) for part in parts)
-        for store, part in zip(self._stored, parts, strict=True):
-            store.scatter_(1, slots[..., None].expand(-1, -1, part.shape[2]), part)
+        self._scatter(slots, parts)
 
     def read(self) -> Tensor | None:
         """Return the vectors `(B, C, c)` in slot order, or None if nothing was written."""
@@ -149,26 +170,12 @@ class Ring:
         slots = torch.arange(self.capacity, device=lengths.device)
         return last - (last - slots) % self.capacity
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only `rows` of the batch, in that order."""
-        if self._stored is not None:
-            self._stored = tuple(store[rows.to(store.device)] for store in self._stored)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory in bytes."""
-        return _num_bytes(self._stored)
-
-
-class Entries:
+class Entries(_Slots):
     """Compressed entries of every row, entry i in slot i.
 
     What lies behind a row's last complete entry is never read, and written over: so a rollback needs no work.
     """
-
-    def __init__(self, codec: Codec):
-        self._codec = codec
-        self._stored: tuple[Tensor, ...] | None = None
 
     def write(self, vectors: Tensor, first: Tensor, needed: int) -> None:
         """Put vectors `(B, N, c)` into the slots from `first` `(B)` on; `needed` is the largest of those plus N."""
@@ -180,8 +187,7 @@ class Entries:
             capacity = needed + max(needed // 128, 16)
             self._stored = tuple(_grown(store, capacity) for store in self._stored)
         slots = first[:, None] + torch.arange(vectors.shape[1], device=first.device)
-        for store, part in zip(self._stored, parts, strict=True):
-            store.scatter_(1, slots[..., None].expand(-1, -1, part.shape[2]), part)
+        self._scatter(slots, parts)
 
     def read(self, start: int, end: int) -> Tensor:
         """Return the vectors `(B, end - start, c)` of entries `start` to `end - 1`."""
@@ -194,22 +200,8 @@ class Entries:
         rows = torch.arange(len(index), device=index.device)[:, None, None]
         return self._codec.decode(tuple(store[rows, index] for store in self._stored))
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only `rows` of the batch, in that order."""
-        if self._stored is not None:
-            self._stored = tuple(store[rows.to(store.device)] for store in self._stored)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory in bytes."""
-        return _num_bytes(self._stored)
-
 
 def _grown(store: Tensor, capacity: int) -> Tensor:
     larger = store.new_zeros(len(store), capacity, store.shape[2])
     larger[:, : store.shape[1]] = store
     return larger
-
-
-def _num_bytes(stored: tuple[Tensor, ...] | None) -> int:
-    return 0 if stored is None else sum(store.numel() * store.element_size() for store in stored)
