@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_hf.modeling.deepseek_v4.cache import CompressedStore, DeepseekV4LayerCache
-from dspark_hf.modeling.deepseek_v4.compressor import Compressor
+from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4LayerCache
+from dspark_hf.modeling.deepseek_v4.compressor import Compressor, EntriesSoFar
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
-from dspark_hf.modeling.deepseek_v4.indexer import Indexer, IndexKeys, choose_entries
+from dspark_hf.modeling.deepseek_v4.indexer import Indexer, choose_entries, score_entries
 from dspark_hf.modeling.deepseek_v4.projections import AttentionProjections
 from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables
 from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec, Span
@@ -46,14 +46,15 @@ class Attention(AttentionProjections):
         super().__init__(config)
         self.kind = config.attention_kinds[layer]
         self.ratio = config.compress_ratios[layer]
+        # stands for the storage format also where nothing is stored, so that every way to process a text agrees
+        self._codec = None if config.cache_dtype is None else Fp8Codec(config.qk_rope_head_dim, torch.float32)
         if self.kind != "window":
+            is_overlapping = self.kind == "csa"
             self.compressor = Compressor(
-                config, ratio=self.ratio, size=self.head_dim, is_overlapping=self.kind == "csa"
+                config, ratio=self.ratio, size=self.head_dim, is_overlapping=is_overlapping, codec=self._codec
             )
         if self.kind == "csa":
             self.indexer = Indexer(config, self.ratio)
-        # stands for the storage format also where nothing is stored, so that every way to process a text agrees
-        self._codec = None if config.cache_dtype is None else Fp8Codec(config.qk_rope_head_dim, torch.float32)
 
     def forward(self, hidden_states: Tensor, span: Span, cache: DeepseekV4LayerCache | None) -> tuple[Tensor, Tensor]:
         """Return the output `(B, T, D)` for `hidden_states` `(B, T, D)`, and the indexer's loss, a scalar.
@@ -64,10 +65,12 @@ class Attention(AttentionProjections):
         rotary = rotary_tables(self.config, span.positions, is_compressed=self.kind != "window")
         latent = self.latents(hidden_states)
         query = self.queries(latent, rotary)
-        keys = self._rounded(self.keys(hidden_states, rotary))
+        keys = self.keys(hidden_states, rotary)
+        if self._codec is not None:
+            keys = self._codec.round(keys)
         entries = None
         if self.kind != "window":
-            entries = self._entries(hidden_states, span, None if cache is None else cache.compressed)
+            entries = self.compressor(hidden_states, span, None if cache is None else cache.compressed)
         index = None
         if self.kind == "csa":
             # the indexer learns to serve the model, the model nothing from the indexer
@@ -86,17 +89,7 @@ class Attention(AttentionProjections):
         loss = torch.cat(losses, dim=1).masked_fill(~is_real, 0.0).sum() / max(sum(span.num_real), 1)
         return self.output(torch.cat(outputs, dim=1), rotary), loss
 
-    def _rounded(self, vectors: Tensor) -> Tensor:
-        return vectors if self._codec is None else self._codec.round(vectors)
-
-    def _entries(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> _Entries:
-        new, first, end = self.compressor(hidden_states, span, store)
-        new = self._rounded(new)
-        if store is not None and new.shape[1]:
-            store.entries.write(new, first, end)
-        return _Entries(new, store, end)
-
-    def _blocks(self, span: Span, entries: _Entries | None) -> Iterator[slice]:
+    def _blocks(self, span: Span, entries: EntriesSoFar | None) -> Iterator[slice]:
         """Yield blocks of queries whose scores and gathered entries fit the memory that is meant for them."""
         batch, length = span.positions.shape
         per_query = self.num_heads * 2 * self.config.sliding_window
@@ -115,8 +108,8 @@ class Attention(AttentionProjections):
         query: Tensor,
         positions: Tensor,
         window: _Window,
-        entries: _Entries | None,
-        index: tuple[IndexKeys, Tensor, Tensor] | None,
+        entries: EntriesSoFar | None,
+        index: tuple[EntriesSoFar, Tensor, Tensor] | None,
         block: slice,
     ) -> tuple[Tensor, Tensor]:
         """Return the output of queries, both `(B, Q, H, c)`, at `positions` `(B, Q)`, and the indexer's loss there."""
@@ -132,7 +125,7 @@ class Attention(AttentionProjections):
                 far_keys = entries.all()
                 is_visible = torch.arange(entries.num_entries, device=positions.device) < num_visible[..., None]
             else:
-                index_scores = index[0].scores(index[1][:, block], index[2][:, block])
+                index_scores = score_entries(index[0], index[1][:, block], index[2][:, block])
                 chosen, is_visible = choose_entries(index_scores.detach(), num_visible, self.config.index_topk)
                 far_keys = entries.gather(chosen)
                 chosen_scores = index_scores.gather(-1, chosen)
@@ -150,26 +143,6 @@ class Attention(AttentionProjections):
             if chosen_scores is not None and self.config.indexer_loss_coef and is_trained:
                 loss = _index_loss(far_weights, chosen_scores, is_visible)
         return output, loss
-
-
-class _Entries:
-    """Compressed entries so far: in the cache or, without one, as just made."""
-
-    def __init__(self, new: Tensor, store: CompressedStore | None, num_entries: int):
-        self._new = new
-        self._store = store
-        self.num_entries = num_entries
-
-    def all(self) -> Tensor:
-        """Return all entries `(B, E, c)`."""
-        return self._new if self._store is None else self._store.entries.read(0, self.num_entries)
-
-    def gather(self, index: Tensor) -> Tensor:
-        """Return entries `(B, Q, K, c)` by number `(B, Q, K)`."""
-        if self._store is not None:
-            return self._store.entries.gather(index)
-        rows = torch.arange(len(index), device=index.device)[:, None, None]
-        return self._new[rows, index]
 
 
 def _window(keys: Tensor, span: Span, cache: DeepseekV4LayerCache | None, block: slice, size: int) -> _Window:

@@ -1,6 +1,6 @@
 """Compressed key/value entries: one vector for every `ratio` tokens (CSA and HCA).
 
-B batch, T tokens, N new entries, r ratio, c vector size, S series (2 where windows overlap).
+B batch, T tokens, N new entries, E all, K chosen, r ratio, c vector size, S series (2 where windows overlap).
 """
 
 from __future__ import annotations
@@ -12,7 +12,37 @@ from dspark_hf.modeling.backbone import RMSNorm
 from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables, rotate
-from dspark_hf.modeling.deepseek_v4.storage import Span
+from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec, Span
+
+
+class EntriesSoFar:
+    """The compressed entries of a text up to the present pass: in the cache or, without one, as just made.
+
+    Args:
+        new: the pass's own `(B, N, c)`.
+        num_entries: how many the longest row has.
+        store: where all of them are.
+    """
+
+    def __init__(self, new: Tensor, num_entries: int, store: CompressedStore | None):
+        self._new = new
+        self._store = store
+        self.num_entries = num_entries
+
+    def all(self) -> Tensor:
+        """Return all entries `(B, E, c)`."""
+        return self._new if self._store is None else self._store.entries.read(0, self.num_entries)
+
+    def read(self, start: int, end: int) -> Tensor:
+        """Return entries `start` to `end - 1`, `(B, end - start, c)`."""
+        return self._new[:, start:end] if self._store is None else self._store.entries.read(start, end)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Return entries `(B, T, K, c)` by number `(B, T, K)`."""
+        if self._store is not None:
+            return self._store.entries.gather(index)
+        rows = torch.arange(len(index), device=index.device)[:, None, None]
+        return self._new[rows, index]
 
 
 class Compressor(nn.Module):
@@ -26,9 +56,18 @@ class Compressor(nn.Module):
         ratio: tokens per entry.
         size: size c of an entry.
         is_overlapping: whether an entry also draws on the window before its own.
+        codec: how entries are rounded, as if they came from a cache that stores them so; None: not at all.
     """
 
-    def __init__(self, config: DeepseekV4DSparkConfig, *, ratio: int, size: int, is_overlapping: bool):
+    def __init__(
+        self,
+        config: DeepseekV4DSparkConfig,
+        *,
+        ratio: int,
+        size: int,
+        is_overlapping: bool,
+        codec: Fp8Codec | None = None,
+    ):
         super().__init__()
         self.config = config
         self.ratio = ratio
@@ -38,14 +77,13 @@ class Compressor(nn.Module):
         self.wgate = nn.Linear(config.hidden_size, self.num_series * size, bias=False)
         self.ape = nn.Parameter(torch.zeros(ratio, self.num_series * size, dtype=torch.float32))
         self.norm = RMSNorm(size, config.rms_norm_eps)
+        self._codec = codec
 
-    def forward(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> tuple[Tensor, Tensor, int]:
-        """Return the entries that the span completes.
+    def forward(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> EntriesSoFar:
+        """Return the entries so far, those that the span completes included, in the dtype of `hidden_states`.
 
-        Takes `hidden_states` `(B, T, D)`; remembers in `store`, if there is one, what later entries need.
-
-        Returns the entries `(B, N, c)` in the dtype of `hidden_states`, the number `(B)` of the first one in every
-        row, and where the longest row's end. Rows that complete fewer hold numbers there that nobody sees.
+        Takes `hidden_states` `(B, T, D)`; keeps in `store`, if there is one, new entries and what later ones need.
+        Rows that complete fewer than others hold numbers there that nobody sees.
         """
         first = span.starts // self.ratio
         firsts = [before // self.ratio for before in span.num_before]
@@ -57,9 +95,14 @@ class Compressor(nn.Module):
         entries = hidden_states.new_zeros(len(hidden_states), 0, self.size)
         if num_new > 0:
             entries = self._compress(tokens, span, store, first, num_new).to(hidden_states.dtype)
+        if self._codec is not None:
+            entries = self._codec.round(entries)
+        num_entries = max(firsts) + num_new
         if store is not None:
             store.tail.write(tokens, span)
-        return entries, first, max(firsts) + num_new
+            if num_new > 0:
+                store.entries.write(entries, first, num_entries)
+        return EntriesSoFar(entries, num_entries, store)
 
     def _compress(
         self, tokens: Tensor, span: Span, store: CompressedStore | None, first: Tensor, num_new: int

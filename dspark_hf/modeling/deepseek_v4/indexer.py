@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
-from dspark_hf.modeling.deepseek_v4.compressor import Compressor
+from dspark_hf.modeling.deepseek_v4.compressor import Compressor, EntriesSoFar
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.rotary import Rotary, per_head, rotate
 from dspark_hf.modeling.deepseek_v4.storage import Span
@@ -32,14 +32,9 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
         self.compressor = Compressor(config, ratio=ratio, size=self.head_dim, is_overlapping=True)
 
-    def keys(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> IndexKeys:
+    def keys(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> EntriesSoFar:
         """Return the keys of all entries so far, those that `hidden_states` `(B, T, D)` completes included."""
-        new, first, end = self.compressor(hidden_states, span, store)
-        if store is None:
-            return IndexKeys(new, None, end)
-        if new.shape[1]:
-            store.entries.write(new, first, end)
-        return IndexKeys(new, store, end)
+        return self.compressor(hidden_states, span, store)
 
     def queries(self, latent: Tensor, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Return queries `(B, T, H, c)` and head weights `(B, T, H)` of latents `(B, T, R)` and `(B, T, D)`."""
@@ -49,28 +44,17 @@ class Indexer(nn.Module):
         return query.float(), self.weights_proj(hidden_states).float() * factor
 
 
-class IndexKeys:
-    """Keys of the compressed entries, in the cache or, without one, as just made."""
-
-    def __init__(self, new: Tensor, store: CompressedStore | None, num_entries: int):
-        self._new = new
-        self._store = store
-        self.num_entries = num_entries
-
-    def _read(self, start: int, end: int) -> Tensor:
-        return self._new[:, start:end] if self._store is None else self._store.entries.read(start, end)
-
-    def scores(self, query: Tensor, weights: Tensor) -> Tensor:
-        """Return the scores `(B, T, E)` of all entries for queries `(B, T, H, c)` with head weights `(B, T, H)`."""
-        batch, length, heads, _ = query.shape
-        flat = query.flatten(1, 2)
-        width = max(_MAX_SCORES // (batch * length * heads), 1)
-        blocks = []
-        for start in range(0, self.num_entries, width):
-            keys = self._read(start, min(start + width, self.num_entries)).float()
-            affinity = (flat @ keys.transpose(1, 2)).relu().view(batch, length, heads, -1)
-            blocks.append((weights[:, :, None] @ affinity)[:, :, 0])
-        return torch.cat(blocks, dim=-1)
+def score_entries(index_keys: EntriesSoFar, query: Tensor, weights: Tensor) -> Tensor:
+    """Return the scores `(B, T, E)` of all entries for queries `(B, T, H, c)` with head weights `(B, T, H)`."""
+    batch, length, heads, _ = query.shape
+    flat = query.flatten(1, 2)
+    width = max(_MAX_SCORES // (batch * length * heads), 1)
+    blocks = []
+    for start in range(0, index_keys.num_entries, width):
+        keys = index_keys.read(start, min(start + width, index_keys.num_entries)).float()
+        affinity = (flat @ keys.transpose(1, 2)).relu().view(batch, length, heads, -1)
+        blocks.append((weights[:, :, None] @ affinity)[:, :, 0])
+    return torch.cat(blocks, dim=-1)
 
 
 def choose_entries(scores: Tensor, num_visible: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
