@@ -19,7 +19,7 @@ from dspark_hf.modeling.deepseek_v4.compressor import Compressor, EntriesSoFar
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.indexer import Indexer, choose_entries, score_entries
 from dspark_hf.modeling.deepseek_v4.projections import AttentionProjections
-from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables
+from dspark_hf.modeling.deepseek_v4.rotary import Rotary
 from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec, Span
 
 # numbers that one block of queries may hold in scores or gathered entries
@@ -56,13 +56,14 @@ class Attention(AttentionProjections):
         if self.kind == "csa":
             self.indexer = Indexer(config, self.ratio)
 
-    def forward(self, hidden_states: Tensor, span: Span, cache: DeepseekV4LayerCache | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, span: Span, rotary: Rotary, cache: DeepseekV4LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the output `(B, T, D)` for `hidden_states` `(B, T, D)`, and the indexer's loss, a scalar.
 
         The loss is a mean over the real tokens. It is zero unless the layer has an indexer, `indexer_loss_coef` is set
         and the model is trained.
         """
-        rotary = rotary_tables(self.config, span.positions, is_compressed=self.kind != "window")
         latent = self.latents(hidden_states)
         query = self.queries(latent, rotary)
         keys = self.keys(hidden_states, rotary)

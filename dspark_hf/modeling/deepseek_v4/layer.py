@@ -16,6 +16,7 @@ from dspark_hf.modeling.deepseek_v4.compressor import Compressor
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.experts import MixtureOfExperts, Router
 from dspark_hf.modeling.deepseek_v4.hyper_connections import StreamMixing, read_streams
+from dspark_hf.modeling.deepseek_v4.rotary import Rotary
 from dspark_hf.modeling.deepseek_v4.storage import Span
 
 
@@ -64,11 +65,16 @@ class DeepseekV4Layer(HyperConnectedLayer):
         self.attn = Attention(config, layer)
 
     def forward(
-        self, streams: Tensor, span: Span, cache: DeepseekV4LayerCache | None, token_ids: Tensor | None
+        self,
+        streams: Tensor,
+        span: Span,
+        rotary: Rotary,
+        cache: DeepseekV4LayerCache | None,
+        token_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the streams `(B, T, n, D)`, the router's affinities `(B * T, X)` and the indexer's loss."""
         states, mixing = self.read_for_attention(streams)
-        output, indexer_loss = self.attn(states, span.to(streams.device), cache)
+        output, indexer_loss = self.attn(states, span.to(streams.device), rotary, cache)
         streams, affinities = self.run_experts(mixing(streams, output), token_ids)
         return streams, affinities, indexer_loss
 

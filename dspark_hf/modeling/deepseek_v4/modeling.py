@@ -23,6 +23,7 @@ from dspark_hf.modeling.deepseek_v4.hyper_connections import join_streams
 from dspark_hf.modeling.deepseek_v4.layer import DeepseekV4Layer, add_hyper_head, init_weights
 from dspark_hf.modeling.deepseek_v4.losses import balance_loss
 from dspark_hf.modeling.deepseek_v4.packing import Packing
+from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables
 from dspark_hf.modeling.deepseek_v4.storage import make_span
 
 
@@ -148,10 +149,13 @@ class DeepseekV4DSparkModel(DeepseekV4DSparkPreTrainedModel):
         else:
             span = cache.begin(packing.counts, packing.width, embeds.device)
         streams = embeds.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        plain, compressed = (rotary_tables(self.config, span.positions, is_compressed=each) for each in (False, True))
+        kinds = self.config.attention_kinds
         every, affinities, losses = [streams], [], []
         for number, layer in enumerate(self.layers):
             store = None if cache is None else cache.store(number)
-            streams, affinity, loss = layer(streams, span, store, token_ids)
+            rotary = plain if kinds[number] == "window" else compressed
+            streams, affinity, loss = layer(streams, span, rotary, store, token_ids)
             losses.append(loss)
             if output_hidden_states:
                 every.append(streams)
