@@ -17,7 +17,14 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.drafter_names import PREFIX, is_released
-from dspark_hf.modeling.deepseek_v4.loading import Checkpoint, is_fp32, official_name, prepare, read_weights
+from dspark_hf.modeling.deepseek_v4.loading import (
+    Checkpoint,
+    is_fp32,
+    official_name,
+    parse_dtype,
+    prepare,
+    read_weights,
+)
 from dspark_hf.modeling.deepseek_v4.placing import Device, DeviceMap, dispatch, fill, resolve_device_map
 from dspark_hf.modeling.deepseek_v4.reading import HUB_OPTIONS, TensorInfo, read_index
 from dspark_hf.modeling.deepseek_v4.saving import (
@@ -117,7 +124,7 @@ class ReleasedCheckpoints(PreTrainedModel):
                 **kwargs,
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in _IGNORED}
-        dtype = _parse_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
+        dtype = parse_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         config = _load_config(pretrained_model_name_or_path, config, hub_options, kwargs)
         checkpoint = Checkpoint.read(pretrained_model_name_or_path, **hub_options)
@@ -237,15 +244,6 @@ class ReleasedCheckpoints(PreTrainedModel):
             config.save_pretrained(folder)
         if self.can_generate() and self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
-
-
-def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if parsed not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"`dtype` must be a floating-point dtype, got {dtype!r}. Leave it out, or choose bfloat16.")
-    return parsed
 
 
 def _load_config(

@@ -28,7 +28,10 @@ _NUM_NAMED = 5
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds, by official name: the target's tensors, and those of its DSpark module (`mtp.*`)."""
+    """What a checkpoint holds, by official name: the target's tensors, and those of its DSpark module (`mtp.*`).
+
+    When the module itself is loaded, its tensors stand in the target's place, by the drafter's own names.
+    """
 
     target: dict[str, TensorInfo]
     module: dict[str, TensorInfo]
@@ -74,6 +77,20 @@ def official_name(name: str) -> str:
 def scale_name(name: str) -> str:
     """Return the name of a weight's scales."""
     return f"{name.removesuffix('.weight')}.scale"
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that a caller asks for, or None for "as stored".
+
+    Raises:
+        ValueError: if it is none for weights.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if parsed not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"`dtype` must be a floating-point dtype, got {dtype!r}. Leave it out, or choose bfloat16.")
+    return parsed
 
 
 @dataclass(frozen=True)

@@ -127,3 +127,17 @@ def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
     assert model.dspark.fc.weight.shape[0] == model.config.hidden_size
     assert {revision for _, revision, _ in asked} == {"pinned"}
     assert not any(is_forced for _, _, is_forced in asked[num_for_target:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "flaot32"}, "`dtype` must be a floating-point dtype, got 'flaot32'. Leave it out"),
+        ({"dtype": torch.int8}, "`dtype` must be a floating-point dtype, got torch.int8"),
+        ({"device_map": "auto"}, "must be given `dtype`, .* got 'auto'"),
+    ],
+)
+def test_arguments_are_checked(folder, options, message):
+    """A misspelt dtype is passed over in silence."""
+    with pytest.raises(ValueError, match=message):
+        DSparkAssistantModel.from_pretrained(folder, **options)
