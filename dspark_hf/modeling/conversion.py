@@ -8,8 +8,9 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils.hub import cached_file
 
+from dspark_hf.modeling.deepseek_v4.reading import HUB_OPTIONS
+
 _DEEPSPEC_BACKBONES = {"Qwen3DSparkModel": "qwen3", "Gemma4DSparkModel": "gemma4"}
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 def is_deepspec(fields: dict[str, Any]) -> bool:
@@ -27,7 +28,7 @@ def read_tensor_shapes(name_or_path: str | os.PathLike, options: dict[str, Any])
 
     `options` are those of `from_pretrained`.
     """
-    hub_options = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
+    hub_options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     path = cached_file(name_or_path, "model.safetensors", **hub_options)
     with safe_open(path, framework="pt") as tensors:
         return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (not a dict)
