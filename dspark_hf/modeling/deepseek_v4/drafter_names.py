@@ -19,14 +19,6 @@ def is_released(fields: dict[str, Any]) -> bool:
     return fields.get("model_type") == RELEASED_MODEL_TYPE
 
 
-def has_dspark(fields: dict[str, Any]) -> bool:
-    """Return whether the checkpoint with these fields carries a DSpark module.
-
-    By its own keys: `num_nextn_predict_layers` is the same for the older module of another kind.
-    """
-    return any(fields.get(name) is not None for name in _KEYS)
-
-
 def drafter_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Return `DSparkConfig`'s fields for the DSpark module of a checkpoint.
 

@@ -52,11 +52,6 @@ class Checkpoint:
         info = self.target.get(_EMBEDDING)
         return torch.bfloat16 if info is None or info.dtype in QUANTIZED else info.dtype
 
-    @property
-    def is_quantized(self) -> bool:
-        """Whether some weights of the target are in FP8 or FP4."""
-        return any(self.has_scale(name) for name in self.target)
-
     def has_scale(self, name: str) -> bool:
         """Return whether a weight is stored in FP8 or FP4."""
         return self.target[name].dtype in QUANTIZED and scale_name(name) in self.target
