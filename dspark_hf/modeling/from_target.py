@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
+from dspark_hf.modeling.deepseek_v4.drafter_names import backbone_fields
 
 if TYPE_CHECKING:
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
@@ -75,12 +76,7 @@ def _deepseek_fields(config: DeepseekV4DSparkConfig) -> dict[str, Any]:
     """Return what a drafter's configuration takes from DeepSeek-V4's own."""
     fields = config.to_dict()
     described = {name: fields[name] for name in inspect.signature(type(config).__init__).parameters if name in fields}
-    return {
-        "backbone_type": "deepseek_v4",
-        "backbone_config": described,
-        "context_window": config.sliding_window,
-        "confidence_head_bias": False,
-    }
+    return backbone_fields(config, described)
 
 
 def _last_layer_config(config: Any) -> Any:

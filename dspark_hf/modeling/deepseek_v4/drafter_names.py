@@ -47,18 +47,25 @@ def drafter_fields(fields: dict[str, Any]) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
-        "backbone_type": "deepseek_v4",
-        "backbone_config": described,
-        "context_window": config.sliding_window,
         "block_size": fields["dspark_block_size"],
         "mask_token_id": fields["dspark_noise_token_id"],
         "target_layer_ids": layer_ids,
         "num_target_layers": config.num_hidden_layers,
         "markov_rank": fields["dspark_markov_rank"],
-        "confidence_head_bias": False,
         "initializer_range": config.initializer_range,
         "dtype": fields.get("dtype") or fields.get("torch_dtype"),
         **{name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **backbone_fields(config, described),
+    }
+
+
+def backbone_fields(config: DeepseekV4DSparkConfig, described: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `DSparkConfig` for stages like the layers of `config`, whose fields are `described`."""
+    return {
+        "backbone_type": "deepseek_v4",
+        "backbone_config": described,
+        "context_window": config.sliding_window,
+        "confidence_head_bias": False,
     }
 
 
