@@ -23,7 +23,7 @@ from dspark_hf.modeling import from_target
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm, RotaryEmbedding
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.drafter_loading import load_module
-from dspark_hf.modeling.deepseek_v4.drafter_names import is_released
+from dspark_hf.modeling.deepseek_v4.drafter_names import drafter_fields, is_released
 from dspark_hf.modeling.deepseek_v4.layer import init_weights
 from dspark_hf.modeling.deepseek_v4.reading import HUB_OPTIONS
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
@@ -173,8 +173,11 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                 at random would draft badly without an error.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        if pretrained_model_name_or_path is not None and _is_deepseek(pretrained_model_name_or_path, hub_options):
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_options)
+        fields: dict[str, Any] = {}
+        if pretrained_model_name_or_path is not None:
+            fields, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
+        if is_released(fields):
+            config = cls.config_class.from_dict(drafter_fields(fields))
             return load_module(cls, pretrained_model_name_or_path, config, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
@@ -448,11 +451,6 @@ class _DSparkContext(DraftContext):
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)
-
-
-def _is_deepseek(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> bool:
-    fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
-    return is_released(fields)
 
 
 def _latest(
