@@ -73,6 +73,8 @@ def test_fp4_low_half_is_the_even_column():
             assert float(decoded[row, place]) == wanted
             assert math.copysign(1, float(decoded[row, place])) == math.copysign(1, wanted)
     assert torch.equal(dequantize(weight, scale, torch.bfloat16), decoded.to(torch.bfloat16))
+    stored, _ = quantize_fp4(torch.tensor([[6.0, -0.5] + [0.0] * 30]))
+    assert stored.view(torch.uint8)[0, 0] == 0x97
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

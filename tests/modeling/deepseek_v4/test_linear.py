@@ -50,6 +50,13 @@ def test_gradients_pass_through():
     assert layer.weight.grad is None
 
 
+def test_a_change_of_dtype_leaves_stored_weights():
+    """Moving a model to bf16 casts its packed weights to numbers that mean nothing."""
+    layer = QuantizedLinear(*_stored("fp8")).to(torch.bfloat16)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    assert layer.scale.dtype == torch.float8_e8m0fnu
+
+
 def test_swap_with_names_of_another_place():
     """Layers of a part of a model cannot be found by the names of the whole."""
     module = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 8, bias=False))
