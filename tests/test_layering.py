@@ -9,12 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspark_hf"
 # what any layer may use
-SHARED = {"files", "loading", "prompts"}
+SHARED = {"figures", "files", "loading", "prompts", "provenance"}
 BELOW = {
     "chat": {"chat"},
     "estimation": {"estimation"},
-    "profiling": {"profiling", "files"},
-    "generation": {"generation", "profiling"},
+    "profiling": {"profiling", "figures", "files"},
+    "generation": {"generation", "profiling", "provenance"},
     # chat: a tiny checkpoint comes with a tokenizer
     "modeling": {"generation", "modeling", "chat"},
     "calibration": {"generation", "modeling", "calibration", *SHARED},
@@ -29,6 +29,7 @@ BELOW = {
         "calibration",
         "evaluation",
         "estimation",
+        "profiling",
         "demo",
         "cli",
         "",

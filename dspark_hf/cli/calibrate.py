@@ -172,7 +172,7 @@ def _show(console: Console, result: CalibrationReport) -> None:
 
 def _write_report(folder: Path, result: CalibrationReport, observations: Observations, *, is_on_cpu: bool) -> None:
     from dspark_hf.calibration.diagrams import draw_reliability
-    from dspark_hf.evaluation.provenance import describe_run
+    from dspark_hf.provenance import describe_run
 
     folder.mkdir(parents=True, exist_ok=True)
     content = {**result.to_json(), "provenance": asdict(describe_run(is_on_cpu=is_on_cpu))}

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from dspark_hf.evaluation.intervals import Estimate
 from dspark_hf.evaluation.results import DrafterResult, Evaluation, SetResult
 from dspark_hf.evaluation.sweep import SweepPoint
+from dspark_hf.figures import COLORS, GREY, STYLE, check_plotting, name_colors, new_figure, to_png
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too, without the yellow that paper swallows
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5195")
-_GREY = "#6b7480"
-_RESOLUTION = 160
 _PANELS_PER_ROW = 3
 # rounds below which a point says little
 _FEW = 20
-_STYLE: Any = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e7ec",
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "xtick.labelcolor": "#333333",
-    "ytick.labelcolor": "#333333",
-    "figure.constrained_layout.use": True,
-}
 
 
 @dataclass(frozen=True)
@@ -60,14 +39,6 @@ class _Line:
     is_dashed: bool = False
 
 
-def check_plotting() -> None:
-    """Raise a `ValueError` if matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            '`matplotlib` must be installed to draw figures, got no such package. Run `pip install "dspark-hf[eval]"`.'
-        )
-
-
 def draw_figures(evaluation: Evaluation) -> list[Figure]:
     """Return all figures there are measurements for.
 
@@ -77,7 +48,7 @@ def draw_figures(evaluation: Evaluation) -> list[Figure]:
     check_plotting()
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figures = [_accepted_length(evaluation)]
         for temperature in evaluation.settings.temperatures:
             sets = [one for one in evaluation.sets if one.temperature == temperature]
@@ -105,7 +76,7 @@ def _accepted_length(evaluation: Evaluation) -> Figure:
     drafters = [drafter.name for drafter in evaluation.drafters]
     num_rows = len(evaluation.sets)
     spacing = len(drafters) + 0.7
-    figure = _new_figure(10, 1.5 + 0.34 * spacing * num_rows)
+    figure = new_figure(10, 1.5 + 0.34 * spacing * num_rows)
     left, right = figure.subplots(1, 2, sharey=True)
     for row, one_set in enumerate(evaluation.sets):
         for index, result in enumerate(one_set.drafters):
@@ -123,12 +94,12 @@ def _accepted_length(evaluation: Evaluation) -> Figure:
         (left, "Accepted length", "tau, tokens per target pass"),
         (right, "Speed", "times the speed of plain generate"),
     ):
-        axes.axvline(1, color=_GREY, linewidth=1)
+        axes.axvline(1, color=GREY, linewidth=1)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set(title=title, xlabel=label)
         axes.margins(x=0.25)
-    _name_colors(figure, drafters)
+    name_colors(figure, drafters)
     return _finish(
         figure,
         "accepted_length",
@@ -157,7 +128,7 @@ def _acceptance_by_position(sets: Sequence[SetResult], suffix: str, way: str) ->
         _format_positions(axes, one_set.name)
 
     figure = _small_multiples(sets, draw, "accepted, given the prefix was", y_limits=(0, 1))
-    _name_colors(figure, [result.drafter for result in sets[0].drafters])
+    name_colors(figure, [result.drafter for result in sets[0].drafters])
     return _finish(
         figure,
         f"acceptance_by_position_{suffix}",
@@ -174,7 +145,7 @@ def _threshold_sweep(pairs: Sequence[tuple[str, DrafterResult]], of: str, title:
         ("Work", "share of drafts that are verified", lambda point: point.verified_share.value),
         ("Yield", "share of verified drafts accepted", lambda point: _value(point.verify_rate)),
     ]
-    figure = _new_figure(11, 4.2)
+    figure = new_figure(11, 4.2)
     for axes, (heading, label, value) in zip(figure.subplots(1, 3), values, strict=True):
         lines = []
         for index, (name, result) in enumerate(pairs):
@@ -187,7 +158,7 @@ def _threshold_sweep(pairs: Sequence[tuple[str, DrafterResult]], of: str, title:
         if heading != "Accepted length":
             axes.set_ylim(0, 1)
             _percent(axes.yaxis)
-    _name_colors(figure, [name for name, _ in pairs])
+    name_colors(figure, [name for name, _ in pairs])
     return _finish(
         figure,
         f"threshold_sweep_{of}",
@@ -210,7 +181,7 @@ def _survival_by_position(pairs: Sequence[tuple[str, DrafterResult]], of: str, t
         _format_positions(axes, pair[0])
 
     figure = _small_multiples(pairs, draw, "drafts up to here all accepted", y_limits=(0, 1))
-    _name_colors(figure, ["observed", "believed (dashed)"])
+    name_colors(figure, ["observed", "believed (dashed)"])
     return _finish(
         figure,
         f"survival_by_position_{of}",
@@ -228,7 +199,7 @@ def _reliability(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str
         bins = [one for one in survival.bins if one.num_drafts]
         largest = max(one.num_drafts for one in bins)
         x, y = [one.believed for one in bins], [one.observed for one in bins]
-        axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
         areas = [15 + 235 * one.num_drafts / largest for one in bins]
         axes.scatter(x, y, areas, color=COLORS[0], alpha=0.75, linewidth=0, zorder=3)
         auc = "" if survival.auc is None else f"\nAUC {survival.auc:.2f}"
@@ -252,7 +223,7 @@ def _small_multiples(
     """Draw one panel per item, at most three in a row, on one scale."""
     num_columns = min(len(items), _PANELS_PER_ROW)
     num_rows = -(-len(items) // num_columns)
-    figure = _new_figure(1.2 + (3.4 if num_columns > 1 else 5) * num_columns, 0.5 + 3.6 * num_rows)
+    figure = new_figure(1.2 + (3.4 if num_columns > 1 else 5) * num_columns, 0.5 + 3.6 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
     panels = list(grid.flat)
     for axes, item in zip(panels, items, strict=False):
@@ -294,37 +265,8 @@ def _percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _name_colors(figure: Any, names: Sequence[str]) -> None:
-    """Write the names in their colours above the panels, if there is more than one."""
-    if len(names) < 2:
-        return
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=COLORS[index % len(COLORS)], linewidth=4, label=name) for index, name in enumerate(names)
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=4,
-        frameon=False,
-        labelcolor="linecolor",
-        handlelength=1,
-        borderaxespad=0.2,
-    )
-
-
-def _new_figure(width: float, height: float) -> Any:
-    # without pyplot: it keeps figures alive and may look for a screen
-    from matplotlib.figure import Figure as Canvas
-
-    return Canvas(figsize=(width, height), dpi=_RESOLUTION)
-
-
 def _finish(figure: Any, name: str, title: str, explanation: str) -> Figure:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return Figure(name, title, explanation, buffer.getvalue())
+    return Figure(name, title, explanation, to_png(figure))
 
 
 def _way(temperature: float) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 from dspark_hf.evaluation.acceptance import Acceptance, summarize_acceptance
 from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, Turn
-from dspark_hf.evaluation.provenance import Provenance
 from dspark_hf.evaluation.records import RoundRecord
 from dspark_hf.evaluation.reliability import Reliability, measure_reliability
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.evaluation.sweep import SweepPoint, sweep_thresholds
 from dspark_hf.evaluation.throughput import Speed, summarize_speed
+from dspark_hf.provenance import Provenance
 
 
 @dataclass(frozen=True)

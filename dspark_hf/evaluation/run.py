@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dspark_hf.evaluation.loading import Models
 from dspark_hf.evaluation.measuring import Measuring
-from dspark_hf.evaluation.provenance import describe_run
 from dspark_hf.evaluation.results import DrafterInfo, Evaluation, summarize_set
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.provenance import describe_run
 
 
 def evaluate(

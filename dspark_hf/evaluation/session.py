@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from dspark_hf.evaluation.loading import check_drafters, encode_sets, load_models, read_prompt_sets
-from dspark_hf.evaluation.plots import check_plotting
 from dspark_hf.evaluation.results import Evaluation
 from dspark_hf.evaluation.run import evaluate, num_turns
 from dspark_hf.evaluation.settings import EvaluationSettings
+from dspark_hf.figures import check_plotting
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from dspark_hf.evaluation import plots
 from dspark_hf.evaluation.plots import Figure, draw_figures
 from dspark_hf.evaluation.report import render_report
 from dspark_hf.evaluation.results import Evaluation, to_json
@@ -124,7 +123,7 @@ def test_many_sets_and_no_confidence_are_drawn():
 
 def test_missing_matplotlib_is_told_and_numbers_are_kept(evaluation, tmp_path, monkeypatch):
     """Without matplotlib an import error appears, or the numbers are lost with the figures."""
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr("dspark_hf.figures.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"`matplotlib` must be installed .*`pip install"):
         write_evaluation(evaluation, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def describe_run(*, is_on_cpu: bool = False) -> Provenance:
         num_threads=torch.get_num_threads(),
         versions={**versions, "Python": platform.python_version()},
         date=f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        commit=_commit(Path(__file__).parents[2]),
+        commit=_commit(Path(__file__).parents[1]),
         # the command's own name, also after `python -m dspark_hf`
         program="dspark-hf" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name,
         arguments=tuple(sys.argv[1:]),
@@ -56,6 +57,12 @@ def describe_run(*, is_on_cpu: bool = False) -> Provenance:
 def _hardware(is_on_cpu: bool) -> str:
     if not is_on_cpu and torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    return processor_name()
+
+
+@lru_cache(maxsize=1)
+def processor_name() -> str:
+    """Return the processor's name and its cores."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
