@@ -28,7 +28,7 @@ from dspark_hf.generation.padding import full_mask, pack_order, run_packed
 from dspark_hf.generation.passes import TargetPass
 from dspark_hf.generation.target import TargetAdapter
 
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -82,7 +82,7 @@ class RaggedCache(Cache):
         self.windows: list[int | None] = []
         layers: list[Any] = []
         for layer in template.layers:
-            if type(layer) not in _PLAIN_LAYERS and not is_placeholder_layer(layer):
+            if type(layer) not in PLAIN_LAYERS and not is_placeholder_layer(layer):
                 raise ValueError(
                     "`assistant_model` must be left out for several rows, or padded ones, of a target whose cache has "
                     f"{type(layer).__name__}, as {type(model).__name__} has. Generate the rows one by one, unpadded."

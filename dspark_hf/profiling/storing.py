@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,43 +33,74 @@ class ProfileKey:
     def file_name(self) -> str:
         """The name of its file."""
         parts = (self.model, self.dtype, self.device, self.attention)
-        return "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part) for part in parts) + ".json"
+        return "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts) + ".json"
 
 
-def profile_folder(folder: Path | None = None) -> Path:
-    """Return `folder`, else what `DSPARK_HF_PROFILES` names, else a folder in Hugging Face's assets cache."""
-    if folder is not None:
-        return folder
-    named = os.environ.get(FOLDER_VARIABLE)
-    return Path(named) if named else cached_assets_path("dspark_hf", namespace="profiles", subfolder="costs")
+def profile_path(key: ProfileKey, folder: Path | None = None) -> Path:
+    """Return where a target's profile is stored, whether there is one or not.
+
+    Args:
+        key: the target.
+        folder: default: what `DSPARK_HF_PROFILES` names, else a folder in Hugging Face's assets cache.
+    """
+    return (folder or _default_folder()) / key.file_name
 
 
-def load_profile(key: ProfileKey, drafter: str, folder: Path | None = None) -> CostTable | None:
+def load_profile(key: ProfileKey, drafter: str | None, folder: Path | None = None) -> CostTable | None:
     """Return what is stored of a target and one of its drafters, or None without a readable file."""
-    fields = _read(profile_folder(folder) / key.file_name)
+    fields = _read(profile_path(key, folder))
     if fields is None:
         return None
-    return CostTable(
-        _curves(fields["verify"], "seconds_by_width"),
-        _curves(fields["drafters"].get(drafter, []), "seconds_by_drafts"),
-    )
+    try:
+        draft = {} if drafter is None else fields["drafters"].get(drafter, {})
+        return CostTable(
+            _curves(fields["verify"]["curves"], "seconds_by_width"),
+            _curves(draft.get("curves", []), "seconds_by_drafts"),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # someone wrote something else into it
+        return None
 
 
-def save_profile(key: ProfileKey, drafter: str, table: CostTable, folder: Path | None = None) -> Path:
-    """Write a profile, whole or not at all, and return its path; other drafters' costs in the file stay."""
-    path = profile_folder(folder) / key.file_name
-    fields = _read(path) or {"drafters": {}}
+def save_profile(
+    key: ProfileKey, drafter: str | None, table: CostTable, measured: Mapping[str, Any], folder: Path | None = None
+) -> Path:
+    """Write a profile, whole or not at all, and return its path; other drafters' costs in the file stay.
+
+    Args:
+        key: the target.
+        drafter: the drafter whose costs are in the table, or None.
+        table: the costs; the target's replace those in the file.
+        measured: where they come from: hardware, versions, date.
+        folder: as in `profile_path`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path = profile_path(key, folder)
+    others = (_read(path) or {}).get("drafters")
+    drafters = dict(others) if isinstance(others, dict) else {}
+    if drafter is not None:
+        drafters[drafter] = {"measured": measured, "curves": _rows(table.draft, "seconds_by_drafts")}
     fields = {
         "format": _FORMAT,
-        "model": key.model,
-        "dtype": key.dtype,
-        "device": key.device,
-        "attention": key.attention,
-        "verify": _rows(table.verify, "seconds_by_width"),
-        "drafters": {**fields["drafters"], drafter: _rows(table.draft, "seconds_by_drafts")},
+        **asdict(key),
+        "verify": {"measured": measured, "curves": _rows(table.verify, "seconds_by_width")},
+        "drafters": drafters,
     }
     write_whole(path, (json.dumps(fields, indent=2) + "\n").encode())
     return path
+
+
+def _default_folder() -> Path:
+    named = os.environ.get(FOLDER_VARIABLE)
+    return Path(named) if named else _cache_folder()
+
+
+@lru_cache(maxsize=1)
+def _cache_folder() -> Path:
+    # it makes the folder, and is asked for in every call of generate
+    return cached_assets_path("dspark_hf", namespace="profiles", subfolder="costs")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -91,5 +124,5 @@ def _curves(rows: list[dict[str, Any]], name: str) -> CostCurves:
     points: dict[Point, float] = {}
     for row in rows:
         for size, seconds in row[name].items():
-            points[row["rows"], row["context"], int(size)] = seconds
+            points[int(row["rows"]), int(row["context"]), int(size)] = float(seconds)
     return CostCurves(points)

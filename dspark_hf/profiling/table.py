@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dspark_hf.profiling.interpolation import interpolate
+from dspark_hf.profiling.interpolation import deciding_places, interpolate
 
 # (rows, context length, size), the size being a pass's width or a number of drafts
 Point = tuple[int, int, int]
+
+# how many times longer or shorter than measured ones contexts may be for their costs to be told
+_REACH = 4
 
 
 class CostCurves:
@@ -32,24 +35,25 @@ class CostCurves:
     def at(self, num_rows: int, context_length: int, size: int) -> float:
         """Return the seconds of a step, on straight lines between measured ones: by size, then context, then rows."""
         by_rows = {
-            rows: interpolate({context: interpolate(curve, size) for context, curve in curves.items()}, context_length)
-            for rows, curves in self._nearest(num_rows).items()
+            rows: interpolate(
+                {context: interpolate(curve, size) for context, curve in self._curves[rows].items()}, context_length
+            )
+            for rows in deciding_places(self._curves, num_rows)
         }
         return interpolate(by_rows, num_rows)
 
-    def _nearest(self, num_rows: int) -> dict[int, dict[int, dict[int, float]]]:
-        """Return the curves that matter for a number of rows: the one below, the one above."""
-        if num_rows in self._curves:
-            return {num_rows: self._curves[num_rows]}
-        below = sorted(rows for rows in self._curves if rows < num_rows)
-        above = sorted(rows for rows in self._curves if rows > num_rows)
-        chosen = below[-1:] + above[:1] if above else below[-2:]
-        return {rows: self._curves[rows] for rows in chosen}
+    def covers(self, num_rows: int, context_length: int, size: int) -> bool:
+        """Return whether steps up to that size, and up to as many rows, lie within what was measured.
 
-    def covers(self, num_rows: int, size: int) -> bool:
-        """Return whether a step of that size lies within what was measured, so that nothing need be extended."""
-        rows = [one for one in self._curves if one >= num_rows]
-        return any(max(curve) >= size for one in rows for curve in self._curves[one].values())
+        Contexts may lie a little outside.
+        """
+        enough = [rows for rows, curves in self._curves.items() if _reaches(curves, context_length, size)]
+        return any(rows <= num_rows for rows in enough) and any(rows >= num_rows for rows in enough)
+
+
+def _reaches(curves: Mapping[int, Mapping[int, float]], context_length: int, size: int) -> bool:
+    contexts = [context for context, curve in curves.items() if min(curve) == 1 and max(curve) >= size]
+    return bool(contexts) and min(contexts) <= _REACH * context_length and context_length <= _REACH * max(contexts)
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,11 @@ class CostTable:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
         return self.draft.at(num_rows, context_length, num_drafts)
 
-    def covers(self, num_rows: int, num_drafts: int) -> bool:
-        """Return whether rounds of that size lie within what was measured."""
-        return self.verify.covers(num_rows, 1 + num_drafts) and self.draft.covers(num_rows, num_drafts)
+    def covers(self, num_rows: int, num_drafts: int, context_length: int) -> bool:
+        """Return whether rounds up to that size lie within what was measured."""
+        return self.verify.covers(num_rows, context_length, 1 + num_drafts) and self.draft.covers(
+            num_rows, context_length, num_drafts
+        )
 
     def merged_with(self, newer: CostTable) -> CostTable:
         """Return the measurements of both, the newer ones where both have one."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.utils import logging
@@ -18,35 +21,52 @@ from dspark_hf.generation.scheduling.interface import Call
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.generation.workload import Workload
 from dspark_hf.profiling.measuring import measure
-from dspark_hf.profiling.storing import ProfileKey, load_profile, save_profile
+from dspark_hf.profiling.storing import ProfileKey, load_profile, profile_path, save_profile
 from dspark_hf.profiling.table import CostCurves, CostTable, Point
+from dspark_hf.provenance import describe_run, processor_name
 
 logger = logging.get_logger(__name__)
 
-# fields of a configuration that say nothing about the time a pass takes
-_IRRELEVANT = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "sts_temperatures"}
+# fields of a configuration that say nothing about the time a pass takes, beside those that start with an underscore
+_IRRELEVANT = {
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sts_temperatures",
+}
 _QUICK_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _QUICK_REPEATS = 3
 _QUICK_CONTEXT = 128
 
-_TABLES: dict[tuple[ProfileKey, str], CostTable] = {}
+# when and how large a profile's file was; None if there is none
+_Stamp = tuple[str, int, int] | None
+
+_TABLES: dict[tuple[ProfileKey, str], tuple[_Stamp, CostTable | None]] = {}
 _ONLINE: dict[tuple[ProfileKey, str], OnlineCosts] = {}
+_FINGERPRINTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def profile_key(target: TargetAdapter) -> ProfileKey:
     """Return what the target's costs depend on."""
     model = target.model
     return ProfileKey(
-        model=f"{type(model).__name__}-{_fingerprint(model.config)}",
+        model=f"{type(model).__name__}-{_fingerprint(model)}",
         dtype=str(model.dtype).removeprefix("torch."),
-        device=_device_name(model.device),
+        device=_device_name(model),
         attention=attention_implementation(model),
     )
 
 
 def drafter_key(drafter: Drafter) -> str:
     """Return what a drafter's costs depend on, beside the target's key."""
-    return f"{type(drafter).__name__}-{_fingerprint(getattr(drafter, 'config', None))}"
+    dtype = str(getattr(drafter, "dtype", "")).removeprefix("torch.")
+    return "-".join(filter(None, (type(drafter).__name__, _fingerprint(drafter), dtype)))
 
 
 def online_costs(call: Call) -> OnlineCosts:
@@ -56,12 +76,9 @@ def online_costs(call: Call) -> OnlineCosts:
 
 def stored_profile(call: Call) -> CostTable | None:
     """Return the profile of the target and the drafter if there is one that covers the call, else None."""
-    key = (profile_key(call.target), drafter_key(call.drafter))
-    table = _TABLES.get(key) or load_profile(*key)
-    if table is None or not table.covers(call.num_rows, call.max_drafts):
-        return None
-    _TABLES[key] = table
-    return table
+    table = _known(profile_key(call.target), drafter_key(call.drafter))
+    is_enough = table is not None and table.covers(call.num_rows, call.max_drafts, _quick_context(call))
+    return table if is_enough else None
 
 
 def find_profile(call: Call) -> CostTable:
@@ -69,23 +86,38 @@ def find_profile(call: Call) -> CostTable:
     known = stored_profile(call)
     if known is not None:
         return known
-    key = (profile_key(call.target), drafter_key(call.drafter))
+    key, drafter = profile_key(call.target), drafter_key(call.drafter)
     start = perf_counter()
     rows = sorted({1, call.num_rows})
     widths = [width for width in _QUICK_WIDTHS if width <= call.max_drafts] + [call.max_drafts + 1]
-    context = max(_QUICK_CONTEXT, call.prompt_length)
+    context = _quick_context(call)
     passes = [(count, context, width) for count in rows for width in widths]
     drafts = [(count, context, size) for count in rows for size in sorted({1, call.max_drafts})]
     table = measure_costs(Workload(call.target, call.drafter), passes, drafts, repeats=_QUICK_REPEATS)
-    stored = load_profile(*key)
+    stored = _known(key, drafter)
     table = table if stored is None else stored.merged_with(table)
-    path = save_profile(*key, table)
-    _TABLES[key] = table
-    logger.warning_once(
-        f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s, and stored "
-        f"it in {path}; `dspark-hf profile` measures more thoroughly."
-    )
+    what = f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s"
+    try:
+        path = save_profile(key, drafter, table, describe_costs(call.target))
+        logger.warning_once(f"{what}, and stored it in {path}; `dspark-hf profile` measures more thoroughly.")
+    except OSError as error:
+        logger.warning_once(f"{what}. It could not be stored, and is lost with this process. ({error})")
+    _TABLES[key, drafter] = _stamp(profile_path(key)), table
     return table
+
+
+def describe_costs(target: TargetAdapter) -> dict[str, Any]:
+    """Return where costs measured now come from: the target's name, hardware, versions, date."""
+    run = describe_run(is_on_cpu=target.model.device.type == "cpu")
+    # not the command line: within `generate` it is a stranger's
+    return {
+        "target": target.model.config.name_or_path,
+        "hardware": run.hardware,
+        "num_threads": run.num_threads,
+        "versions": run.versions,
+        "date": run.date,
+        "commit": run.commit,
+    }
 
 
 def measure_costs(
@@ -100,24 +132,67 @@ def measure_costs(
     # by size of the context, whose caches are built once, and inside by turns
     verify: dict[Point, float] = {}
     draft: dict[Point, float] = {}
-    for shape in dict.fromkeys((rows, context) for rows, context, _ in passes):
+    for shape in dict.fromkeys((rows, context) for rows, context, _ in (*passes, *drafts)):
         steps: list[tuple[Callable[[int, int, int], float], Point]]
         steps = [(workload.verify_seconds, point) for point in passes if point[:2] == shape]
         steps += [(workload.draft_seconds, point) for point in drafts if point[:2] == shape]
-        times = measure(steps, lambda step: step[0](*step[1]), repeats=repeats, advance=advance)
+        # a target in training mode draws at random: what the caller samples must not depend on what was measured
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            times = measure(steps, lambda step: step[0](*step[1]), repeats=repeats, advance=advance)
         for (run, point), seconds in times.items():
             (verify if run == workload.verify_seconds else draft)[point] = seconds
     return CostTable(CostCurves(verify), CostCurves(draft))
 
 
-def _fingerprint(config: Any) -> str:
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    relevant = {name: value for name, value in fields.items() if name not in _IRRELEVANT}
-    text = json.dumps(relevant, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+def _known(key: ProfileKey, drafter: str) -> CostTable | None:
+    """Return the stored profile; the file is read when it is new or has changed."""
+    stamp = _stamp(profile_path(key))
+    known = _TABLES.get((key, drafter))
+    if known is None or known[0] != stamp:
+        known = _TABLES[key, drafter] = stamp, None if stamp is None else load_profile(key, drafter)
+    return known[1]
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}-{torch.get_num_threads()}-threads" if device.type == "cpu" else device.type
+def _stamp(path: Path) -> _Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return str(path), found.st_mtime_ns, found.st_size
+
+
+def _quick_context(call: Call) -> int:
+    context = max(_QUICK_CONTEXT, call.prompt_length)
+    limit = getattr(call.target.config, "max_position_embeddings", None)
+    return context if limit is None else max(min(context, limit - call.max_drafts - 1), 1)
+
+
+def _fingerprint(model: Any) -> str:
+    if model not in _FINGERPRINTS:
+        config = getattr(model, "config", None)
+        fields = {} if config is None else config.to_dict()
+        text = json.dumps(_relevant(fields), sort_keys=True, default=str)
+        _FINGERPRINTS[model] = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return _FINGERPRINTS[model]
+
+
+def _relevant(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    names = [str(name) for name in value]
+    named = zip(names, value.values(), strict=True)
+    return {name: _relevant(one) for name, one in named if name not in _IRRELEVANT and not name.startswith("_")}
+
+
+def _device_name(model: Any) -> str:
+    # accelerate may have spread the layers, also over memory that they are loaded from
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    names = Counter(map(_place_name, sorted(places) if len(places) > 1 else [str(model.device)]))
+    return " and ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+
+
+def _place_name(place: str) -> str:
+    kind = "cuda" if place.isdigit() else place.split(":")[0]
+    if kind == "cuda":
+        return torch.cuda.get_device_name(int(place) if place.isdigit() else torch.device(place))
+    return f"{processor_name()}, {torch.get_num_threads()} threads" if kind == "cpu" else kind
