@@ -55,7 +55,9 @@ def load_tokenizer(target: str) -> Any:
         ) from error
 
 
-def load_target(target: str, *, dtype: str = "auto", device: str = "auto", quantization: str = "none") -> Any:
+def load_target(
+    target: str, *, dtype: str = "auto", device: str = "auto", quantization: str = "none", attention: str = "auto"
+) -> Any:
     """Return the model of a folder or hub name, in evaluation mode.
 
     Args:
@@ -64,12 +66,15 @@ def load_target(target: str, *, dtype: str = "auto", device: str = "auto", quant
         device: where it goes; `"auto"` is the GPU if there is one.
         quantization: `"none"`, or bitsandbytes' `"8bit"` or `"4bit"`; the output head is left out of it, since
             training reads its rows.
+        attention: Transformers' name of an attention implementation; `"auto"` is the one it chooses.
 
     Raises:
-        ValueError: if the dtype, the device or the target is not there.
+        ValueError: if the dtype, the device, the attention implementation or the target is not there.
     """
     check_dtype(dtype)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": find_device(device)}}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     if quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",
@@ -83,6 +88,10 @@ def load_target(target: str, *, dtype: str = "auto", device: str = "auto", quant
         raise ValueError(
             f"`--target` must be the folder or hub name of a causal language model, got {target!r}, which cannot be "
             f"read. Correct it. ({first_line(error)})"
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"`--attention` must be one that is installed here, got {attention!r}. Try sdpa. ({first_line(error)})"
         ) from error
 
 

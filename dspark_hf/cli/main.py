@@ -11,6 +11,7 @@ from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import demo
 from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
+from dspark_hf.cli.profile import profile
 from dspark_hf.cli.tiny_v4 import tiny_v4
 from dspark_hf.cli.train import train
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (demo, data, train, calibrate, estimate, tiny_v4):
+for command in (demo, data, train, calibrate, profile, estimate, tiny_v4):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -1,0 +1,60 @@
+"""The cost curve as a figure (extra `eval`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dspark_hf.figures import COLORS, STYLE, check_plotting, name_colors, new_figure, to_png
+from dspark_hf.profiling.table import CostCurves, CostTable
+
+
+def draw_costs(table: CostTable, title: str) -> bytes:
+    """Return a PNG: milliseconds and relative cost of a pass by its width, and the drafter's milliseconds if known.
+
+    A line is a number of rows, solid on the shortest context and dashed on the longest.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    check_plotting()
+    import matplotlib
+
+    rows = sorted({one for one, _, _ in table.verify.points})
+    with matplotlib.rc_context(STYLE):
+        has_drafter = bool(table.draft.points)
+        num_panels = 3 if has_drafter else 2
+        figure = new_figure(0.8 + 3.7 * num_panels, 4.2)
+        panels = figure.subplots(1, num_panels)
+        _draw(panels[0], table.verify, rows)
+        panels[0].set(title="Target", xlabel="width, tokens per row", ylabel="ms per pass")
+        _draw(panels[1], table.verify, rows, is_relative=True)
+        panels[1].set(title="Relative to one token", xlabel="width, tokens per row", ylabel="times a pass of width 1")
+        if has_drafter:
+            _draw(panels[2], table.draft, rows)
+            panels[2].set(title="Drafter", xlabel="drafts", ylabel="ms per block")
+        name_colors(figure, ["1 row" if one == 1 else f"{one} rows" for one in rows])
+        contexts = sorted({context for _, context, _ in table.verify.points})
+        told = f"context {contexts[0]:,}"
+        if len(contexts) > 1:
+            told = f"context {contexts[0]:,} (solid) and {contexts[-1]:,} (dashed)"
+        figure.supxlabel(f"{title}; {told}", fontsize=9, color="#333333")
+        return to_png(figure)
+
+
+def _draw(axes: Any, curves: CostCurves, all_rows: list[int], *, is_relative: bool = False) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    points = curves.points
+    contexts = sorted({context for _, context, _ in points})
+    for index, rows in enumerate(all_rows):
+        for context in dict.fromkeys((contexts[0], contexts[-1])):
+            line = {size: seconds for (one, other, size), seconds in points.items() if (one, other) == (rows, context)}
+            if not line:
+                continue
+            sizes = sorted(line)
+            unit = line[sizes[0]] if is_relative else 1e-3
+            style = "-o" if context == contexts[0] else "--o"
+            values = [line[size] / unit for size in sizes]
+            axes.plot(sizes, values, style, color=COLORS[index % len(COLORS)], linewidth=2, markersize=4)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
