@@ -89,9 +89,12 @@ def load_target(
             f"`--target` must be the folder or hub name of a causal language model, got {target!r}, which cannot be "
             f"read. Correct it. ({first_line(error)})"
         ) from error
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
+        if attention == "auto":
+            raise
         raise ValueError(
-            f"`--attention` must be one that is installed here, got {attention!r}. Try sdpa. ({first_line(error)})"
+            f"`--attention` must be one that the target can use here, got {attention!r}. Try auto. "
+            f"({first_line(error)})"
         ) from error
 
 

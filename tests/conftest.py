@@ -1,7 +1,11 @@
-"""One thread and one seed for every test."""
+"""One thread, one seed and no stored profile for every test."""
+
+from pathlib import Path
 
 import pytest
 import torch
+
+from dspark_hf.profiling.storing import FOLDER_VARIABLE
 
 torch.set_num_threads(1)
 
@@ -9,3 +13,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of measured profiles: none of this machine's is read, and none written."""
+    folder = tmp_path / "profiles"
+    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+    return folder

@@ -152,8 +152,7 @@ def _check_sizes(workload: Workload, grid: Grid) -> None:
         workload.verify_seconds(rows, 1, width)
     except ValueError as error:
         raise ValueError(
-            f"`--rows` and `--widths` must be what the target can run, got {rows} rows of {width} tokens. Lower them. "
-            f"({error})"
+            f"`--rows` and `--widths` must be what the target can run, got {rows} and {width}. Lower them. ({error})"
         ) from error
 
 

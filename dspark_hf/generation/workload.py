@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dspark_hf.generation.drafting import DraftContext, Drafter
-from dspark_hf.generation.integration import CACHE_KEY, empty_cache_like, is_placeholder_layer
+from dspark_hf.generation.integration import CACHE_KEY, empty_cache_like, is_placeholder_layer, is_stateful
 from dspark_hf.generation.passes import TargetState
 from dspark_hf.generation.ragged import PLAIN_LAYERS, RaggedTarget
 from dspark_hf.generation.rowwise import RowwiseCache, RowwiseTarget
@@ -87,6 +87,11 @@ class Workload:
         # the model's own kind of cache, with one token in it
         cache = model(input_ids=tokens, use_cache=True)[CACHE_KEY]
         self._adapter.pop_context_hidden_states()
+        if is_stateful(model) or not cache.is_croppable:
+            raise ValueError(
+                f"`target` must have a cache that can be rolled back, got {type(model).__name__}. No drafter "
+                "can assist it; for DeepSeek-V4 load a `DeepseekV4DSparkForCausalLM`."
+            )
         if isinstance(cache, RowwiseCache):
             return self._rowwise_target(cache, num_rows, context_length)
         if num_rows == 1:
