@@ -1,5 +1,6 @@
 """One thread, one seed and no stored profile for every test."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def profiles(tmp_path: Path) -> Iterator[Path]:
     """The folder of measured profiles: none of this machine's is read, and none written."""
     folder = tmp_path / "profiles"
-    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-    return folder
+    # not the test's own `monkeypatch`, which would then outlive its other fixtures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(folder))
+        yield folder
