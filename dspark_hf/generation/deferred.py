@@ -45,11 +45,12 @@ class DeferredContext:
         self.context = context
         self._waiting: list[_Waiting] = []
         self._num_waiting = 0
+        self._has_read = False
 
     @property
     def is_behind(self) -> bool:
-        """Whether more than the last pass is waiting."""
-        return sum(len(one.hidden_states) for one in self._waiting) > 1
+        """Whether more than the last round is waiting: several of them, or the prompts."""
+        return not self._has_read or sum(len(one.hidden_states) for one in self._waiting) > 1
 
     def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
         """Take a pass's hidden states `(B, T, M * D)` at `positions` `(B, T)`: `num_tokens[r]` of row r."""
@@ -71,6 +72,7 @@ class DeferredContext:
             self.context.extend(torch.cat(one.hidden_states, dim=1), torch.cat(one.positions, dim=1), one.num_tokens)
         self._waiting.clear()
         self._num_waiting = 0
+        self._has_read = True
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""

@@ -40,26 +40,23 @@ def never_falling(values: Sequence[float], weights: Sequence[float]) -> list[flo
 
 
 def smooth_curve(
-    points: Mapping[int, float], weights: Mapping[int, float], line: tuple[float, float], up_to: int, *, trust: float
+    points: Mapping[int, float], weights: Mapping[int, float], expected: Sequence[float], *, trust: float
 ) -> list[float]:
-    """Return the values at 1 to `up_to`: a line, bent towards what was measured, that never falls.
+    """Return the values at 1, 2 and so on: those `expected`, bent towards what was measured, that never fall.
 
     Args:
-        points: measured values by place.
+        points: measured values by place, none beyond the last expected one.
         weights: how many samples are behind each of them.
-        line: intercept and slope of what is expected where nothing was measured.
-        up_to: the last place.
-        trust: samples that count as much as the line does.
+        expected: what is expected where nothing was measured.
+        trust: samples that count as much as what is expected.
     """
-    intercept, slope = line
     bends = {
-        place: (value - intercept - slope * place) * weights[place] / (weights[place] + trust)
+        place: (value - expected[place - 1]) * weights[place] / (weights[place] + trust)
         for place, value in points.items()
     }
     last = max(bends, default=0)
     values = []
-    for place in range(1, up_to + 1):
+    for place, value in enumerate(expected, start=1):
         # beyond the last measurement its bend stays
-        bend = 0.0 if not bends else bends[last] if place > last else interpolate(bends, place)
-        values.append(intercept + slope * place + bend)
-    return never_falling(values, [weights.get(place, 0) + trust for place in range(1, up_to + 1)])
+        values.append(value + (0.0 if not bends else bends[last] if place > last else interpolate(bends, place)))
+    return never_falling(values, [weights.get(place, 0) + trust for place in range(1, len(values) + 1)])

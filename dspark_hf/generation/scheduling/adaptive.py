@@ -10,13 +10,14 @@ from dspark_hf.generation.scheduling.costs import Costs, OnlineCosts
 from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.memory import DrafterMemory, remembered
 from dspark_hf.generation.scheduling.planning import Plan, make_plan
-from dspark_hf.generation.scheduling.profile import online_costs, stored_profile
+from dspark_hf.generation.scheduling.profile import online_costs
 from dspark_hf.generation.scheduling.survival import possible_survival
 
 # drafting must promise so much more than plain decoding: estimates err, and plain text is what users compare with
 _REQUIRED_GAIN = 1.02
-# drafted rounds between two plans
+# drafted rounds between two plans, and how many at first are planned one by one
 _PLAN_EVERY = 4
+_NUM_EARLY_BLOCKS = 8
 # tokens of a pass, over all rows, with which drafting is tried while costs are unknown: most machines take so many
 # at little more than the price of one
 _FEW_TOKENS = 16
@@ -26,8 +27,8 @@ _MOST_DRAFTS = 3
 class AdaptiveScheduler(Scheduler):
     """Choose from measured costs and from how drafts fared whether to draft at all, how far, and what to verify.
 
-    Costs come from the profile of this machine if there is one, else from this process's own rounds, which are
-    remembered from call to call. Where drafting does not pay it stops ("parks") and is tried again now and then,
+    Costs come from this process's own rounds, which are remembered from call to call, and from the profile of this
+    machine if there is one. Where drafting does not pay it stops ("parks") and is tried again now and then,
     ever more rarely. Confidence comes from the margin between the two best draft logits.
 
     Args:
@@ -40,7 +41,7 @@ class AdaptiveScheduler(Scheduler):
         self.costs = costs
 
     def start(self, call: Call) -> Schedule:
-        return _Adaptive(self.costs or stored_profile(call) or online_costs(call), remembered(call))
+        return _Adaptive(self.costs or online_costs(call), remembered(call))
 
 
 class _Mode(Enum):
@@ -58,7 +59,6 @@ class _Adaptive(Schedule):
         self._memory = memory
         self._source = OnlineConfidence(memory.estimator)
         self._mode = _Mode.plain
-        self._gains: list[float] = []
         self._num_rounds = 0
         self._plan: Plan | None = None
         self._plan_is_for: tuple[int, ...] = ()
@@ -78,20 +78,23 @@ class _Adaptive(Schedule):
         return 0 if self._mode is _Mode.plain else plan.num_drafts
 
     def _learning_drafts(self, batch: Batch) -> int:
-        """Return plain steps and short blocks in turns, so that both are measured side by side."""
-        if self._num_rounds % 2 == 0:
+        """Return two plain steps and two short blocks in turns: of each kind, only the second is like later ones."""
+        if self._num_rounds % 4 < 2:
             return 0
         self._mode = _Mode.learning
         return min(batch.max_drafts, max(_FEW_TOKENS // batch.num_rows - 1, 1), _MOST_DRAFTS)
 
     def _current_plan(self, batch: Batch) -> Plan:
         experience = self._memory.experience
-        is_for = (batch.num_rows, batch.num_live, batch.max_drafts, experience.num_blocks // _PLAN_EVERY)
+        num_blocks = experience.num_blocks
+        # the first blocks teach most
+        age = num_blocks if num_blocks < _NUM_EARLY_BLOCKS else num_blocks // _PLAN_EVERY + _NUM_EARLY_BLOCKS
+        is_for = (batch.num_rows, batch.num_live, batch.max_drafts, age)
         if self._plan is None or self._plan_is_for != is_for:
             rows, length = batch.num_rows, batch.context_length
             counts = range(1, batch.max_drafts + 1)
             self._plan = make_plan(
-                batch.num_live * experience.gains(batch.max_drafts),
+                batch.num_live * experience.gains(batch.max_drafts, self._memory.estimator),
                 batch.num_live,
                 [self._costs.draft_seconds(rows, count, length) for count in counts],
                 [self._costs.verify_seconds(rows, 1 + level, length) for level in (0, *counts)],
@@ -100,11 +103,11 @@ class _Adaptive(Schedule):
         return self._plan
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
-        self._gains = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
+        gains: list[float] = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
         if self._mode is _Mode.drafting and self._plan is not None:
-            return batch.cut(self._plan.admit(self._gains))
+            return batch.cut(self._plan.admit(gains))
         # a trial is there to see what becomes of the drafts
-        return batch.cut(len(self._gains))
+        return batch.cut(len(gains))
 
     def observe(self, outcome: Outcome) -> None:
         self._num_rounds += 1
@@ -112,14 +115,15 @@ class _Adaptive(Schedule):
         if isinstance(self._costs, OnlineCosts):
             self._costs.observe(outcome)
         if outcome.num_drafted:
-            self._remember(outcome.batch)
+            self._remember(outcome)
         self._count(outcome)
 
-    def _remember(self, batch: Batch) -> None:
-        writing = [limit for limit in batch.limits if limit]
-        # a row at its end says nothing about rounds to come
-        if writing and min(writing) >= len(self._gains):
-            self._memory.experience.add([gain / len(writing) for gain in self._gains])
+    def _remember(self, outcome: Outcome) -> None:
+        # a row at its end, or one that waits, says nothing about rounds to come
+        pairs = zip(self._source.margins, outcome.batch.limits, strict=True)
+        margins = [row for row, limit in pairs if limit >= outcome.num_drafted]
+        if margins:
+            self._memory.experience.add(margins)
 
     def _count(self, outcome: Outcome) -> None:
         parking = self._memory.parking

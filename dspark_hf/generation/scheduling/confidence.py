@@ -54,17 +54,18 @@ class OnlineConfidence(ConfidenceSource):
 
     def __init__(self, estimator: AcceptanceEstimator):
         self._estimator = estimator
-        self._margins: list[list[float]] = []
+        # of the block that was read last
+        self.margins: list[list[float]] = []
 
     def read(self, drafted: DraftedBlock) -> Tensor:
         assert drafted.margins is not None
         margins = drafted.margins.cpu()
-        self._margins = margins.tolist()
+        self.margins = margins.tolist()
         return self._estimator.estimate(margins)
 
     def learn(self, outcome: Outcome) -> None:
         if outcome.num_drafted:
-            self._estimator.learn(self._margins, outcome.num_verified, outcome.num_accepted)
+            self._estimator.learn(self.margins, outcome.num_verified, outcome.num_accepted)
 
 
 class _HeadOrOnline(ConfidenceSource):

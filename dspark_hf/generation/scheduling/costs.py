@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Protocol
 
@@ -45,47 +45,66 @@ class OnlineCosts:
     """Costs measured while decoding: medians of the latest rounds of every shape, smoothed.
 
     Rounds are few and machines moody, so what is known of one shape also says something of others: costs lie near a
-    line, over tokens for a pass and over drafts for the drafter, and never fall. All times are kept relative to a
-    common factor that follows the machine, so that a shape that was last seen at another load, or on a shorter
-    context, is still comparable.
+    profile if there is one, else near a line, over tokens for a pass and over drafts for the drafter, and never fall.
+    All times are kept relative to a common factor that follows the machine, so that a shape that was last seen at
+    another load, or on a shorter context, is still comparable.
+
+    Args:
+        profile: what was measured beforehand, if anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, profile: Costs | None = None) -> None:
+        self.profile = profile
         self._verify = _Times()
         self._draft = _Times()
         self._drift = 1.0
 
     @property
     def is_known(self) -> bool:
-        """Whether both plain and drafting rounds have been measured."""
+        """Whether there is a profile, or both plain and drafting rounds have been measured."""
+        if self.profile is not None:
+            return True
         return self._verify.num_samples(1) >= _NUM_NEEDED and self._draft.num_samples() >= _NUM_NEEDED
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from a round."""
-        if not outcome.is_typical:
-            return
         rows, drafts, width = outcome.batch.num_rows, outcome.num_drafted, outcome.width
         known = self._verify.median(rows, width)
+        if known is None and self.profile is not None:
+            known = self.profile.verify_seconds(rows, width, outcome.batch.context_length)
         if known is not None:
             ratio = outcome.other_seconds / max(known * self._drift, 1e-9)
             self._drift *= min(max(ratio, 0.5), 2.0) ** _DRIFT_RATE
         self._verify.add(rows, width, outcome.other_seconds / self._drift)
-        if drafts:
+        if drafts and outcome.is_typical:
             self._draft.add(rows, drafts, outcome.draft_seconds / self._drift)
+        elif drafts:
+            self._draft.pass_over(rows, drafts)
 
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
         """Return the seconds of a pass over `width` tokens of each row, with all that goes with it."""
-        # what counts most is the number of tokens, whichever rows they are of
-        intercept, slope = self._verify.line_over_products()
-        return self._drift * self._verify.smoothed(num_rows, width, (intercept, slope * num_rows))
+        widths = range(1, max(width, self._verify.largest(num_rows)) + 1)
+        if self.profile is not None:
+            expected = [self.profile.verify_seconds(num_rows, one, context_length) for one in widths]
+        else:
+            # what counts most is the number of tokens, whichever rows they are of
+            intercept, slope = self._verify.line_over_products()
+            expected = [intercept + slope * num_rows * one for one in widths]
+        return self._drift * self._verify.smoothed(num_rows, expected)[width - 1]
 
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
+        if self.profile is not None:
+            counts = range(1, max(num_drafts, self._draft.largest(num_rows)) + 1)
+            expected = [self.profile.draft_seconds(num_rows, one, context_length) for one in counts]
+            return self._drift * self._draft.smoothed(num_rows, expected)[num_drafts - 1]
         nearest = self._draft.nearest_rows(num_rows)
         # rows share the drafter's weights, and add their own work
         scale = 1.0 if nearest == num_rows else 0.5 + 0.5 * num_rows / nearest
-        line = self._draft.line(nearest, start=_FIXED_SHARE)
-        return self._drift * scale * self._draft.smoothed(nearest, num_drafts, line)
+        intercept, slope = self._draft.line(nearest, start=_FIXED_SHARE)
+        counts = range(1, max(num_drafts, self._draft.largest(nearest)) + 1)
+        expected = [intercept + slope * one for one in counts]
+        return self._drift * scale * self._draft.smoothed(nearest, expected)[num_drafts - 1]
 
 
 class _Times:
@@ -99,6 +118,10 @@ class _Times:
         """Add a sample; the first of its kind, which also pays for choosing kernels and making room, is left out."""
         if (rows, size) in self._seen:
             self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
+        self.pass_over(rows, size)
+
+    def pass_over(self, rows: int, size: int) -> None:
+        """Note that a step of that kind was made, and do not count it."""
         self._seen.add((rows, size))
 
     def median(self, rows: int, size: int) -> float | None:
@@ -139,10 +162,14 @@ class _Times:
                 weights[place] = old + counts[size]
         return fit_line(points, weights)
 
-    def smoothed(self, rows: int, size: int, line: tuple[float, float]) -> float:
-        """Return the seconds of a step of that size, from the medians of that many rows and the line."""
+    def largest(self, rows: int) -> int:
+        """Return the largest size that was measured with that many rows, or 0."""
+        return max(self._samples.get(rows, {}), default=0)
+
+    def smoothed(self, rows: int, expected: Sequence[float]) -> list[float]:
+        """Return the seconds of sizes 1, 2 and so on, from the medians of that many rows and what is `expected`."""
         medians, counts = self._curve(rows)
-        return smooth_curve(medians, counts, line, max(size, *medians, 1), trust=_TRUST)[size - 1]
+        return smooth_curve(medians, counts, expected, trust=_TRUST)
 
     def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:
         by_size = self._samples.get(rows, {})

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # larger margins say no more, and a single proposable token has an infinite one
@@ -53,6 +55,10 @@ class AcceptanceEstimator:
     def estimate(self, margins: Tensor) -> Tensor:
         """Return the chance of acceptance `(b, K)`, fp32, for `margins` `(b, K)`."""
         return torch.sigmoid(self.bias + self.slope * margins)
+
+    def chance(self, margins: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return what `estimate` does, on the host and in fp64."""
+        return 1 / (1 + np.exp(-(self.bias + self.slope * margins)))
 
     def learn(
         self, margins: Sequence[Sequence[float]], num_verified: Sequence[int], num_accepted: Sequence[int]

@@ -1,6 +1,6 @@
-"""The recent blocks of a drafter: what they were believed to be worth.
+"""The recent blocks of a drafter, as samples of the blocks to come.
 
-N blocks, K drafts; a gain is the expected number of accepted drafts of a level, here per row.
+N blocks, b rows, K drafts; a gain is the expected number of accepted drafts of a level, here per row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
+
 # blocks that count: enough to average over easy and hard places, few enough to follow the text
 NUM_BLOCKS = 32
 # how many of them still count once drafting was given up, so that a few trials can change the verdict
@@ -20,31 +22,34 @@ _PRIOR_CHANCE = 0.7
 
 
 class Experience:
-    """Keep the gains of the last drafted rounds, as samples of the rounds to come."""
+    """Keep the margins of the last drafted rounds.
+
+    What they are worth is asked of the estimator anew each time: once it knows better, so does the past.
+    """
 
     def __init__(self) -> None:
-        self._gains: deque[tuple[float, ...]] = deque(maxlen=NUM_BLOCKS)
+        self._blocks: deque[NDArray[np.float64]] = deque(maxlen=NUM_BLOCKS)
         # changes with every block, so that a plan knows when it is old
         self.num_blocks = 0
 
-    def add(self, gains: Sequence[float]) -> None:
-        """Add a drafted round."""
-        self._gains.append(tuple(gains))
+    def add(self, margins: Sequence[Sequence[float]]) -> None:
+        """Add the margins `(b, K)` of a round, of rows that could use all drafts."""
+        self._blocks.append(np.array(margins, dtype=np.float64))
         self.num_blocks += 1
 
     def forget_old(self) -> None:
         """Keep the latest few blocks."""
-        while len(self._gains) > _NUM_PARKED_BLOCKS:
-            self._gains.popleft()
+        while len(self._blocks) > _NUM_PARKED_BLOCKS:
+            self._blocks.popleft()
 
-    def gains(self, num_drafts: int) -> NDArray[np.float64]:
+    def gains(self, num_drafts: int, estimator: AcceptanceEstimator) -> NDArray[np.float64]:
         """Return the gains `(N, num_drafts)`; levels that were not drafted decay as those before them."""
-        blocks = self._gains or [()]
-        return np.array([_filled_up(gains, num_drafts) for gains in blocks])
+        found = [estimator.chance(margins).cumprod(1).mean(0).tolist() for margins in self._blocks] or [[]]
+        return np.array([_filled_up(gains, num_drafts) for gains in found])
 
 
-def _filled_up(gains: Sequence[float], num_drafts: int) -> list[float]:
-    filled = list(gains[:num_drafts])
+def _filled_up(gains: list[float], num_drafts: int) -> list[float]:
+    filled = gains[:num_drafts]
     decay = filled[-1] ** (1 / len(filled)) if filled else _PRIOR_CHANCE
     while len(filled) < num_drafts:
         filled.append((filled[-1] if filled else 1.0) * decay)

@@ -80,7 +80,8 @@ class Outcome:
         num_accepted: accepted drafts of every row.
         draft_seconds: time in the drafter.
         other_seconds: the rest of the round: the target's pass, sampling, bookkeeping.
-        is_typical: False if the round did work that others do not, such as reading what parked rounds left.
+        is_typical: False if the drafter did work that it does not do in every round: it read the prompts, or what
+            parked rounds left.
     """
 
     batch: Batch

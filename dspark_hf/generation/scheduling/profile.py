@@ -70,8 +70,10 @@ def drafter_key(drafter: Drafter) -> str:
 
 
 def online_costs(call: Call) -> OnlineCosts:
-    """Return what this process has seen of such a target and drafter; it is updated in place."""
-    return _ONLINE.setdefault((profile_key(call.target), drafter_key(call.drafter)), OnlineCosts())
+    """Return what this process has seen of such a target and drafter, beside a stored profile; updated in place."""
+    costs = _ONLINE.setdefault((profile_key(call.target), drafter_key(call.drafter)), OnlineCosts())
+    costs.profile = stored_profile(call)
+    return costs
 
 
 def stored_profile(call: Call) -> CostTable | None:
