@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting import DraftedBlock
@@ -15,6 +16,8 @@ from dspark_hf.generation.scheduling.interface import Call, Outcome
 from dspark_hf.generation.scheduling.memory import remembered
 
 SOURCES = ("head", "online")
+# rounds without a verified draft after which a block is taken to be sure, to see what becomes of it
+_MOST_IDLE = 64
 
 
 class ConfidenceSource(ABC):
@@ -48,12 +51,19 @@ class HeadConfidence(ConfidenceSource):
 
 
 class OnlineConfidence(ConfidenceSource):
-    """The estimator that needs no trained head."""
+    """The estimator that needs no trained head.
+
+    Args:
+        estimator: it is taught what becomes of the blocks.
+        explores: whether a block is taken to be sure now and then if no draft is verified any more: else a low
+            estimate would never be put right. For schedulers that do not look after that themselves.
+    """
 
     wants_margins = True
 
-    def __init__(self, estimator: AcceptanceEstimator):
+    def __init__(self, estimator: AcceptanceEstimator, *, explores: bool = False):
         self._estimator = estimator
+        self._explores = explores
         # of the block that was read last
         self.margins: list[list[float]] = []
 
@@ -61,6 +71,9 @@ class OnlineConfidence(ConfidenceSource):
         assert drafted.margins is not None
         margins = drafted.margins.cpu()
         self.margins = margins.tolist()
+        # earlier rounds decide on this, so that no draft does
+        if self._explores and self._estimator.num_idle >= _MOST_IDLE:
+            return torch.ones_like(margins)
         return self._estimator.estimate(margins)
 
     def learn(self, outcome: Outcome) -> None:
@@ -75,7 +88,7 @@ class _HeadOrOnline(ConfidenceSource):
 
     def __init__(self, estimator: AcceptanceEstimator):
         self._head = HeadConfidence()
-        self._online = OnlineConfidence(estimator)
+        self._online = OnlineConfidence(estimator, explores=True)
         self._chosen: ConfidenceSource = self._online
 
     def read(self, drafted: DraftedBlock) -> Tensor:
@@ -102,4 +115,4 @@ def find_source(name: str | None, call: Call) -> ConfidenceSource:
     if name == "head":
         return HeadConfidence()
     estimator = remembered(call).estimator
-    return OnlineConfidence(estimator) if name == "online" else _HeadOrOnline(estimator)
+    return OnlineConfidence(estimator, explores=True) if name == "online" else _HeadOrOnline(estimator)

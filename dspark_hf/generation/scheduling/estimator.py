@@ -37,7 +37,7 @@ class AcceptanceEstimator:
     """A logistic fit of a draft's acceptance, given that its prefix is accepted, on its margin.
 
     The margin of draft k depends on the drafts before k only, and so does the estimate. Every round is one Newton
-    step with the information gathered so far.
+    step with the information gathered so far. `num_idle` counts the rounds since there was something to learn.
 
     Example:
 
@@ -51,6 +51,7 @@ class AcceptanceEstimator:
     def __init__(self) -> None:
         self.bias, self.slope = _PRIOR_WEIGHTS
         self._information = list(_PRIOR_INFORMATION)
+        self.num_idle = 0
 
     def estimate(self, margins: Tensor) -> Tensor:
         """Return the chance of acceptance `(b, K)`, fp32, for `margins` `(b, K)`."""
@@ -66,7 +67,9 @@ class AcceptanceEstimator:
         """Learn from one round: of each row the first `num_accepted` drafts were accepted, the next verified not."""
         pairs = list(_observed(margins, num_verified, num_accepted))
         if not pairs:
+            self.num_idle += 1
             return
+        self.num_idle = 0
         kept = _MEMORY_OF_A_DRAFT ** len(pairs)
         first, both, second = (
             kept * part + (1 - kept) * prior for part, prior in zip(self._information, _PRIOR_INFORMATION, strict=True)
