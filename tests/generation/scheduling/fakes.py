@@ -1,0 +1,54 @@
+"""Calls, blocks and costs for schedules that are asked without a decoding loop.
+
+b rows, K drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dspark_hf.generation.drafting import DraftedBlock, Drafter
+from dspark_hf.generation.scheduling import Call
+from dspark_hf.generation.target import TargetAdapter
+from tests.generation.drafters import ScriptedDrafter
+from tests.tiny import tiny_target
+
+
+class ListedCosts:
+    """Costs from lists: `verify` by width, from 1 on, and `draft` by number of drafts, from 1 on; free if left out."""
+
+    def __init__(self, verify: Sequence[float], draft: Sequence[float] | None = None):
+        self.verify = list(verify)
+        self.draft = list(draft or [0.0] * len(verify))
+
+    def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
+        return self.verify[width - 1]
+
+    def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
+        return self.draft[num_drafts - 1]
+
+
+@cache
+def _adapter() -> TargetAdapter:
+    return TargetAdapter(tiny_target())
+
+
+def new_drafter() -> Drafter:
+    """Return a drafter that nothing is known of."""
+    return ScriptedDrafter(_adapter().model, torch.zeros(1, 1, dtype=torch.long), [0], 1.0)
+
+
+def new_call(
+    *, drafter: Drafter | None = None, num_rows: int = 1, max_drafts: int = 5, is_sampling: bool = False
+) -> Call:
+    """Return a call of a tiny target, with a drafter that nothing is known of by default."""
+    return Call(_adapter(), drafter or new_drafter(), num_rows, max_drafts, is_sampling=is_sampling)
+
+
+def block_of(confidence: Tensor, margins: Tensor | None = None) -> DraftedBlock:
+    """Return a block with those confidences `(b, K)` and margins."""
+    return DraftedBlock(torch.zeros(confidence.shape, dtype=torch.long), None, confidence, margins)
