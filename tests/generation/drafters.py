@@ -1,8 +1,8 @@
-"""Drafters with a script: right, wrong, or right with a given probability."""
+"""Drafters with a script: right, wrong, or right with a given probability; and one that draws from a given law."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,3 +76,59 @@ class _ScriptedContext(DraftContext):
 
     def select_rows(self, rows: Tensor) -> None:
         self.rows = [self.rows[row] for row in rows.tolist()]
+
+
+# (slot k, the tokens before it [B]) -> what is said of the slot: logits [B, V] or confidence [B]
+SlotLaw = Callable[[int, Tensor], Tensor]
+
+
+class MemorylessDrafter(Drafter):
+    """Draft from `logits_after(slot, previous tokens)`, whatever stood before, with such a confidence if any."""
+
+    def __init__(
+        self, logits_after: SlotLaw, vocab_size: int, block_size: int, *, confidence_after: SlotLaw | None = None
+    ):
+        self.config = PretrainedConfig(vocab_size=vocab_size)
+        self.logits_after = logits_after
+        self.confidence_after = confidence_after
+        self._block_size = block_size
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return [0]
+
+    def check_target(self, target: TargetAdapter) -> None:
+        """Any target will do."""
+
+    def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
+        return _NoContext(self)
+
+
+class _NoContext(DraftContext):
+    def __init__(self, drafter: MemorylessDrafter):
+        self.drafter = drafter
+
+    def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
+        """Nothing is remembered."""
+
+    def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
+        token_ids, probs, confidence = anchor_ids[:, None], [], []
+        for slot in range(num_drafts):
+            previous = token_ids[:, -1]
+            next_ids, next_probs = sampler(slot, self.drafter.logits_after(slot, previous), token_ids[:, 1:])
+            token_ids = torch.cat([token_ids, next_ids[:, None]], dim=1)
+            probs.append(next_probs)
+            if self.drafter.confidence_after is not None:
+                confidence.append(self.drafter.confidence_after(slot, previous))
+        return DraftedBlock(
+            token_ids[:, 1:],
+            None if probs[0] is None else torch.stack(probs, dim=1),
+            torch.stack(confidence, dim=1) if confidence else None,
+        )
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Nothing is remembered."""

@@ -5,7 +5,6 @@ B batch, n samples, S prompt length, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
-    PretrainedConfig,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -25,9 +23,9 @@ from transformers import (
 )
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.drafting import DraftedBlock, Drafter
 from tests.generation.altered import AlteredDrafter
+from tests.generation.drafters import MemorylessDrafter
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
 from tests.tiny import tiny_target
 
@@ -85,47 +83,6 @@ FIELDS: dict[str, dict[str, Any]] = {
 # some options again with the drafter that leaves most of the vocabulary to the target
 _REDUCED_CASES = ("top-k", "repetition penalty", "mixture", "confidence threshold", "end of text")
 OPTION_CASES = [(name, "vanilla") for name in OPTIONS] + [(name, "reduced vocabulary, rnn") for name in _REDUCED_CASES]
-
-
-class MemorylessDrafter(Drafter):
-    """Draft from `logits_after(previous tokens (B))`, whatever stood before."""
-
-    def __init__(self, logits_after: Callable[[Tensor], Tensor]):
-        self.config = PretrainedConfig(vocab_size=VOCAB_SIZE)
-        self.logits_after = logits_after
-
-    @property
-    def block_size(self) -> int:
-        return BLOCK_SIZE
-
-    @property
-    def target_layer_ids(self) -> list[int]:
-        return [0]
-
-    def check_target(self, target: TargetAdapter) -> None:
-        """Any target will do."""
-
-    def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
-        return _NoContext(self.logits_after)
-
-
-class _NoContext(DraftContext):
-    def __init__(self, logits_after: Callable[[Tensor], Tensor]):
-        self.logits_after = logits_after
-
-    def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
-        """Nothing is remembered."""
-
-    def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
-        token_ids, probs = anchor_ids[:, None], []
-        for slot in range(num_drafts):
-            next_ids, next_probs = sampler(slot, self.logits_after(token_ids[:, -1]), token_ids[:, 1:])
-            token_ids = torch.cat([token_ids, next_ids[:, None]], dim=1)
-            probs.append(next_probs)
-        return DraftedBlock(token_ids[:, 1:], torch.stack(probs, dim=1), None)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Nothing is remembered."""
 
 
 def _target(**overrides: Any) -> PreTrainedModel:
@@ -262,7 +219,7 @@ def test_single_rows_keep_the_distribution(name):
 def test_uniform_drafter_keeps_the_distribution():
     """A drafter that knows nothing changes what is sampled."""
     target = _target()
-    drafter = MemorylessDrafter(lambda previous: torch.zeros(len(previous), VOCAB_SIZE))
+    drafter = MemorylessDrafter(lambda slot, previous: torch.zeros(len(previous), VOCAB_SIZE), VOCAB_SIZE, BLOCK_SIZE)
     samples = _sample(target, drafter)
     _assert_some_drafts_are_rejected(drafter)
     assert _smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
@@ -273,7 +230,9 @@ def test_drafter_equal_to_the_target_is_always_accepted(name):
     """Drafts are sampled under other processors than those of the target: good ones are rejected."""
     options, processors = OPTIONS[name]
     target = _memoryless_target()
-    drafter = MemorylessDrafter(lambda previous: target(previous[:, None], use_cache=False).logits[:, -1])
+    drafter = MemorylessDrafter(
+        lambda slot, previous: target(previous[:, None], use_cache=False).logits[:, -1], VOCAB_SIZE, BLOCK_SIZE
+    )
     samples = _sample(target, drafter, **options)
     statistics = drafter.last_statistics
     assert statistics.num_accepted == statistics.num_verified > 0
