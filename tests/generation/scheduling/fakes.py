@@ -32,6 +32,23 @@ class ListedCosts:
         return self.draft[num_drafts - 1]
 
 
+class SwingingCosts:
+    """Costs under which drafting pays, and does not, by turns of `period` tokens.
+
+    They are so small that no trial, timed by a real clock, keeps up with them: what happens does not depend on it.
+    """
+
+    def __init__(self, period: int):
+        self.period = period
+
+    def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
+        is_cheap = context_length // self.period % 2
+        return 1e-9 * (1 + (width - 1) * (0.01 if is_cheap else 5.0))
+
+    def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
+        return 1e-11
+
+
 @cache
 def _adapter() -> TargetAdapter:
     return TargetAdapter(tiny_target())
