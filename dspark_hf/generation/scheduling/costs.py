@@ -10,12 +10,12 @@ from typing import Protocol
 from dspark_hf.generation.scheduling.interface import Batch, Outcome
 from dspark_hf.profiling.fitting import fit_line, smooth_curve
 
-# rounds of a shape whose median counts
-_NUM_SAMPLES = 15
+# rounds of a shape whose median counts: many, since only what they have in common with earlier ones must stay
+_NUM_SAMPLES = 127
+# rounds whose median is the common factor: as many as a slow moment lasts
+_NUM_RECENT = 7
 # rounds of either kind, beside the very first, that make the costs known
 _NUM_NEEDED = 1
-# how fast the common factor follows the machine's mood and the growing context
-_DRIFT_RATE = 0.2
 # samples of a shape that count as much as what all shapes together say
 _TRUST = 4.0
 # share of the drafter's time that does not depend on the number of drafts: its backbone runs over whole blocks
@@ -57,6 +57,7 @@ class OnlineCosts:
         self.profile = profile
         self._verify = _Times()
         self._draft = _Times()
+        self._recent: deque[float] = deque(maxlen=_NUM_RECENT)
         self._drift = 1.0
 
     @property
@@ -73,8 +74,8 @@ class OnlineCosts:
         if known is None and self.profile is not None:
             known = self.profile.verify_seconds(rows, width, outcome.batch.context_length)
         if known is not None:
-            ratio = outcome.other_seconds / max(known * self._drift, 1e-9)
-            self._drift *= min(max(ratio, 0.5), 2.0) ** _DRIFT_RATE
+            self._recent.append(outcome.other_seconds / max(known, 1e-9))
+            self._drift = median(self._recent)
         self._verify.add(rows, width, outcome.other_seconds / self._drift)
         if drafts and outcome.is_typical:
             self._draft.add(rows, drafts, outcome.draft_seconds / self._drift)
@@ -112,12 +113,14 @@ class _Times:
 
     def __init__(self) -> None:
         self._samples: dict[int, dict[int, deque[float]]] = {}
+        self._medians: dict[tuple[int, int], float] = {}
         self._seen: set[tuple[int, int]] = set()
 
     def add(self, rows: int, size: int, seconds: float) -> None:
         """Add a sample; the first of its kind, which also pays for choosing kernels and making room, is left out."""
         if (rows, size) in self._seen:
             self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
+            self._medians.pop((rows, size), None)
         self.pass_over(rows, size)
 
     def pass_over(self, rows: int, size: int) -> None:
@@ -127,7 +130,9 @@ class _Times:
     def median(self, rows: int, size: int) -> float | None:
         """Return the median, or None if there is no sample."""
         samples = self._samples.get(rows, {}).get(size)
-        return median(samples) if samples else None
+        if samples and (rows, size) not in self._medians:
+            self._medians[rows, size] = median(samples)
+        return self._medians.get((rows, size))
 
     def num_samples(self, size: int | None = None) -> int:
         """Return how many samples there are, of that size if one is given."""
@@ -172,5 +177,10 @@ class _Times:
         return smooth_curve(medians, counts, expected, trust=_TRUST)
 
     def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:
-        by_size = self._samples.get(rows, {})
-        return {size: median(one) for size, one in by_size.items()}, {size: len(one) for size, one in by_size.items()}
+        medians: dict[int, float] = {}
+        counts: dict[int, float] = {}
+        for size, samples in self._samples.get(rows, {}).items():
+            seconds = self.median(rows, size)
+            if seconds is not None:
+                medians[size], counts[size] = seconds, len(samples)
+        return medians, counts

@@ -5,7 +5,7 @@ b rows, K drafts, V vocab.
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,12 +15,17 @@ from torch import Tensor
 
 # larger margins say no more, and a single proposable token has an infinite one
 MAX_MARGIN = 12.0
-# where the fit starts: bias and slope
-_PRIOR_WEIGHTS = (-0.9, 0.7)
-# how firmly: the information of about ten drafts; matrix entries of bias, both, slope
-_PRIOR_INFORMATION = (2.0, 0.0, 2.0)
-# what was learnt fades, so that the fit follows the text: half is gone after 1400 drafts
-_MEMORY_OF_A_DRAFT = 0.9995
+# what is believed before anything is known: bias and slope, and how firmly (1 / variance)
+_PRIOR = np.array([-0.9, 0.7])
+_PRIOR_PRECISION = np.array([2.0, 2.0])
+# drafts that are remembered, so that the fit follows the text
+_NUM_DRAFTS = 512
+# new drafts after which the fit is renewed, and how many at first are fitted round by round
+_FIT_EVERY = 16
+_NUM_EARLY_DRAFTS = 64
+_NUM_STEPS = 4
+# no step changes the log-odds of the drafts at hand by more: far from its goal, a Newton step knows no measure
+_LONGEST_STEP = 2.0
 
 
 def top_margin(logits: Tensor) -> Tensor:
@@ -36,8 +41,8 @@ def top_margin(logits: Tensor) -> Tensor:
 class AcceptanceEstimator:
     """A logistic fit of a draft's acceptance, given that its prefix is accepted, on its margin.
 
-    The margin of draft k depends on the drafts before k only, and so does the estimate. Every round is one Newton
-    step with the information gathered so far. `num_idle` counts the rounds since there was something to learn.
+    The margin of draft k depends on the drafts before k only, and so does the estimate. The fit is that of the latest
+    drafts whose fate is known. `num_idle` counts the rounds since there was something to learn.
 
     Example:
 
@@ -49,9 +54,10 @@ class AcceptanceEstimator:
     """
 
     def __init__(self) -> None:
-        self.bias, self.slope = _PRIOR_WEIGHTS
-        self._information = list(_PRIOR_INFORMATION)
+        self.bias, self.slope = _PRIOR.tolist()
         self.num_idle = 0
+        self._seen: deque[tuple[float, bool]] = deque(maxlen=_NUM_DRAFTS)
+        self._num_new = 0
 
     def estimate(self, margins: Tensor) -> Tensor:
         """Return the chance of acceptance `(b, K)`, fp32, for `margins` `(b, K)`."""
@@ -66,26 +72,27 @@ class AcceptanceEstimator:
     ) -> None:
         """Learn from one round: of each row the first `num_accepted` drafts were accepted, the next verified not."""
         pairs = list(_observed(margins, num_verified, num_accepted))
-        if not pairs:
-            self.num_idle += 1
-            return
-        self.num_idle = 0
-        kept = _MEMORY_OF_A_DRAFT ** len(pairs)
-        first, both, second = (
-            kept * part + (1 - kept) * prior for part, prior in zip(self._information, _PRIOR_INFORMATION, strict=True)
-        )
-        towards_bias = towards_slope = 0.0
-        for margin, is_accepted in pairs:
-            chance = 1 / (1 + math.exp(-(self.bias + self.slope * margin)))
-            weight = chance * (1 - chance)
-            first, both, second = first + weight, both + weight * margin, second + weight * margin * margin
-            towards_bias += is_accepted - chance
-            towards_slope += (is_accepted - chance) * margin
-        self._information = [first, both, second]
-        determinant = first * second - both * both
-        self.bias += (second * towards_bias - both * towards_slope) / determinant
+        self.num_idle = 0 if pairs else self.num_idle + 1
+        self._seen.extend(pairs)
+        self._num_new += len(pairs)
+        is_early = len(self._seen) <= _NUM_EARLY_DRAFTS
+        if pairs and (is_early or self._num_new >= _FIT_EVERY):
+            self._num_new = 0
+            self.bias, self.slope = _fit(np.array(self._seen), np.array([self.bias, self.slope]))
+
+
+def _fit(seen: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """Return bias and slope of the most likely fit of margins and fates `(n, 2)`, from the last one on."""
+    inputs = np.stack([np.ones(len(seen)), seen[:, 0]], axis=1)
+    for _ in range(_NUM_STEPS):
+        chance = 1 / (1 + np.exp(-inputs @ weights))
+        gradient = inputs.T @ (seen[:, 1] - chance) + _PRIOR_PRECISION * (_PRIOR - weights)
+        curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + np.diag(_PRIOR_PRECISION)
+        step = np.linalg.solve(curvature, gradient)
+        weights = weights + step * min(1.0, _LONGEST_STEP / max(float(np.abs(inputs @ step).max()), 1e-9))
         # a larger margin never speaks against a draft
-        self.slope = max(self.slope + (first * towards_slope - both * towards_bias) / determinant, 0.0)
+        weights[1] = max(weights[1], 0.0)
+    return float(weights[0]), float(weights[1])
 
 
 def _observed(
