@@ -52,7 +52,7 @@ def score_entries(index_keys: EntriesSoFar, query: Tensor, weights: Tensor) -> T
     blocks = []
     for start in range(0, index_keys.num_entries, width):
         keys = index_keys.read(start, min(start + width, index_keys.num_entries)).float()
-        affinity = (flat @ keys.transpose(1, 2)).relu().view(batch, length, heads, -1)
+        affinity = (flat @ keys.transpose(1, 2)).relu_().view(batch, length, heads, -1)
         blocks.append((weights[:, :, None] @ affinity)[:, :, 0])
     return torch.cat(blocks, dim=-1)
 
@@ -70,10 +70,21 @@ def choose_entries(scores: Tensor, num_visible: Tensor, num_chosen: int) -> tupl
     if num_entries <= num_chosen:
         return numbers.expand_as(scores), visible
     scores = scores.masked_fill(~visible, float("-inf"))
-    # torch.topk breaks ties as it likes: take all above the last value, then the first of those equal to it
-    last = scores.topk(num_chosen, dim=-1).values[..., -1:]
+    best = scores.topk(num_chosen + 1, dim=-1)
+    index = best.indices[..., :-1]
+    # torch.topk breaks ties as it likes, which matters only between the last chosen entry and the next
+    is_tied = best.values[..., -2] == best.values[..., -1]
+    if bool(is_tied.any()):
+        index = index.clone()
+        index[is_tied] = _first_of_equals(scores[is_tied], num_chosen)
+    index = index.sort(dim=-1).values
+    return index, index < num_visible[..., None]
+
+
+def _first_of_equals(scores: Tensor, num_chosen: int) -> Tensor:
+    """Return the numbers `(N, K)` of the best of `scores` `(N, E)`, among equals the lowest."""
+    last = scores.topk(num_chosen, dim=-1).values[:, -1:]
     above, equal = scores > last, scores == last
     missing = num_chosen - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1) <= missing))
-    index = chosen.nonzero()[:, -1].view(*scores.shape[:-1], num_chosen)
-    return index, visible.gather(-1, index)
+    return chosen.nonzero()[:, -1].view(len(scores), num_chosen)
