@@ -244,6 +244,8 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
                 fields[released] = value
         for name in ("cache_dtype", "max_rollback", "indexer_loss_coef", "rope_parameters", "_name_or_path"):
             fields.pop(name, None)
+        # readers take any such key for a DSpark module
+        fields = {key: value for key, value in fields.items() if value is not None or not key.startswith("dspark_")}
         return {**fields, "model_type": RELEASED_MODEL_TYPE, "architectures": ["DeepseekV4ForCausalLM"]}
 
     def check(self) -> None:
