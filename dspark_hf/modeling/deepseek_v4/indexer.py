@@ -66,10 +66,9 @@ def choose_entries(scores: Tensor, num_visible: Tensor, num_chosen: int) -> tupl
     """
     num_entries = scores.shape[-1]
     numbers = torch.arange(num_entries, device=scores.device)
-    visible = numbers < num_visible[..., None]
     if num_entries <= num_chosen:
-        return numbers.expand_as(scores), visible
-    scores = scores.masked_fill(~visible, float("-inf"))
+        return numbers.expand_as(scores), numbers < num_visible[..., None]
+    scores = scores.masked_fill(numbers >= num_visible[..., None], float("-inf"))
     best = scores.topk(num_chosen + 1, dim=-1)
     index = best.indices[..., :-1]
     # torch.topk breaks ties as it likes, which matters only between the last chosen entry and the next
