@@ -26,7 +26,7 @@ from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausa
 
 from benchmarks.overhead import FOLDER
 from benchmarks.provenance import describe_run
-from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM
+from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.estimation.formats import CacheFormat
 from dspark_hf.estimation.kv_cache import count_kv_cache
 from dspark_hf.estimation.reading import model_from_fields
@@ -34,11 +34,14 @@ from dspark_hf.generation.integration import CACHE_KEY
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
 
 CONTEXTS = "4096,32768,131072,524288,1048576"
-Clock = Literal["processor", "wall"]
-# a decoded token, and an anchor with seven drafts
-WIDTHS = (1, 8)
+NUM_DRAFTS = 7
+# tokens of the passes that are timed: one that is decoded, an anchor with its drafts
+WIDTHS = {"token": 1, "verify": NUM_DRAFTS + 1}
+ROUND = "DSpark round"
+TITLES = {"token": "1 token, ms", "verify": f"{NUM_DRAFTS + 1} tokens, ms", ROUND: f"{ROUND}, ms"}
 # parts of the theory that grow with the context
 GROWING = ("CSA entries", "CSA indexer keys", "HCA entries")
+Clock = Literal["processor", "wall"]
 
 
 def small_config(divisor: int, ratios: Sequence[int] = (0, 4, 128), **fields: Any) -> DeepseekV4DSparkConfig:
@@ -84,10 +87,18 @@ class KVBytes:
         return self.entries + self.rest
 
 
-def theory(config: DeepseekV4DSparkConfig, context: int) -> KVBytes:
-    """Return what `dspark-hf estimate` counts for a cache in fp32."""
+def theory(config: DeepseekV4DSparkConfig, context: int, dtype: torch.dtype = torch.float32) -> KVBytes:
+    """Return what `dspark-hf estimate` counts for a cache of this configuration.
+
+    With `cache_dtype="fp8"` entries and windows are counted as released; the indexer's keys are not: ours stay in
+    `dtype`.
+    """
     shape = model_from_fields("small", config.to_released_dict()).shape
-    parts = count_kv_cache(shape, context, 1, CacheFormat.fp32).parts
+    formats = {torch.float32: CacheFormat.fp32, torch.bfloat16: CacheFormat.bf16}
+    parts = count_kv_cache(shape, context, 1, formats[dtype]).parts
+    if config.cache_dtype == "fp8":
+        released = count_kv_cache(shape, context, 1, CacheFormat.released).parts
+        parts = {**released, "CSA indexer keys": parts["CSA indexer keys"]}
     growing = sum(part.num_bytes for name, part in parts.items() if name in GROWING)
     return KVBytes(growing, sum(part.num_bytes for part in parts.values()) - growing)
 
@@ -97,21 +108,37 @@ class Ours:
 
     name = "dspark_hf"
 
-    def __init__(self, config: DeepseekV4DSparkConfig):
-        self.config = config
-        self.model = DeepseekV4DSparkForCausalLM(config).eval()
+    def __init__(self, config: DeepseekV4DSparkConfig, dtype: torch.dtype = torch.float32):
+        self.config, self.dtype = config, dtype
+        self.model: Any = DeepseekV4DSparkForCausalLM(config).eval()
+        for name, parameter in self.model.named_parameters():
+            # as loading does
+            if parameter.is_floating_point() and not any(
+                part in name for part in self.model._keep_in_fp32_modules_strict
+            ):
+                parameter.data = parameter.data.to(dtype)
+        self.drafter = DSparkAssistantModel.from_target(self.model, block_size=NUM_DRAFTS, markov_rank=16)
 
     def new_cache(self) -> Any:
-        return DeepseekV4DSparkCache(self.config)
+        return DeepseekV4DSparkCache(self.config, self.dtype)
 
     def length(self, cache: Any) -> int:
         return cache.get_seq_length()
 
     def run(self, token_ids: Tensor, cache: Any) -> None:
-        self.model(token_ids, cache=cache, logits_to_keep=min(token_ids.shape[1], max(WIDTHS)))
+        self.model(token_ids, cache=cache, logits_to_keep=min(token_ids.shape[1], NUM_DRAFTS + 1))
 
     def take_back(self, cache: Any, num_tokens: int) -> None:
         cache.crop(-num_tokens)
+
+    def rounds(self, cache: Any, count: int) -> int:
+        """Commit `count` tokens behind those in a copy of the cache; return the rounds that took."""
+        token_ids = torch.zeros(1, cache.get_seq_length() + 1, dtype=torch.long)
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": count, CACHE_KEY: copy.deepcopy(cache)}
+        self.model.generate(token_ids, assistant_model=self.drafter, **options)
+        statistics = self.drafter.last_statistics
+        assert statistics is not None
+        return statistics.num_rounds
 
     def add_random(self, cache: Any, num_tokens: int) -> None:
         """Let the cache look as if it had seen `num_tokens` more; windows keep the vectors they hold."""
@@ -121,7 +148,7 @@ class Ours:
             for part, size in ((store.compressed, self.config.head_dim), (store.index, self.config.index_head_dim)):
                 if part is not None:
                     first, end = before // ratio, (before + num_tokens) // ratio
-                    part.entries.write(torch.randn(1, end - first, size), torch.tensor([first]), end)
+                    part.entries.write(torch.randn(1, end - first, size).to(self.dtype), torch.tensor([first]), end)
         cache.finish(cache.begin([num_tokens], num_tokens, torch.device("cpu")), num_tokens)
 
     def num_bytes(self, cache: Any) -> KVBytes:
@@ -135,6 +162,7 @@ class Native:
     """Transformers' own class of the same configuration; its cache cannot be taken back, so it grows a little."""
 
     name = "Transformers"
+    dtype = torch.float32
 
     def __init__(self, config: DeepseekV4DSparkConfig):
         self.config = config
@@ -149,7 +177,7 @@ class Native:
         return cache.get_seq_length()
 
     def run(self, token_ids: Tensor, cache: Any) -> None:
-        self.model(token_ids, **{CACHE_KEY: cache}, logits_to_keep=min(token_ids.shape[1], max(WIDTHS)))
+        self.model(token_ids, **{CACHE_KEY: cache}, logits_to_keep=min(token_ids.shape[1], NUM_DRAFTS + 1))
 
     def take_back(self, cache: Any, num_tokens: int) -> None:
         pass
@@ -176,8 +204,8 @@ class Native:
 
 
 @dataclass(frozen=True)
-class PassTime:
-    """Milliseconds of one pass, on the processor and by the wall clock."""
+class Times:
+    """Milliseconds on the processor and by the wall clock."""
 
     processor: float
     wall: float
@@ -185,7 +213,7 @@ class PassTime:
 
 @dataclass
 class Place:
-    """One model at one context: its cache, how that was filled, and the times of passes, one list per round."""
+    """One model at one context: its cache, how that was filled, and for everything timed the median of every round."""
 
     way: Ours | Native
     context: int
@@ -194,15 +222,15 @@ class Place:
     kv_bytes: KVBytes
     # of the chunk that ended here, in ms per token
     prefill: float | None
-    rounds: dict[int, list[list[PassTime]]] = field(default_factory=lambda: {width: [] for width in WIDTHS})
+    rounds: dict[str, list[Times]] = field(default_factory=lambda: {kind: [] for kind in TITLES})
 
-    def ms(self, width: int, clock: Clock = "processor") -> list[float]:
-        """Return the median of every round, in ms."""
-        return [median(getattr(one, clock) for one in passes) for passes in self.rounds[width]]
+    def ms(self, kind: str, clock: Clock = "processor") -> list[float]:
+        """Return the milliseconds of every round."""
+        return [getattr(one, clock) for one in self.rounds[kind]]
 
-    def growth(self, width: int, first: Place, clock: Clock = "processor") -> list[float]:
+    def growth(self, kind: str, first: Place, clock: Clock = "processor") -> list[float]:
         """Return the ratios to another place, round by round, sorted."""
-        pairs = zip(self.ms(width, clock), first.ms(width, clock), strict=True)
+        pairs = zip(self.ms(kind, clock), first.ms(kind, clock), strict=True)
         return sorted(ours / theirs for ours, theirs in pairs)
 
 
@@ -241,37 +269,61 @@ def fill(
 
 
 def measure(places: Sequence[Place], num_rounds: int, num_passes: int) -> None:
-    """Time passes at all places in turns; fills their rounds. One more round comes first and is thrown away."""
+    """Time everything at all places in turns; fills their rounds. One more round comes first and is thrown away."""
     for number in track(range(num_rounds + 1), "Measuring", transient=True):
         # another place goes first each time
         first = number % len(places)
         for place in [*places[first:], *places[:first]]:
-            for width in WIDTHS:
-                taken = [_time_pass(place, width) for _ in range(num_passes)]
-                if number:
-                    place.rounds[width].append(taken)
+            times = {kind: _time_passes(place, width, num_passes) for kind, width in WIDTHS.items()}
+            if isinstance(place.way, Ours):
+                times[ROUND] = _time_rounds(place.way, place.cache, num_passes)
+            if number:
+                for kind, taken in times.items():
+                    place.rounds[kind].append(taken)
 
 
-def _time_pass(place: Place, width: int) -> PassTime:
-    token_ids = torch.randint(place.way.config.vocab_size, (1, width))
-    begin = time.process_time(), time.perf_counter()
-    place.way.run(token_ids, place.cache)
-    taken = PassTime(1000 * (time.process_time() - begin[0]), 1000 * (time.perf_counter() - begin[1]))
-    place.way.take_back(place.cache, width)
-    return taken
+def _time_passes(place: Place, width: int, count: int) -> Times:
+    """Return the medians of `count` passes over `width` tokens, each taken back."""
+    taken = []
+    for _ in range(count):
+        token_ids = torch.randint(place.way.config.vocab_size, (1, width))
+        begin = _now()
+        place.way.run(token_ids, place.cache)
+        taken.append(_since(begin))
+        place.way.take_back(place.cache, width)
+    return Times(median(one.processor for one in taken), median(one.wall for one in taken))
+
+
+def _time_rounds(way: Ours, cache: Any, count: int) -> Times:
+    """Return the time of a round, out of `count` more of them: what a call costs but once is left out."""
+    begin = _now()
+    way.rounds(cache, 1)
+    once, begin = _since(begin), _now()
+    num_rounds = way.rounds(cache, 1 + count)
+    more = _since(begin)
+    return Times((more.processor - once.processor) / num_rounds, (more.wall - once.wall) / num_rounds)
+
+
+def _now() -> Times:
+    return Times(1000 * time.process_time(), 1000 * time.perf_counter())
+
+
+def _since(begin: Times) -> Times:
+    now = _now()
+    return Times(now.processor - begin.processor, now.wall - begin.wall)
 
 
 def time_table(places: Sequence[Place]) -> list[str]:
     """Return the Markdown table of times, one line a place."""
-    heads = [f"pass of {width}, ms | growth (rounds)" for width in WIDTHS]
-    lines = [f"| | context | cache filled by | {' | '.join(heads)} |", f"| --- | ---: | --- |{' ---: |' * 4}"]
+    heads = " | ".join(f"{title} | growth" for title in TITLES.values())
+    lines = [f"| | context | cache filled by | {heads} |", f"| --- | ---: | --- |{' ---: |' * 2 * len(TITLES)}"]
     for place in places:
         first = next(one for one in places if one.way is place.way)
         cells = []
-        for width in WIDTHS:
-            growth = place.growth(width, first)
-            spread = f"**{median(growth):.2f}** ({growth[0]:.2f} to {growth[-1]:.2f})" if place is not first else "1"
-            cells += [f"{median(place.ms(width)):.1f}", spread]
+        for kind, rounds in place.rounds.items():
+            growth = place.growth(kind, first)
+            cells.append(f"{median(place.ms(kind)):.1f}" if rounds else "")
+            cells.append(f"**{median(growth):.2f}** ({growth[0]:.2f} to {growth[-1]:.2f})" if rounds else "")
         lines.append(f"| {place.way.name} | {place.context:,} | {place.filled_by} | {' | '.join(cells)} |")
     return lines
 
@@ -279,38 +331,43 @@ def time_table(places: Sequence[Place]) -> list[str]:
 def wall_clock(places: Sequence[Place]) -> str:
     """Return a sentence with the growth from the first place to the last by the wall clock."""
     first, last = places[0], places[-1]
-    growths = [f"{median(last.growth(width, first, 'wall')):.2f} for a pass of {width}" for width in WIDTHS]
+    growths = [
+        f"{title} {median(last.growth(kind, first, 'wall')):.2f}"
+        for kind, title in TITLES.items()
+        if last.rounds[kind]
+    ]
     span = f"from {first.context:,} to {last.context:,}"
-    return f"By the wall clock, {first.way.name} grows {span} by {' and '.join(growths)}."
+    return f"Growth of {first.way.name} {span} by the wall clock: {'; '.join(growths).replace(', ms', '')}."
 
 
 def bytes_table(places: Sequence[Place]) -> list[str]:
     """Return the Markdown table of KV bytes against the theory, one line a context."""
     lines = [
-        "| | context | entries, KiB | in theory | windows and pending tokens, KiB | in theory | all, against theory |",
-        "| --- |" + " ---: |" * 6,
+        "| | stored as | context | entries, KiB | in theory | windows and pending tokens, KiB | in theory "
+        "| all, against theory |",
+        "| --- | --- |" + " ---: |" * 6,
     ]
-    seen = set()
-    for place in places:
-        if (place.way.name, place.context) in seen:
-            continue
-        seen.add((place.way.name, place.context))
-        held, expected = place.kv_bytes, theory(place.way.config, place.context)
+    # a context that is there twice has the same bytes twice
+    for place in {(id(place.way), place.context): place for place in places}.values():
+        dtype = place.way.dtype
+        held, expected = place.kv_bytes, theory(place.way.config, place.context, dtype)
         numbers = (held.entries, expected.entries, held.rest, expected.rest)
         cells = " | ".join(f"{number / 1024:,.1f}" for number in numbers)
+        stored = f"{str(dtype).removeprefix('torch.')}{', entries in FP8' if place.way.config.cache_dtype else ''}"
         lines.append(
-            f"| {place.way.name} | {place.context:,} | {cells} | **{held.total / expected.total - 1:+.2%}** |"
+            f"| {place.way.name} | {stored} | {place.context:,} | {cells} "
+            f"| **{held.total / expected.total - 1:+.2%}** |"
         )
     return lines
 
 
 def main(
     contexts: Annotated[str, typer.Option(help="Comma-separated multiples of 128, ascending.")] = CONTEXTS,
-    prompt_limit: Annotated[int, typer.Option(help="Longest context that is filled by a prompt.")] = 1 << 20,
+    prompt_limit: Annotated[int, typer.Option(help="Longest context that is filled by a prompt.")] = 1 << 19,
     native_prompt_limit: Annotated[int, typer.Option(help="The same for Transformers' class.")] = 1 << 15,
     divisor: Annotated[int, typer.Option(help="What Flash's widths are divided by.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1)] = 9,
-    passes: Annotated[int, typer.Option(min=1, help="Passes of each width per round and context.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    passes: Annotated[int, typer.Option(min=1, help="Of each kind, per round and context.")] = 5,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prefill pass.")] = 1024,
     output: Annotated[Path, typer.Option(help="Where the tables go.")] = FOLDER / "deepseek_v4_context.md",
 ) -> None:
@@ -322,10 +379,15 @@ def main(
     config = small_config(divisor)
     sizes = [int(context) for context in contexts.split(",")]
     began = time.perf_counter()
-    ours = list(fill(Ours(config), sizes, prompt_limit, chunk))
+    way = Ours(config)
+    ours = list(fill(way, sizes, prompt_limit, chunk))
     # its scores are of the size chunk x heads x context
     native = list(fill(Native(config), sizes, native_prompt_limit, min(chunk, 512)))
     measure([*ours, *native], rounds, passes)
+    small_caches = [
+        list(fill(Ours(small_config(divisor, cache_dtype=cache_dtype), torch.bfloat16), sizes, sizes[0], chunk))[-1]
+        for cache_dtype in (None, "fp8")
+    ]
     speeds = [f"{place.prefill:.2f} at {place.context:,}" for place in ours if place.prefill is not None]
     lines = [
         "# DeepSeek-V4 at long contexts",
@@ -340,28 +402,29 @@ def main(
         "",
         "## Time",
         "",
-        f"Time on the processor, one thread: the machine may be shared. Medians of {rounds} rounds of {passes} "
-        "passes; models and contexts take turns. A pass of 1 decodes a token, a pass of "
-        f"{WIDTHS[1]} verifies {WIDTHS[1] - 1} drafts. Growth: against the shortest context, the median of the "
-        "rounds' ratios, with the lowest and the highest. A context that is there twice shows whether it matters how "
-        "the cache was filled.",
-        "",
+        "Time on the processor, one thread, since the machine may be shared. 1 token: a decoding step. "
+        f"{NUM_DRAFTS + 1} tokens: a pass that verifies {NUM_DRAFTS} drafts. DSpark round: such a pass, drafting with "
+        f"a random drafter of {len(way.drafter.layers)} stages, and all around it. Medians of {rounds} rounds, "
+        f"of {passes} passes each, in which models and contexts take turns. Growth: against the shortest context, the "
+        "median of the rounds' ratios, with the lowest and the highest. A context that is there twice shows whether "
+        "it matters how its cache was filled.",
         "",
         *time_table([*ours, *native]),
         "",
         wall_clock(ours),
         wall_clock(native),
         "",
-        f"Prefill of dspark_hf in chunks of {chunk}, ms per token: {', '.join(speeds)}; everything took "
-        f"{(time.perf_counter() - began) / 60:.0f} minutes.",
+        f"Prefill of dspark_hf in chunks of {chunk}, ms per token by the wall clock: {', '.join(speeds)}. Everything "
+        f"took {(time.perf_counter() - began) / 60:.0f} minutes.",
         "",
         "## KV cache",
         "",
         "Bytes allocated, against what `dspark-hf estimate` counts. What dspark_hf holds beyond the theory is room "
         f"for entries to come, at most 1/128 of them or 16, and {config.max_rollback} more tokens in windows and "
-        "pending tokens, so that drafts can be taken back.",
+        'pending tokens, so that drafts can be taken back. With `cache_dtype="fp8"` the indexer\'s keys stay in bf16; '
+        "the released code stores them in FP4.",
         "",
-        *bytes_table([*ours, *native]),
+        *bytes_table([*ours, *native, *small_caches]),
     ]
     text = "\n".join(lines) + "\n"
     output.parent.mkdir(parents=True, exist_ok=True)
