@@ -97,6 +97,20 @@ def test_entries_that_tie():
     assert chosen[is_visible].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("num_values", [2, 5, 1_000_000])
+def test_chosen_entries_are_those_of_a_stable_sort(num_values):
+    """The indexer passes over a better entry, or over an earlier one that is as good."""
+    torch.manual_seed(num_values)
+    scores = torch.randint(num_values, (3, 11, 40)).float()
+    num_visible = torch.randint(41, (3, 11))
+    chosen, is_visible = choose_entries(scores, num_visible, 7)
+    assert torch.equal(is_visible, chosen < num_visible[..., None])
+    for row, token in torch.cartesian_prod(torch.arange(3), torch.arange(11)).tolist():
+        seen = scores[row, token, : num_visible[row, token]]
+        expected = seen.sort(descending=True, stable=True).indices[:7].sort().values
+        assert torch.equal(chosen[row, token][is_visible[row, token]], expected)
+
+
 def test_ties_do_not_depend_on_the_width():
     """With few index heads many scores are exactly zero, and a verify pass reads other entries than plain decoding."""
     model = tiny_model(5, index_n_heads=1, index_topk=4)

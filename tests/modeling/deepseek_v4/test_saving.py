@@ -114,6 +114,9 @@ def test_a_fresh_model(tmp_path, released):
     model.save_pretrained(tmp_path, released=released)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert saved["model_type"] == ("deepseek_v4" if released else "deepseek_v4_dspark")
+    if released:
+        # readers tell by these keys whether there is a DSpark module
+        assert not [name for name in saved if name.startswith("dspark_")]
     assert not any(name.startswith("model.") for name in read_files(tmp_path))
     again = load(tmp_path) if released else AutoModelForCausalLM.from_pretrained(tmp_path)
     token_ids = torch.arange(20)[None]
