@@ -80,7 +80,7 @@ def test_kv_bytes_of_entries(kind):
     if kind is Native:
         assert place.kv_bytes.entries == expected.entries
     else:
-        # room for 16 more in each of three stores: CSA entries and their keys, HCA entries
-        assert place.kv_bytes.entries == expected.entries + 16 * 4 * (32 + 8 + 32)
+        # room for at most 16 more in each of three stores: CSA entries and their keys, HCA entries
+        assert 0 <= place.kv_bytes.entries - expected.entries <= 16 * 4 * (32 + 8 + 32)
         # where nothing is taken back there is nothing but windows and pending tokens
         assert place.kv_bytes.rest == expected.rest
