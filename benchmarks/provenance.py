@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dspark_hf.evaluation import provenance
+from dspark_hf import provenance
 
 
 def describe_run() -> list[str]:
