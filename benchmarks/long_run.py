@@ -19,7 +19,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from benchmarks.loads import Load, make_load, random_prompts
 from benchmarks.overhead import DTYPES, FOLDER
@@ -89,7 +89,7 @@ class _Clock(LogitsProcessor):
             yield Step(self.lengths[index - 1], self.times[index] - self.times[index - 1])
 
 
-def run_plain(target: PreTrainedModel, load: Load, length: int) -> list[Step]:
+def run_plain(target: Any, load: Load, length: int) -> list[Step]:
     """Return the steps of plain `generate`."""
     clock = _Clock()
     target.generate(
@@ -103,7 +103,7 @@ def run_plain(target: PreTrainedModel, load: Load, length: int) -> list[Step]:
 
 
 def run_drafting(
-    target: PreTrainedModel, drafter: DSparkAssistantModel, load: Load, length: int, num_drafts: int
+    target: Any, drafter: DSparkAssistantModel, load: Load, length: int, num_drafts: int
 ) -> tuple[list[Step], dict[str, Any]]:
     """Return the rounds, and how full the target's cache is at the end."""
     recorded = Recorded(FixedScheduler())

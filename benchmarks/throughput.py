@@ -19,7 +19,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.loads import PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
 from benchmarks.overhead import DTYPES, FOLDER
@@ -43,7 +43,7 @@ class Case:
     """A target, a drafter, and the batch of a run: `load(num_rows, run)`."""
 
     name: str
-    target: PreTrainedModel
+    target: Any
     drafter: Drafter
     load: Callable[[int, int], Load]
     is_greedy: bool = True
@@ -54,11 +54,9 @@ def packaged_cases(model: str, prompts: Path, dtype: torch.dtype) -> list[Case]:
     folder = converted_target(model)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    drafter = DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[model]), dtype=dtype)
+    drafter: Drafter = DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[model]), dtype=dtype)
     torch.manual_seed(0)
-    untrained = DSparkAssistantModel.from_target(
-        target, num_hidden_layers=2, markov_rank=64, block_size=BLOCK_SIZE
-    ).to(dtype)
+    untrained = _untrained(target, num_hidden_layers=2, markov_rank=64)
     encoded = [encode_prompt(prompt, tokenizer).flatten() for prompt in read_prompts(prompts)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
@@ -83,14 +81,18 @@ def packaged_cases(model: str, prompts: Path, dtype: torch.dtype) -> list[Case]:
 def simulated_cases(shape: str, rates: list[float], dtype: torch.dtype, device: str) -> list[Case]:
     """Return a random target of a real shape, and drafts that are right at the given rates."""
     target = random_target(shape, dtype, device)
-    model = DSparkAssistantModel.from_target(target, block_size=BLOCK_SIZE).to(device=device, dtype=dtype)
-    drafter = SimulatedDrafter(model, rates)
+    drafter = SimulatedDrafter(_untrained(target), rates)
 
     def load(num_rows: int, run: int) -> Load:
         prompts = random_prompts(num_rows, target.config.vocab_size, seed=run)
         return make_load(prompts, 0, target.device, {**GREEDY, "eos_token_id": None})
 
     return [Case("simulated acceptance", target, drafter, load)]
+
+
+def _untrained(target: Any, **fields: Any) -> DSparkAssistantModel:
+    drafter: Any = DSparkAssistantModel.from_target(target, block_size=BLOCK_SIZE, **fields)
+    return drafter.to(device=target.device, dtype=target.dtype)  # type: ignore[no-any-return]
 
 
 def measure(case: Case, num_rows: int, runs: int, max_new_tokens: int) -> dict[str, Measured]:
@@ -211,8 +213,15 @@ def main(
         title, stem = f"random weights in the shape of {shape}, {dtype}", f"throughput-{shape}-{dtype}"
         text = f"random prompts. **Acceptance is simulated**: drafts are right at the rates {rates}"
     wanted = None if cases is None else cases.split(",")
-    settings = {"model": shape or model, "prompts": prompts.name, "rates": rates if shape else None}
-    settings.update(runs=runs, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
+    settings = {
+        "model": shape or model,
+        "prompts": prompts.name,
+        "rates": rates if shape else None,
+        "runs": runs,
+        "max_new_tokens": max_new_tokens,
+        "dtype": dtype,
+        "device": device,
+    }
     output.mkdir(parents=True, exist_ok=True)
     store = Store(output / f"{stem}.json", settings)
     for case in found:
