@@ -59,11 +59,23 @@ class RaggedStore:
             rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys[rows], self.values[rows]
 
+    def append_rows(self, other: RaggedStore) -> None:
+        """Append the rows of another store of the same layer."""
+        assert self.keys is not None and self.values is not None
+        assert other.keys is not None and other.values is not None
+        self.keys, self.values = _stacked(self.keys, other.keys), _stacked(self.values, other.values)
+
 
 def _reserve(states: Tensor, length: int) -> Tensor:
     # room to grow; zeros, since a masked slot still enters a product and must not be NaN
     capacity = 64 * (length // 64 + 2)
     return states.new_zeros(states.shape[0], states.shape[1], capacity, states.shape[3])
+
+
+def _stacked(store: Tensor, other: Tensor) -> Tensor:
+    capacity = max(store.shape[2], other.shape[2])
+    rows = [torch.nn.functional.pad(states, (0, 0, 0, capacity - states.shape[2])) for states in (store, other)]
+    return torch.cat(rows)
 
 
 def _grow(store: Tensor, length: int) -> Tensor:
@@ -91,6 +103,10 @@ class RaggedLengths:
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self.set([self.host[row] for row in rows.tolist()])
+
+    def append_rows(self, other: RaggedLengths) -> None:
+        """Append the rows of other lengths."""
+        self.set(self.host + other.host)
 
 
 class ContextCache:
@@ -145,3 +161,9 @@ class ContextCache:
         self.lengths.select_rows(rows)
         for store in self.stores:
             store.select_rows(rows)
+
+    def append_rows(self, other: ContextCache) -> None:
+        """Append the rows of another context of the same drafter."""
+        self.lengths.append_rows(other.lengths)
+        for store, new in zip(self.stores, other.stores, strict=True):
+            store.append_rows(new)

@@ -82,3 +82,9 @@ class DeferredContext:
             one.positions = [places[rows.to(places.device)] for places in one.positions]
             one.num_tokens = [one.num_tokens[row] for row in chosen]
         self.context.select_rows(rows)
+
+    def append_rows(self, other: DeferredContext) -> None:
+        """Append the rows of another context."""
+        self.catch_up()
+        other.catch_up()
+        self.context.append_rows(other.context)

@@ -54,6 +54,13 @@ class DraftContext(ABC):
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` `(B')` of the batch, in that order."""
 
+    def append_rows(self, other: Any) -> None:
+        """Append the rows of another context of the same drafter; only `generate_stream` asks for it."""
+        raise NotImplementedError(
+            "`drafter` must have contexts with `append_rows` for `generate_stream`, got "
+            f"{type(self).__name__} without. Implement it, or use `target.generate`."
+        )
+
 
 class Drafter(ABC):
     """A model that proposes blocks of tokens from the target's hidden states.

@@ -103,6 +103,13 @@ class RaggedCache(Cache):
             if isinstance(layer, RaggedLayer):
                 layer.store.select_rows(rows)
 
+    def append_rows(self, other: RaggedCache) -> None:
+        """Append the rows of another cache of the same model."""
+        self.lengths.append_rows(other.lengths)
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            if isinstance(layer, RaggedLayer) and isinstance(new, RaggedLayer) and layer.is_initialized:
+                layer.store.append_rows(new.store)
+
 
 class RaggedTarget:
     """Run the target on a batch of left-padded rows, each at its own length.
@@ -204,6 +211,10 @@ class RaggedTarget:
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self.cache.select_rows(rows)
+
+    def append_rows(self, other: RaggedTarget) -> None:
+        """Append the rows of another run of the same target, which ends there."""
+        self.cache.append_rows(other.cache)
 
     def returned_cache(self) -> Cache:
         """Return a cache as plain `generate` would: left-padded rows; what follows a finished row's end is zero.

@@ -452,6 +452,9 @@ class _DSparkContext(DraftContext):
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)
 
+    def append_rows(self, other: _DSparkContext) -> None:
+        self.cache.append_rows(other.cache)
+
 
 def _latest(
     hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int], window: int

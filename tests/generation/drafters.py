@@ -77,6 +77,9 @@ class _ScriptedContext(DraftContext):
     def select_rows(self, rows: Tensor) -> None:
         self.rows = [self.rows[row] for row in rows.tolist()]
 
+    def append_rows(self, other: _ScriptedContext) -> None:
+        self.rows = self.rows + other.rows
+
 
 # (slot k, the tokens before it [B]) -> what is said of the slot: logits [B, V] or confidence [B]
 SlotLaw = Callable[[int, Tensor], Tensor]
