@@ -158,8 +158,14 @@ def test_drafter_context_follows_the_rows(target, scheduler, window):
         target.generate(one.request.input_ids[None], **one.request.options, **options)
         if scheduler == "fixed":
             assert one.statistics.num_accepted == drafter.last_statistics.num_accepted
-            assert one.statistics.tau == drafter.last_statistics.tau
             assert one.statistics.origins == drafter.last_statistics.origins
+            # hardly a draft of a fresh drafter is accepted, but what it believes tells what it has read
+            for ours, alone in zip(one.statistics.rounds, drafter.last_statistics.rounds, strict=True):
+                # near its end a row alone is given fewer drafts
+                if alone.num_drafted == 0:
+                    continue
+                confidence = ours.confidence[:, : alone.num_drafted]
+                torch.testing.assert_close(confidence, alone.confidence, atol=1e-4, rtol=1e-4)
 
 
 def test_finished_in_the_order_of_finishing(target):
