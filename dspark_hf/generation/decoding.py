@@ -175,7 +175,8 @@ class _Run(Rounds):
         if self._processors.is_empty and not self._is_sampling and not self._recorder.wants_scores:
             # the raw logits are all that is needed
             return target_pass.logits
-        return self._processors(self._rows, drafts, target_pass.logits.to(self._sequences.device))
+        device = self._sequences.device
+        return self._processors(self._rows, drafts.to(device), target_pass.logits.to(device))
 
     def _probabilities(self, scores: Tensor) -> Tensor | None:
         return torch.softmax(scores.float(), dim=-1) if self._is_sampling else None

@@ -174,7 +174,8 @@ class RequestBatch(Rounds):
         return torch.cat([row.sequences.last_tokens([0]) for row in self.rows])
 
     def _scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
-        logits = target_pass.logits.to(drafts.device)
+        device = self.rows[0].sequences.device
+        logits, drafts = target_pass.logits.to(device), drafts.to(device)
         if not any(row.has_processors for row in self.rows):
             return logits
         return torch.cat([row.scores(drafts[i : i + 1], logits[i : i + 1]) for i, row in enumerate(self.rows)])

@@ -51,7 +51,7 @@ class Rounds(ABC):
         last = torch.tensor(target_pass.num_tokens, device=target_pass.positions.device) - 1
         self._num_processed = (target_pass.positions.gather(1, last[:, None])[:, 0] + 1).tolist()
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, target_pass.num_tokens)
-        scores = self._scores(target_pass, self._anchors()[:, None][:, :0])
+        scores = self._scores(target_pass, target_pass.positions[:, :0])
         choices = _draw(scores[:, 0], self._probabilities(scores[:, 0]))
         self._commit(target_pass, scores, list(choices[:, None]), [0] * len(choices), is_prefill=True)
         self._drop_rows()
