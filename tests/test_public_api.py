@@ -5,10 +5,11 @@ from __future__ import annotations
 import doctest
 
 import dspark_hf
+from dspark_hf.generation import request_stream
 from dspark_hf.modeling import configuration_dspark, modeling_dspark
 from dspark_hf.modeling.deepseek_v4 import cache, configuration, modeling
 
-MODULES = (configuration_dspark, modeling_dspark, configuration, modeling, cache)
+MODULES = (request_stream, configuration_dspark, modeling_dspark, configuration, modeling, cache)
 
 
 def test_public_names():
@@ -20,7 +21,11 @@ def test_public_names():
         "DeepseekV4DSparkConfig",
         "DeepseekV4DSparkForCausalLM",
         "DeepseekV4DSparkModel",
+        "FinishedRequest",
+        "Request",
+        "RequestQueue",
         "SpeculationStatistics",
+        "generate_stream",
         "install",
         "uninstall",
     ]

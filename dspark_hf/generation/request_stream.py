@@ -51,6 +51,20 @@ def generate_stream(
 
     Raises:
         ValueError: if the target cannot be decoded row by row, or an argument does not fit.
+
+    Example:
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dspark_hf import DSparkAssistantModel, Request, generate_stream
+        >>> target = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, eos_token_id=None))
+        >>> drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+        >>> sizes = {"long": 9, "short": 2}
+        >>> requests = [Request([5, 6, 7], {"max_new_tokens": size}, key) for key, size in sizes.items()]
+        >>> for finished in generate_stream(target, requests, drafter=drafter):
+        ...     print(finished.request.key, len(finished.token_ids))
+        short 5
+        long 12
     """
     return RequestStream(target, requests, drafter=drafter, max_rows=max_rows, scheduler=scheduler)
 
