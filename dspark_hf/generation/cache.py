@@ -57,7 +57,7 @@ class RaggedStore:
         """Keep only `rows` of the batch."""
         if self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            self.keys, self.values = _selected(self.keys, rows), _selected(self.values, rows)
 
     def append_rows(self, other: RaggedStore) -> None:
         """Append the rows of another store of the same layer."""
@@ -70,6 +70,16 @@ def _reserve(states: Tensor, length: int) -> Tensor:
     # room to grow; zeros, since a masked slot still enters a product and must not be NaN
     capacity = 64 * (length // 64 + 2)
     return states.new_zeros(states.shape[0], states.shape[1], capacity, states.shape[3])
+
+
+def _selected(store: Tensor, rows: Tensor) -> Tensor:
+    count = len(rows)
+    moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+    if count > len(store) or bool((rows[moved] < count).any()):
+        return store[rows]
+    # rows from the end fill gaps: the others, which may be long, stay where they are
+    store[moved] = store[rows[moved]]
+    return store[:count]
 
 
 def _stacked(store: Tensor, other: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dspark_hf.generation.passes import TargetPass, TargetState
 from dspark_hf.generation.processing import ProcessorChain
 from dspark_hf.generation.ragged import RaggedTarget
 from dspark_hf.generation.requests import Knobs, check_request, read_knobs
-from dspark_hf.generation.rounds import Rounds, fill_empty
+from dspark_hf.generation.rounds import Rounds, fill_empty, without_gaps
 from dspark_hf.generation.rowwise import RowwiseCache, RowwiseTarget
 from dspark_hf.generation.scheduling.interface import Batch, Call, Scheduler
 from dspark_hf.generation.sequences import Sequences
@@ -227,7 +227,7 @@ class _Run(Rounds):
         # not where their cache is to be returned, or they may have to write on
         if self._returns_cache or not self._rules.pads_finished_rows:
             return
-        live = [index for index, row in enumerate(self._rows) if row not in self._stopped_at]
+        live = without_gaps([index for index, row in enumerate(self._rows) if row not in self._stopped_at])
         if live and len(live) < len(self._rows):
             self._select_rows(live, self._sequences.device)
             self._rows = [self._rows[i] for i in live]

@@ -20,7 +20,7 @@ from dspark_hf.generation.passes import TargetPass
 from dspark_hf.generation.processing import ProcessorChain
 from dspark_hf.generation.ragged import RaggedTarget
 from dspark_hf.generation.request_queue import Request
-from dspark_hf.generation.rounds import Rounds, fill_empty
+from dspark_hf.generation.rounds import Rounds, fill_empty, without_gaps
 from dspark_hf.generation.scheduling.interface import Batch, Schedule
 from dspark_hf.generation.sequences import Sequences
 from dspark_hf.generation.statistics import Round, SpeculationStatistics
@@ -233,7 +233,7 @@ class RequestBatch(Rounds):
     def _drop_rows(self) -> None:
         # asked once: another thread may cancel at any time
         are_over = [row.is_over for row in self.rows]
-        live = [i for i, is_over in enumerate(are_over) if not is_over]
+        live = without_gaps([i for i, is_over in enumerate(are_over) if not is_over])
         if len(live) == len(self.rows):
             return
         self._left += [row for row, is_over in zip(self.rows, are_over, strict=True) if is_over]

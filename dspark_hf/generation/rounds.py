@@ -175,6 +175,13 @@ class Rounds(ABC):
         """Take rows that are over out of the batch."""
 
 
+def without_gaps(live: Sequence[int]) -> list[int]:
+    """Return the indices of `live` rows, the last ones put where rows before them left gaps: others need not move."""
+    staying = {index for index in live if index < len(live)}
+    moving = [index for index in live if index >= len(live)]
+    return [index if index in staying else moving.pop(0) for index in range(len(live))]
+
+
 def _draw(scores: Tensor, probs: Tensor | None) -> Tensor:
     """Return one token per row of `scores` `(b, V)`."""
     return scores.argmax(-1) if probs is None else torch.multinomial(probs, num_samples=1).squeeze(-1)

@@ -67,10 +67,10 @@ class _Adaptive(Schedule):
         self._mode = _Mode.plain
         if batch.max_drafts < 1:
             return 0
-        if isinstance(self._costs, OnlineCosts) and not self._costs.is_known:
+        if isinstance(self._costs, OnlineCosts) and not self._costs.knows(batch.num_rows):
             return self._learning_drafts(batch)
-        plan, parking = self._current_plan(batch), self._memory.parking
-        if plan.rate > _REQUIRED_GAIN * plan.plain_rate:
+        plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
+        if plan.rate > _REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
             self._mode = _Mode.drafting if is_busy else _Mode.plain
         elif parking.is_trial_due():
@@ -126,14 +126,19 @@ class _Adaptive(Schedule):
             self._memory.experience.add(margins)
 
     def _count(self, outcome: Outcome) -> None:
-        parking = self._memory.parking
+        parking = self._memory.parking(outcome.batch.num_rows)
         if self._mode is _Mode.plain:
             parking.count_plain()
-        elif self._mode is _Mode.drafting:
-            parking.count_drafted()
+        elif self._mode is _Mode.drafting and self._plan is not None:
+            parking.count_drafted(outcome.batch.num_rows, _gain(outcome, self._plan))
         elif self._mode is _Mode.trial and self._plan is not None:
-            tokens = outcome.batch.num_live + sum(outcome.num_accepted)
-            seconds = outcome.draft_seconds + outcome.other_seconds
-            parking.count_trial(has_paid=tokens > self._plan.plain_rate * seconds)
+            parking.count_trial(has_paid=_gain(outcome, self._plan) > 0)
             self._memory.experience.forget_old()
             self._plan = None
+
+
+def _gain(outcome: Outcome, plan: Plan) -> float:
+    """Return the tokens per row that a round gave beyond those that plain steps would have given in its time."""
+    num_live = max(outcome.batch.num_live, 1)
+    tokens = num_live + sum(outcome.num_accepted)
+    return (tokens - plan.plain_rate * (outcome.draft_seconds + outcome.other_seconds)) / num_live

@@ -14,8 +14,8 @@ from dspark_hf.profiling.fitting import fit_line, smooth_curve
 _NUM_SAMPLES = 127
 # rounds whose median is the common factor: as many as a slow moment lasts
 _NUM_RECENT = 7
-# rounds of either kind, beside the very first, that make the costs known
-_NUM_NEEDED = 1
+# batches so many times larger or smaller cost alike enough to go by
+_NEAR = 2
 # samples of a shape that count as much as what all shapes together say
 _TRUST = 4.0
 # share of the drafter's time that does not depend on the number of drafts: its backbone runs over whole blocks
@@ -60,12 +60,13 @@ class OnlineCosts:
         self._recent: deque[float] = deque(maxlen=_NUM_RECENT)
         self._drift = 1.0
 
-    @property
-    def is_known(self) -> bool:
-        """Whether there is a profile, or both plain and drafting rounds have been measured."""
+    def knows(self, num_rows: int) -> bool:
+        """Return whether there is a profile, or plain and drafting rounds of about so many rows were measured."""
         if self.profile is not None:
             return True
-        return self._verify.num_samples(1) >= _NUM_NEEDED and self._draft.num_samples() >= _NUM_NEEDED
+        near = [rows for rows in self._verify.rows if num_rows / _NEAR <= rows <= num_rows * _NEAR]
+        sizes = {size for rows in near for size in self._verify.sizes(rows)}
+        return 1 in sizes and len(sizes) > 1 and bool(self._draft.rows)
 
     def observe(self, outcome: Outcome) -> None:
         """Learn from a round."""
@@ -80,18 +81,30 @@ class OnlineCosts:
         if drafts and outcome.is_typical:
             self._draft.add(rows, drafts, outcome.draft_seconds / self._drift)
         elif drafts:
-            self._draft.pass_over(rows, drafts)
+            self._draft.pass_over(drafts)
 
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
         """Return the seconds of a pass over `width` tokens of each row, with all that goes with it."""
-        widths = range(1, max(width, self._verify.largest(num_rows)) + 1)
+        nearest = num_rows if self.profile is not None else self._verify.nearest_rows(num_rows)
+        largest = max(self._verify.largest(num_rows), self._verify.largest(nearest))
+        widths = range(1, max(width, largest) + 1)
         if self.profile is not None:
             expected = [self.profile.verify_seconds(num_rows, one, context_length) for one in widths]
         else:
-            # what counts most is the number of tokens, whichever rows they are of
-            intercept, slope = self._verify.line_over_products()
-            expected = [intercept + slope * num_rows * one for one in widths]
+            expected = self._expected_verify(num_rows, len(widths))
         return self._drift * self._verify.smoothed(num_rows, expected)[width - 1]
+
+    def _expected_verify(self, num_rows: int, up_to: int) -> list[float]:
+        # what counts most is the number of tokens, whichever rows they are of
+        intercept, slope = self._verify.line_over_products()
+        line = [intercept + slope * num_rows * width for width in range(1, up_to + 1)]
+        nearest = self._verify.nearest_rows(num_rows)
+        if nearest == num_rows:
+            return line
+        # and then what is special about widths, as batches of another size show it
+        theirs = [intercept + slope * nearest * width for width in range(1, up_to + 1)]
+        smoothed = self._verify.smoothed(nearest, theirs)
+        return [ours * seconds / other for ours, seconds, other in zip(line, smoothed, theirs, strict=True)]
 
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
@@ -114,18 +127,27 @@ class _Times:
     def __init__(self) -> None:
         self._samples: dict[int, dict[int, deque[float]]] = {}
         self._medians: dict[tuple[int, int], float] = {}
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[int] = set()
+
+    @property
+    def rows(self) -> list[int]:
+        """The numbers of rows that were measured."""
+        return list(self._samples)
+
+    def sizes(self, rows: int) -> list[int]:
+        """Return the sizes that were measured with that many rows."""
+        return list(self._samples.get(rows, {}))
 
     def add(self, rows: int, size: int, seconds: float) -> None:
-        """Add a sample; the first of its kind, which also pays for choosing kernels and making room, is left out."""
-        if (rows, size) in self._seen:
+        """Add a sample; the first of a size, which also pays for choosing kernels and making room, is left out."""
+        if size in self._seen:
             self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
             self._medians.pop((rows, size), None)
-        self.pass_over(rows, size)
+        self.pass_over(size)
 
-    def pass_over(self, rows: int, size: int) -> None:
-        """Note that a step of that kind was made, and do not count it."""
-        self._seen.add((rows, size))
+    def pass_over(self, size: int) -> None:
+        """Note that a step of that size was made, and do not count it."""
+        self._seen.add(size)
 
     def median(self, rows: int, size: int) -> float | None:
         """Return the median, or None if there is no sample."""
@@ -133,15 +155,6 @@ class _Times:
         if samples and (rows, size) not in self._medians:
             self._medians[rows, size] = median(samples)
         return self._medians.get((rows, size))
-
-    def num_samples(self, size: int | None = None) -> int:
-        """Return how many samples there are, of that size if one is given."""
-        return sum(
-            len(samples)
-            for by_size in self._samples.values()
-            for one, samples in by_size.items()
-            if size is None or one == size
-        )
 
     def nearest_rows(self, rows: int) -> int:
         """Return the measured number of rows that is nearest to `rows`."""

@@ -19,7 +19,7 @@ MAX_MARGIN = 12.0
 _PRIOR = np.array([-0.9, 0.7])
 _PRIOR_PRECISION = np.array([2.0, 2.0])
 # drafts that are remembered, so that the fit follows the text
-_NUM_DRAFTS = 512
+_NUM_DRAFTS = 256
 # new drafts after which the fit is renewed, and how many at first are fitted round by round
 _FIT_EVERY = 16
 _NUM_EARLY_DRAFTS = 64

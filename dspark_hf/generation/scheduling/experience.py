@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 
-# blocks that count: enough to average over easy and hard places, few enough to follow the text
-NUM_BLOCKS = 32
+# rows' blocks that count: enough to average over easy and hard places, few enough to follow the text
+_NUM_ROWS = 48
+_FEWEST_BLOCKS = 4
 # how many of them still count once drafting was given up, so that a few trials can change the verdict
 _NUM_PARKED_BLOCKS = 8
 # chance of a draft where nothing is known yet
@@ -28,7 +29,7 @@ class Experience:
     """
 
     def __init__(self) -> None:
-        self._blocks: deque[NDArray[np.float64]] = deque(maxlen=NUM_BLOCKS)
+        self._blocks: deque[NDArray[np.float64]] = deque()
         # changes with every block, so that a plan knows when it is old
         self.num_blocks = 0
 
@@ -36,6 +37,8 @@ class Experience:
         """Add the margins `(b, K)` of a round, of rows that could use all drafts."""
         self._blocks.append(np.array(margins, dtype=np.float64))
         self.num_blocks += 1
+        while len(self._blocks) > _FEWEST_BLOCKS and sum(map(len, self._blocks)) - len(self._blocks[0]) >= _NUM_ROWS:
+            self._blocks.popleft()
 
     def forget_old(self) -> None:
         """Keep the latest few blocks."""

@@ -18,7 +18,11 @@ class DrafterMemory:
 
     estimator: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
     experience: Experience = field(default_factory=Experience)
-    parking: Parking = field(default_factory=Parking)
+    _parking: dict[int, Parking] = field(default_factory=dict)
+
+    def parking(self, num_rows: int) -> Parking:
+        """Return what is known of batches of about so many rows: what loses with sixteen may pay with one."""
+        return self._parking.setdefault(num_rows.bit_length(), Parking())
 
 
 _MEMORIES: WeakKeyDictionary[Drafter, dict[tuple[str, bool], DrafterMemory]] = WeakKeyDictionary()

@@ -1,10 +1,15 @@
-"""When a parked drafter is tried again, and a busy one compared with plain decoding."""
+"""When drafting is given up, when it is tried again, and when a busy drafter is compared with plain steps."""
 
 from __future__ import annotations
+
+import math
+from collections import deque
 
 # parked rounds before the first trial, and most between two: a trial loses about one plain step
 _FIRST_GAP = 16
 _LONGEST_GAP = 256
+# trials in a row that must pay before drafting is taken up again: one may be luck
+_NUM_PAID = 2
 # drafting rounds between two plain ones, which keep the price of a plain step up to date
 _PLAIN_EVERY = 64
 
@@ -13,17 +18,20 @@ class Parking:
     """Count the rounds since the other mode was seen.
 
     The gap between trials doubles with each one that fails, so that trials cost below 2% of a long run, and starts
-    anew once drafting pays.
+    anew once drafting pays. `is_parked` says that drafting was given up because it lost time.
     """
 
     def __init__(self) -> None:
+        self.is_parked = False
+        self._balance = Balance()
         self._gap = _FIRST_GAP
-        self._num_parked = 0
+        self._num_plain = 0
         self._num_drafted = 0
+        self._num_paid = 0
 
     def is_trial_due(self) -> bool:
         """Return whether a parked drafter should be tried in this round."""
-        return self._num_parked >= self._gap
+        return self._num_plain >= self._gap
 
     def is_plain_step_due(self) -> bool:
         """Return whether a drafting run should make one plain step."""
@@ -31,18 +39,61 @@ class Parking:
 
     def count_plain(self) -> None:
         """Count a round without drafts."""
-        self._num_parked += 1
+        self._num_plain += 1
         self._num_drafted = 0
 
-    def count_drafted(self) -> None:
-        """Count a round of drafts that were expected to pay."""
-        self._num_parked = 0
+    def count_drafted(self, num_rows: int, gain: float) -> None:
+        """Count a round of drafts that were expected to pay.
+
+        Args:
+            num_rows: rows that took part.
+            gain: tokens per row beyond those that plain steps would have written meanwhile.
+        """
+        self._num_plain = 0
         self._gap = _FIRST_GAP
         self._num_drafted += 1
+        self._balance.add(num_rows, gain)
+        if self._balance.is_losing():
+            self.is_parked = True
+            self._num_paid = 0
+            self._balance = Balance()
 
     def count_trial(self, *, has_paid: bool) -> None:
-        """Count a trial; after one that paid, which may have been luck, the next follows at once."""
+        """Count a trial; after one that paid the next follows at once."""
         self._num_drafted = 0
-        self._num_parked = self._gap if has_paid else 0
+        self._num_plain = self._gap if has_paid else 0
+        self._num_paid = self._num_paid + 1 if has_paid else 0
+        self.is_parked = self.is_parked and self._num_paid < _NUM_PAID
         if not has_paid:
             self._gap = min(2 * self._gap, _LONGEST_GAP)
+
+
+class Balance:
+    """What the latest drafting rounds have really gained, whatever was expected of them."""
+
+    # rows' rounds that count, and the fewest that allow a verdict
+    _NUM_ROWS = 48
+    _FEWEST_ROWS = 16
+    _FEWEST_ROUNDS = 4
+
+    def __init__(self) -> None:
+        self._rounds: deque[tuple[int, float]] = deque()
+
+    def add(self, num_rows: int, gain: float) -> None:
+        """Add a round in which every row gained `gain` tokens on average."""
+        self._rounds.append((num_rows, gain))
+        while len(self._rounds) > self._FEWEST_ROUNDS and self._num_rows() - self._rounds[0][0] >= self._NUM_ROWS:
+            self._rounds.popleft()
+
+    def is_losing(self) -> bool:
+        """Return whether the mean gain is below zero by more than its standard error."""
+        count = len(self._rounds)
+        if count < self._FEWEST_ROUNDS or self._num_rows() < self._FEWEST_ROWS:
+            return False
+        gains = [gain for _, gain in self._rounds]
+        mean = sum(gains) / count
+        variance = sum((gain - mean) ** 2 for gain in gains) / (count - 1)
+        return mean + math.sqrt(variance / count) < 0
+
+    def _num_rows(self) -> int:
+        return sum(rows for rows, _ in self._rounds)
