@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.loads import PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
+from benchmarks.loads import DEFAULT, PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
 from benchmarks.overhead import DTYPES, FOLDER
 from benchmarks.provenance import describe_run
 from benchmarks.simulation import SimulatedDrafter, random_target
@@ -35,18 +35,21 @@ from dspark_hf.prompts import encode_prompt, read_prompts
 GREEDY = {"do_sample": False}
 # drafts of the longest fixed setting
 BLOCK_SIZE = 7
+# enough where all drafting loses
+FEW_WAYS = (PLAIN, "fixed 3", DEFAULT)
 WORST = ("random prompts", "untrained drafter", "temperature 2")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A target, a drafter, and the batch of a run: `load(num_rows, run)`."""
+    """A target, a drafter, the batch of a run, `load(num_rows, run)`, and the ways to decode it."""
 
     name: str
     target: Any
     drafter: Drafter
     load: Callable[[int, int], Load]
     is_greedy: bool = True
+    ways: tuple[str, ...] = tuple(WAYS)
 
 
 def packaged_cases(model: str, prompts: Path, dtype: torch.dtype) -> list[Case]:
@@ -72,9 +75,9 @@ def packaged_cases(model: str, prompts: Path, dtype: torch.dtype) -> list[Case]:
     hot = {"do_sample": True, "temperature": 2.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
     return [
         Case("prompts", target, drafter, lambda rows, run: real(rows, run, **GREEDY)),
-        Case(WORST[0], target, drafter, random),
-        Case(WORST[1], target, untrained, lambda rows, run: real(rows, run, **GREEDY)),
-        Case(WORST[2], target, drafter, lambda rows, run: real(rows, run, **hot), is_greedy=False),
+        Case(WORST[0], target, drafter, random, ways=FEW_WAYS),
+        Case(WORST[1], target, untrained, lambda rows, run: real(rows, run, **GREEDY), ways=FEW_WAYS),
+        Case(WORST[2], target, drafter, lambda rows, run: real(rows, run, **hot), is_greedy=False, ways=FEW_WAYS),
     ]
 
 
@@ -97,14 +100,14 @@ def _untrained(target: Any, **fields: Any) -> Any:
 
 def measure(case: Case, num_rows: int, runs: int, max_new_tokens: int) -> dict[str, Measured]:
     """Return what every way took, run by run."""
-    measured = {way: Measured() for way in WAYS}
-    for way in WAYS:
+    measured = {way: Measured() for way in case.ways}
+    for way in case.ways:
         # kernels are chosen, costs are profiled
         _run(case, way, case.load(num_rows, 0), min(8, max_new_tokens), Measured())
     for run in range(runs):
         load = case.load(num_rows, run)
-        names = list(WAYS)
-        order = names[run % len(names) :] + names[: run % len(names)]
+        first = run % len(case.ways)
+        order = case.ways[first:] + case.ways[:first]
         texts: dict[str, Tensor] = {}
         for way in order:
             torch.manual_seed(run)
