@@ -12,6 +12,8 @@ _LONGEST_GAP = 256
 _NUM_PAID = 2
 # drafting rounds between two plain ones, which keep the price of a plain step up to date
 _PLAIN_EVERY = 64
+# standard errors by which the mean gain must lie below zero before drafting is given up
+_DOUBT = 1.5
 
 
 class Parking:
@@ -86,14 +88,14 @@ class Balance:
             self._rounds.popleft()
 
     def is_losing(self) -> bool:
-        """Return whether the mean gain is below zero by more than its standard error."""
+        """Return whether the mean gain is clearly below zero."""
         count = len(self._rounds)
         if count < self._FEWEST_ROUNDS or self._num_rows() < self._FEWEST_ROWS:
             return False
         gains = [gain for _, gain in self._rounds]
         mean = sum(gains) / count
         variance = sum((gain - mean) ** 2 for gain in gains) / (count - 1)
-        return mean + math.sqrt(variance / count) < 0
+        return mean + _DOUBT * math.sqrt(variance / count) < 0
 
     def _num_rows(self) -> int:
         return sum(rows for rows, _ in self._rounds)
