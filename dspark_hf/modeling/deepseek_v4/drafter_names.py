@@ -15,8 +15,8 @@ _STREAMS = "hc_head_"
 
 
 def is_released(fields: dict[str, Any]) -> bool:
-    """Return whether `fields` of a `config.json` are those of a DeepSeek-V4 checkpoint."""
-    return fields.get("model_type") == RELEASED_MODEL_TYPE
+    """Return whether `fields` of a `config.json` are those of a DeepSeek-V4 checkpoint, released or saved by us."""
+    return fields.get("model_type") in (RELEASED_MODEL_TYPE, DeepseekV4DSparkConfig.model_type)
 
 
 def drafter_fields(fields: dict[str, Any]) -> dict[str, Any]:

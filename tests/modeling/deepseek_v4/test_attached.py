@@ -106,6 +106,17 @@ def test_only_where_there_is_one(folder, tmp_path):
         model.generate(_prompts(1), use_dspark=True, assistant_model=model.dspark, max_new_tokens=2)
 
 
+def test_after_saving_under_our_own_names(folder, tmp_path):
+    """A checkpoint that was saved for fast loading has lost its drafter."""
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path, released=False)
+    again = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for (name, expected), (_, found) in zip(
+        model.dspark.named_parameters(), again.dspark.named_parameters(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+
+
 def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
     """The drafter is read from another folder or revision than its target, or fetched twice."""
     shutil.copytree(folder, tmp_path / "below")
