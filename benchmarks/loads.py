@@ -5,7 +5,7 @@ R rows, T prompt length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -97,18 +97,26 @@ def num_new_tokens(new: Tensor, eos_token_id: int | Sequence[int] | None) -> int
     return int((ends.long().cumsum(1) - ends.long() == 0).sum())
 
 
-def run_once(target: Any, drafter: Drafter, way: str, load: Load, max_new_tokens: int, measured: Measured) -> Tensor:
+def run_once(
+    target: Any,
+    drafter: Drafter,
+    way: str,
+    load: Load,
+    max_new_tokens: int,
+    measured: Measured,
+    clock: Callable[[], float] = perf_counter,
+) -> Tensor:
     """Generate once, add what it took to `measured`, and return the new tokens `(R, length)`."""
     options = {**load.options, **WAYS[way]}
     if way != PLAIN:
         options["assistant_model"] = drafter
     _wait(target.device)
-    start = perf_counter()
+    start = clock()
     output = target.generate(
         load.token_ids, attention_mask=load.attention_mask, max_new_tokens=max_new_tokens, **options
     )
     _wait(target.device)
-    measured.seconds.append(perf_counter() - start)
+    measured.seconds.append(clock() - start)
     new = output[:, load.token_ids.shape[1] :]
     ends = load.options.get("eos_token_id", target.generation_config.eos_token_id)
     measured.tokens.append(num_new_tokens(new, ends))

@@ -9,10 +9,10 @@ of them. What is measured is stored batch size by batch size: an interrupted run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Annotated, Any
 
 import torch
@@ -23,12 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.loads import DEFAULT, PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
 from benchmarks.overhead import DTYPES, FOLDER
-from benchmarks.provenance import describe_run
 from benchmarks.simulation import SimulatedDrafter, random_target
 from benchmarks.throughput_report import draw, speculation_table, speed_table, summary
+from benchmarks.throughput_store import Store
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
-from dspark_hf.files import write_whole
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.prompts import encode_prompt, read_prompts
 
@@ -98,12 +97,14 @@ def _untrained(target: Any, **fields: Any) -> Any:
     return drafter.to(device=target.device, dtype=target.dtype)
 
 
-def measure(case: Case, num_rows: int, runs: int, max_new_tokens: int) -> dict[str, Measured]:
+def measure(
+    case: Case, num_rows: int, runs: int, max_new_tokens: int, clock: Callable[[], float] = perf_counter
+) -> dict[str, Measured]:
     """Return what every way took, run by run."""
     measured = {way: Measured() for way in case.ways}
     for way in case.ways:
         # kernels are chosen, costs are profiled
-        _run(case, way, case.load(num_rows, 0), min(8, max_new_tokens), Measured())
+        _run(case, way, case.load(num_rows, 0), min(8, max_new_tokens), Measured(), clock)
     for run in range(runs):
         load = case.load(num_rows, run)
         first = run % len(case.ways)
@@ -111,79 +112,40 @@ def measure(case: Case, num_rows: int, runs: int, max_new_tokens: int) -> dict[s
         texts: dict[str, Tensor] = {}
         for way in order:
             torch.manual_seed(run)
-            texts[way] = _run(case, way, load, max_new_tokens, measured[way])
+            texts[way] = _run(case, way, load, max_new_tokens, measured[way], clock)
         if case.is_greedy:
             for way in order:
                 measured[way].is_identical.append(torch.equal(texts[way], texts[PLAIN]))
     return measured
 
 
-def _run(case: Case, way: str, load: Load, max_new_tokens: int, measured: Measured) -> Tensor:
+def _run(
+    case: Case, way: str, load: Load, max_new_tokens: int, measured: Measured, clock: Callable[[], float]
+) -> Tensor:
     if isinstance(case.drafter, SimulatedDrafter) and way != PLAIN:
         script = case.target.generate(
             load.token_ids, attention_mask=load.attention_mask, max_new_tokens=max_new_tokens, **load.options
         )
         case.drafter.script = script
         case.drafter.num_padded = (load.attention_mask == 0).sum(1).tolist()
-    return run_once(case.target, case.drafter, way, load, max_new_tokens, measured)
+    return run_once(case.target, case.drafter, way, load, max_new_tokens, measured, clock)
 
 
-class Store:
-    """What is measured so far, in a JSON file that belongs to one set of settings.
-
-    Args:
-        path: the file.
-        settings: what makes measurements comparable; a file of other settings is begun anew.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self._path = path
-        self._fields: dict[str, Any] = {"settings": settings, "provenance": describe_run(), "results": {}}
-        if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["settings"] == settings:
-                self._fields = stored
-
-    @property
-    def provenance(self) -> list[str]:
-        """Where the first measurement came from."""
-        return list(self._fields["provenance"])
-
-    def has(self, case: str, num_rows: int) -> bool:
-        """Return whether that batch size is measured."""
-        return str(num_rows) in self._fields["results"].get(case, {})
-
-    def add(self, case: str, num_rows: int, measured: dict[str, Measured]) -> None:
-        """Add a batch size and write the file."""
-        by_rows = self._fields["results"].setdefault(case, {})
-        by_rows[str(num_rows)] = {way: asdict(one) for way, one in measured.items()}
-        write_whole(self._path, (json.dumps(self._fields, indent=1) + "\n").encode())
-
-    def results(self) -> dict[str, dict[int, dict[str, Measured]]]:
-        """Return everything: by case, rows and way."""
-        return {
-            case: {
-                int(rows): {way: Measured(**one) for way, one in by_way.items()}
-                for rows, by_way in sorted(by_rows.items(), key=lambda pair: int(pair[0]))
-            }
-            for case, by_rows in self._fields["results"].items()
-        }
-
-
-def write_report(store: Store, title: str, description: str, folder: Path, stem: str) -> str:
+def write_report(store: Store, title: str, description: str, path: Path) -> str:
     """Write figures and the page of tables, and return the page."""
     results = store.results()
-    lines = [f"# Throughput: {title}", "", description, "", *store.provenance, "", *summary(results, WORST)]
+    lines = [f"# Throughput: {title}", "", description, "", *summary(results, WORST)]
     for case, by_rows in results.items():
-        figure = f"{stem}-{case.replace(' ', '-')}.png"
-        draw(by_rows, f"{title}, {case}", folder / figure)
+        figure = store.path(case, "png")
+        draw(by_rows, f"{title}, {case}", figure)
         lines += [
-            *("", f"## {case}", "", "Speed, plain = 1:", "", *speed_table(by_rows)),
+            *("", f"## {case}", "", *store.provenance(case)),
+            *("", "Speed, plain = 1:", "", *speed_table(by_rows)),
             *("", "tau / verified drafts per row and round:", "", *speculation_table(by_rows)),
-            *("", f"![{case}]({figure})"),
+            *("", f"![{case}]({figure.name})"),
         ]
     text = "\n".join(lines) + "\n"
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return text
 
 
@@ -200,10 +162,17 @@ def main(
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
     device: Annotated[str, typer.Option(help="With --shape.")] = "cpu",
     cases: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    processor_time: Annotated[
+        bool, typer.Option("--processor-time", help="For a busy machine: seconds of the processor, on one thread.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the page, figures and numbers.")] = FOLDER / "results",
 ) -> None:
     """Measure, and write a page with tables and figures."""
     console = Console()
+    clock = perf_counter
+    if processor_time:
+        torch.set_num_threads(1)
+        clock = process_time
     chances = [float(rate) for rate in rates.split(",")]
     if len(chances) != BLOCK_SIZE or not all(0 < chance < 1 for chance in chances):
         raise typer.BadParameter(f"`--rates` must be {BLOCK_SIZE} chances between 0 and 1, got {rates!r}. Correct it.")
@@ -224,9 +193,10 @@ def main(
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
         "device": device,
+        "processor_time": processor_time,
     }
     output.mkdir(parents=True, exist_ok=True)
-    store = Store(output / f"{stem}.json", settings)
+    store = Store(output, stem, settings)
     for case in found:
         if wanted is not None and case.name not in wanted:
             continue
@@ -234,9 +204,11 @@ def main(
             if store.has(case.name, num_rows):
                 continue
             with console.status(f"{case.name}, {num_rows} rows"):
-                store.add(case.name, num_rows, measure(case, num_rows, runs, max_new_tokens))
-    description = f"{max_new_tokens} new tokens at most, medians of {runs} interleaved runs, {text}."
-    console.print(write_report(store, title, description, output, stem), soft_wrap=True, markup=False)
+                store.add(case.name, num_rows, measure(case, num_rows, runs, max_new_tokens, clock))
+    seconds = "processor time of one thread" if processor_time else "time"
+    description = f"{max_new_tokens} new tokens at most, medians of {runs} interleaved runs, {text}; {seconds}."
+    page = write_report(store, title, description, output / f"{stem}.md")
+    console.print(page, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":
