@@ -22,27 +22,24 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.drafting import DraftedBlock, Drafter
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import MemorylessDrafter
-from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
-from tests.tiny import tiny_target
+from tests.generation.frequencies import (
+    BLOCK_SIZE,
+    PROMPT,
+    VOCAB_SIZE,
+    PrefixDependent,
+    small_target,
+    smallest_p_value,
+    untrained_drafter,
+)
+from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 
 NUM_SAMPLES = 3000
 NUM_SINGLE_ROW_SAMPLES = 600
-VOCAB_SIZE = 6
 NEW_TOKENS = 5
-BLOCK_SIZE = 3
 EOS = 3
-PROMPT = torch.tensor([2, 3, 4, 5, 1])
-
-
-class PrefixDependent(LogitsProcessor):
-    """Add a bias that depends on every token of the prefix; token 0, which pads, counts nothing."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores + 2 * torch.sin(input_ids.sum(-1, keepdim=True) + torch.arange(scores.shape[1]))
 
 
 # what `generate` is told, and what it makes of that
@@ -85,27 +82,12 @@ _REDUCED_CASES = ("top-k", "repetition penalty", "mixture", "confidence threshol
 OPTION_CASES = [(name, "vanilla") for name in OPTIONS] + [(name, "reduced vocabulary, rnn") for name in _REDUCED_CASES]
 
 
-def _target(**overrides: Any) -> PreTrainedModel:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    return tiny_target(vocab_size=VOCAB_SIZE, **sizes, **heads, **overrides)
-
-
 def _memoryless_target() -> PreTrainedModel:
     """Return a target whose next token depends on the last one alone."""
-    target = _target()
+    target = small_target()
     with torch.no_grad():
         target.model.layers[0].self_attn.o_proj.weight.zero_()
     return target
-
-
-def _untrained(target: PreTrainedModel, **fields: Any) -> DSparkAssistantModel:
-    # larger weights than fresh ones: every head has a say, and the drafts are far from the target's distribution
-    options = {"num_hidden_layers": 1, "markov_rank": 4, "block_size": BLOCK_SIZE, "initializer_range": 0.5}
-    drafter = DSparkAssistantModel.from_target(target, **{**options, **fields})
-    # a few tokens are too few for a scheduler to learn from: every draft is verified
-    drafter.scheduler = "fixed"
-    return drafter
 
 
 def _sample(target: PreTrainedModel, drafter: Drafter | None, **options: Any) -> Tensor:
@@ -113,15 +95,6 @@ def _sample(target: PreTrainedModel, drafter: Drafter | None, **options: Any) ->
     prompts = PROMPT.expand(NUM_SAMPLES, -1)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, **options}
     return target.generate(prompts, assistant_model=drafter, **options)[:, len(PROMPT) :]
-
-
-def _smallest_p_value(samples: Tensor, probabilities: Tensor, span: int = 3) -> float:
-    """Return the smaller p-value of the joint frequencies of the first and of the last `span` tokens."""
-    length = probabilities.ndim
-    after, before = tuple(range(span, length)), tuple(range(length - span))
-    return min(
-        p_value(samples[:, :span], probabilities.sum(after)), p_value(samples[:, -span:], probabilities.sum(before))
-    )
 
 
 def _assert_some_drafts_are_rejected(drafter: Drafter) -> None:
@@ -135,37 +108,37 @@ def _assert_some_drafts_are_rejected(drafter: Drafter) -> None:
 def test_enumeration_describes_plain_generate(name):
     """The reference distribution of this file is not the one that plain `generate` samples from."""
     options, processors = OPTIONS.get(name, ({}, []))
-    target = _target()
+    target = small_target()
     target.generation_config.eos_token_id = options.get("eos_token_id")
     knobs = ("num_assistant_tokens", "assistant_confidence_threshold")
     samples = _sample(target, None, **{key: value for key, value in options.items() if key not in knobs})
     probabilities = text_probabilities(target, PROMPT, NEW_TOKENS, processors=LogitsProcessorList(processors))
-    assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+    assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 
 
 @pytest.mark.parametrize("kind", FIELDS)
 def test_every_kind_of_drafter_keeps_the_distribution(kind):
     """Sampled text of a batch is not the target's with some kind of drafter."""
-    target = _target()
-    drafter = _untrained(target, **FIELDS[kind])
+    target = small_target()
+    drafter = untrained_drafter(target, **FIELDS[kind])
     samples = _sample(target, drafter)
     _assert_some_drafts_are_rejected(drafter)
-    assert _smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
+    assert smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
 
 
 @pytest.mark.parametrize(("name", "kind"), OPTION_CASES)
 def test_every_option_keeps_the_distribution(name, kind):
     """Sampled text of a batch is not the target's under some option of `generate`."""
     options, processors = OPTIONS[name]
-    target = _target()
+    target = small_target()
     target.generation_config.eos_token_id = options.get("eos_token_id")
-    drafter = _untrained(target, **FIELDS[kind])
+    drafter = untrained_drafter(target, **FIELDS[kind])
     samples = _sample(target, drafter, **options)
     _assert_some_drafts_are_rejected(drafter)
     if "assistant_confidence_threshold" in options:
         assert drafter.last_statistics.num_verified < drafter.last_statistics.num_drafted
     probabilities = text_probabilities(target, PROMPT, NEW_TOKENS, processors=LogitsProcessorList(processors))
-    assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+    assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 
 
 def test_rows_of_different_lengths_keep_their_distributions():
@@ -173,8 +146,8 @@ def test_rows_of_different_lengths_keep_their_distributions():
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
     prompts = torch.tensor([[2, 3, 4, 5, 1], [0, 0, 4, 2, 2], [0, 0, 0, 0, 5]])
     options, processors = OPTIONS["mixture"]
-    target = _target()
-    drafter = _untrained(target)
+    target = small_target()
+    drafter = untrained_drafter(target)
     copies = NUM_SAMPLES // 2
     outputs = target.generate(
         prompts.repeat(copies, 1),
@@ -194,15 +167,15 @@ def test_rows_of_different_lengths_keep_their_distributions():
             attention_mask=mask[row],
         )
         samples = outputs[row::3, prompts.shape[1] :]
-        assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+        assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 
 
 @pytest.mark.parametrize("name", ["mixture", pytest.param("confidence threshold", marks=pytest.mark.slow)])
 def test_single_rows_keep_the_distribution(name):
     """Sampled text of one row, which takes another path than a batch, is not the target's."""
     options, processors = OPTIONS[name]
-    target = _target()
-    drafter = _untrained(target)
+    target = small_target()
+    drafter = untrained_drafter(target)
     new_tokens = 4
     samples = torch.cat(
         [
@@ -213,16 +186,16 @@ def test_single_rows_keep_the_distribution(name):
         ]
     )[:, len(PROMPT) :]
     probabilities = text_probabilities(target, PROMPT, new_tokens, processors=LogitsProcessorList(processors))
-    assert _smallest_p_value(samples, probabilities, span=2) > SMALLEST_P_VALUE
+    assert smallest_p_value(samples, probabilities, span=2) > SMALLEST_P_VALUE
 
 
 def test_uniform_drafter_keeps_the_distribution():
     """A drafter that knows nothing changes what is sampled."""
-    target = _target()
+    target = small_target()
     drafter = MemorylessDrafter(lambda slot, previous: torch.zeros(len(previous), VOCAB_SIZE), VOCAB_SIZE, BLOCK_SIZE)
     samples = _sample(target, drafter)
     _assert_some_drafts_are_rejected(drafter)
-    assert _smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
+    assert smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
 
 
 @pytest.mark.parametrize("name", ["temperature", "mixture"])
@@ -237,7 +210,7 @@ def test_drafter_equal_to_the_target_is_always_accepted(name):
     statistics = drafter.last_statistics
     assert statistics.num_accepted == statistics.num_verified > 0
     probabilities = text_probabilities(target, PROMPT, NEW_TOKENS, processors=LogitsProcessorList(processors))
-    assert _smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
+    assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 
 
 def _most_likely(block: DraftedBlock) -> DraftedBlock:
@@ -262,6 +235,6 @@ def _confident_in_its_own_draft(block: DraftedBlock) -> DraftedBlock:
 )
 def test_dishonest_drafter_is_found_out(alter, options):
     """The frequency tests of this file would pass for text that does not follow the target's distribution."""
-    target = _target()
-    samples = _sample(target, AlteredDrafter(_untrained(target), alter), **options)
-    assert _smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) < SMALLEST_P_VALUE
+    target = small_target()
+    samples = _sample(target, AlteredDrafter(untrained_drafter(target), alter), **options)
+    assert smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) < SMALLEST_P_VALUE

@@ -28,7 +28,7 @@ from tests.generation.scheduling.fakes import ListedCosts
 from tests.generation.scheduling.retrospective import RetrospectiveScheduler
 
 P_TARGET = 0.7
-NEW_TOKENS = 1000
+NEW_TOKENS = 800
 # a correct scheduler is condemned once in two million seeds
 NUM_DEVIATIONS = 5.0
 
