@@ -1,0 +1,115 @@
+"""Plans against searches over everything that could be planned.
+
+N blocks, K drafts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from dspark_hf.generation.scheduling.planning import Plan, convex_minorant, make_plan
+
+
+def _rate(
+    gains: np.ndarray, num_live: int, drafting: list[float], verify: list[float], count: int, levels: list[int]
+) -> float:
+    """Return tokens per second if block i, of `count` drafts, is verified down to `levels[i]`."""
+    tokens = seconds = 0.0
+    for block, level in zip(gains, levels, strict=True):
+        level = min(level, count)
+        tokens += num_live + block[:level].sum()
+        seconds += drafting[count - 1] + verify[level]
+    return tokens / seconds
+
+
+def _best_rate(gains: np.ndarray, num_live: int, drafting: list[float], verify: list[float]) -> float:
+    """Return the highest rate of any number of drafts and any levels of the blocks."""
+    num_drafts = gains.shape[1]
+    choices = itertools.product(range(num_drafts + 1), repeat=len(gains))
+    return max(
+        _rate(gains, num_live, drafting, verify, count, list(levels))
+        for levels in choices
+        for count in range(1, num_drafts + 1)
+    )
+
+
+def _random_gains(draw: random.Random, num_blocks: int, num_drafts: int) -> np.ndarray:
+    return np.array([[draw.random() ** 0.5 for _ in range(num_drafts)] for _ in range(num_blocks)]).cumprod(1)
+
+
+@pytest.mark.parametrize("stair", [0.0, 0.6])
+@pytest.mark.parametrize("num_live", [1, 4])
+def test_plan_is_nearly_the_best_there_is(num_live, stair):
+    """A plan leaves much of what could be gained, or promises more than it can reach."""
+    draw = random.Random(0)
+    for _ in range(60):
+        num_blocks, num_drafts = draw.randint(1, 3), draw.randint(1, 4)
+        gains = num_live * _random_gains(draw, num_blocks, num_drafts)
+        drafting = [draw.uniform(0, 0.4) + 0.05 * count for count in range(1, num_drafts + 1)]
+        slope = draw.uniform(0.01, 0.8)
+        verify = [1 + slope * level + stair * (level > 1) for level in range(num_drafts + 1)]
+        plan = make_plan(gains, num_live, drafting, verify)
+        best = _best_rate(gains, num_live, drafting, verify)
+        assert plan.rate <= best * (1 + 1e-9)
+        # levels are cut by price, and on stairs by the price of their share
+        assert plan.rate >= (0.97 if stair == 0 else 0.85) * best
+        assert plan.plain_rate == pytest.approx(num_live / verify[0])
+        assert 1 <= plan.num_drafts <= num_drafts
+
+
+def test_plan_knows_when_drafting_does_not_pay():
+    """A drafter that costs more than it brings is expected to pay."""
+    gains = np.full((8, 3), 0.1)
+    plan = make_plan(gains, 1, [0.5, 0.6, 0.7], [1.0, 1.2, 1.4, 1.6])
+    assert plan.rate < plan.plain_rate
+
+
+def test_plan_drafts_no_more_than_it_verifies():
+    """Drafts are made that no block is worth verifying."""
+    # the third draft never comes
+    gains = np.array([[0.9, 0.8, 0.0], [0.95, 0.7, 0.01]])
+    plan = make_plan(gains, 1, [0.1, 0.2, 0.3], [1.0, 1.1, 1.2, 1.3])
+    assert plan.num_drafts == 2
+
+
+def test_plan_looks_past_a_stair():
+    """The first step of a stair keeps a plan from the flight behind it."""
+    gains = np.full((4, 4), 0.9)
+    plan = make_plan(gains, 1, [0.01] * 4, [1.0, 2.0, 2.0, 2.0, 2.0])
+    assert plan.num_drafts == 4
+    assert plan.admit([0.9, 0.9, 0.9, 0.9]) == 4
+    # 4.6 tokens in 2.01 seconds
+    assert plan.rate == pytest.approx(4.6 / 2.01)
+
+
+def test_levels_are_admitted_up_to_the_first_that_is_too_dear():
+    """A level behind a cut is verified, or a level at its price is not."""
+    plan = Plan(4, 1.0, 1.0, (0.5, 0.4, 0.3, 0.2))
+    assert plan.admit([0.5, 0.4, 0.3, 0.2]) == 4
+    assert plan.admit([0.9, 0.3, 0.9, 0.9]) == 1
+    assert plan.admit([0.4, 0.9, 0.9, 0.9]) == 0
+    assert plan.admit([0.9, 0.9]) == 2
+
+
+def _is_convex(values: list[float]) -> bool:
+    return all(values[i + 1] - values[i] >= values[i] - values[i - 1] - 1e-9 for i in range(1, len(values) - 1))
+
+
+def test_convex_minorant():
+    """A price is not that of the way to the next width worth going to."""
+    draw = random.Random(1)
+    for _ in range(200):
+        values = [draw.choice([draw.random(), round(draw.random(), 1)]) for _ in range(draw.randint(1, 7))]
+        minorant = convex_minorant(values)
+        # at each place the lowest of all lines between two points around it
+        for place in range(len(values)):
+            lines = [values[place]]
+            for left, right in itertools.product(range(place), range(place + 1, len(values))):
+                share = (place - left) / (right - left)
+                lines.append(values[left] + share * (values[right] - values[left]))
+            assert minorant[place] == pytest.approx(min(lines))
+        assert _is_convex(minorant)
