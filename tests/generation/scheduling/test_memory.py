@@ -1,0 +1,110 @@
+"""What a process remembers of a drafter, and how its recent blocks stand for those to come."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, ThresholdScheduler
+from dspark_hf.generation.scheduling.experience import NUM_BLOCKS, Experience
+from dspark_hf.generation.scheduling.memory import remembered
+from dspark_hf.generation.target import TargetAdapter
+from tests.generation.prompts import ragged_prompts
+from tests.generation.scheduling.fakes import ListedCosts, new_call, new_drafter
+from tests.tiny import tiny_target
+
+
+def test_memory_outlives_a_call():
+    """Every call starts from nothing, however much the process has seen of the drafter."""
+    drafter = new_drafter()
+    first = remembered(new_call(drafter=drafter))
+    assert remembered(new_call(drafter=drafter, num_rows=4)) is first
+
+
+def test_memory_is_of_a_drafter_and_its_use():
+    """One drafter is judged by another, greedy drafts by sampled ones, or one target's by another target's."""
+    drafter, other = new_drafter(), new_drafter()
+    calls = [new_call(drafter=drafter), new_call(drafter=other), new_call(drafter=drafter, is_sampling=True)]
+    gpt2 = TargetAdapter(tiny_target("gpt2"))
+    memories = [remembered(call) for call in calls]
+    memories.append(remembered(Call(gpt2, drafter, 1, 5)))
+    assert len({id(memory) for memory in memories}) == 4
+    assert len({id(memory.estimator) for memory in memories}) == 4
+
+
+def test_memory_is_freed_with_its_drafter():
+    """A process that loads one drafter after the other keeps all of them."""
+    drafter = new_drafter()
+    memory = weakref.ref(remembered(new_call(drafter=drafter)))
+    alive = weakref.ref(drafter)
+    assert memory() is not None
+    del drafter
+    gc.collect()
+    assert alive() is None
+    assert memory() is None
+
+
+@pytest.mark.parametrize(
+    "scheduler", [AdaptiveScheduler(costs=ListedCosts([1.0] * 8)), ThresholdScheduler(0.1, confidence="online")]
+)
+def test_generating_teaches_the_memory(scheduler):
+    """What a call saw of a drafter is not kept."""
+    target = tiny_target()
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    call = Call(TargetAdapter(target), drafter, 1, 7)
+    before = remembered(call).estimator.bias
+    target.generate(
+        **ragged_prompts(1), max_new_tokens=12, do_sample=False, assistant_model=drafter, scheduler=scheduler
+    )
+    greedy, sampling = remembered(call), remembered(Call(call.target, drafter, 1, 7, is_sampling=True))
+    assert greedy.estimator.bias != before
+    assert sampling.estimator.bias == before
+
+
+def test_experience_holds_the_latest_blocks():
+    """A plan is made for text long past."""
+    experience = Experience()
+    for number in range(NUM_BLOCKS + 10):
+        experience.add([1 / (1 + number)])
+    gains = experience.gains(1)
+    assert gains[:, 0].tolist() == [1 / (1 + number) for number in range(10, NUM_BLOCKS + 10)]
+    assert experience.num_blocks == NUM_BLOCKS + 10
+
+
+def test_few_trials_outweigh_what_was_before():
+    """A drafter that was given up is judged by what was known when it was given up."""
+    experience = Experience()
+    for _ in range(NUM_BLOCKS):
+        experience.add([0.1])
+    experience.forget_old()
+    for _ in range(10):
+        experience.add([0.9])
+    assert experience.gains(1).mean() > 0.5
+
+
+def test_undrafted_levels_decay_as_those_before():
+    """Levels that were not drafted are worth nothing, so that blocks never grow; or as much as the first."""
+    experience = Experience()
+    experience.add([0.8, 0.64])
+    experience.add([0.5])
+    experience.add([0.9, 0.8, 0.7, 0.6])
+    assert np.allclose(experience.gains(3), [[0.8, 0.64, 0.512], [0.5, 0.25, 0.125], [0.9, 0.8, 0.7]])
+
+
+def test_nothing_known_is_neither_hope_nor_despair():
+    """A drafter nobody has seen yet is never tried, or counts as always right."""
+    gains = Experience().gains(4)
+    assert gains.shape == (1, 4)
+    assert np.all((gains > 0) & (gains < 1))
+    assert np.all(np.diff(gains) < 0)
+
+
+def test_a_hopeless_block_has_gains():
+    """Gains of zero give no number for the levels behind them."""
+    experience = Experience()
+    experience.add([0.0, 0.0])
+    assert experience.gains(4).tolist() == [[0.0] * 4]
