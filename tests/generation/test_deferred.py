@@ -80,7 +80,6 @@ def test_nothing_is_read_before_it_is_needed():
     recorder = _Recorder(NUM_ROWS)
     context = DeferredContext(recorder)
     context.extend(*_pass(NUM_ROWS, 5), [5, 2, 4])
-    assert not context.is_behind
     for _ in range(50):
         _plain_pass(context, [1] * NUM_ROWS)
     assert recorder.num_reads == 0
@@ -115,9 +114,12 @@ def test_what_waits_is_bounded():
     assert recorder.num_reads <= 1 + 1000 // MOST_WAITING
 
 
-def test_last_pass_alone_is_not_behind():
-    """Every round of a drafting run is taken for one that catches up, and its time does not count."""
+def test_being_behind():
+    """A round that reads the prompt, or what plain rounds left, counts as an ordinary one, or the other way round."""
     context = DeferredContext(_Recorder(1))
+    context.extend(*_pass(1, 10), [10])
+    assert context.is_behind
+    context.catch_up()
     for _ in range(3):
         context.extend(*_pass(1, 4), [2])
         assert not context.is_behind

@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field
-
 import pytest
 
 from dspark_hf.generation.scheduling import Batch, Outcome
 from dspark_hf.generation.scheduling.costs import OnlineCosts, round_seconds
 from tests.generation.scheduling.fakes import ListedCosts
+from tests.generation.scheduling.machine import Machine
 
 CONTEXT = 100
 
 
-@dataclass
-class Machine:
-    """Rounds that cost what a formula says, times a mood, with some noise, and once more at the first time."""
-
-    verify_base: float = 0.02
-    verify_slope: float = 0.002
-    draft_base: float = 0.004
-    draft_slope: float = 0.001
-    row_share: float = 0.1
-    mood: float = 1.0
-    noise: float = 0.0
-    start_up: float = 0.0
-    draw: random.Random = field(default_factory=lambda: random.Random(0))
-    seen: set[tuple[int, int, int]] = field(default_factory=set)
-
-    def verify(self, rows: int, width: int) -> float:
-        return self.mood * (1 + self.row_share * (rows - 1)) * (self.verify_base + self.verify_slope * (width - 1))
-
-    def draft(self, rows: int, count: int) -> float:
-        return self.mood * (1 + self.row_share * (rows - 1)) * (self.draft_base + self.draft_slope * count)
-
-    def run(self, rows: int, num_drafts: int, num_verified: int, *, is_typical: bool = True) -> Outcome:
-        shape = (rows, num_drafts, num_verified)
-        extra = 0.0 if shape in self.seen else self.start_up
-        self.seen.add(shape)
-        shake = 1 + self.noise * self.draw.uniform(-1, 1)
-        return Outcome(
-            Batch((num_drafts,) * rows, rows, CONTEXT),
-            num_drafts,
-            [num_verified] * rows,
-            [0] * rows,
-            self.draft(rows, num_drafts) * shake if num_drafts else 0.0,
-            self.verify(rows, 1 + num_verified) * shake + extra,
-            is_typical,
-        )
+def _run(machine: Machine, rows: int, count: int, **options: float) -> Outcome:
+    batch = Batch((count,) * rows, rows, CONTEXT)
+    return machine.outcome(batch, count, [count] * rows, [0] * rows, **options)
 
 
 def _learn(costs: OnlineCosts, machine: Machine, rows: int, counts: tuple[int, ...], num_times: int = 10) -> None:
     for _ in range(num_times):
         for count in counts:
-            costs.observe(machine.run(rows, count, count))
+            costs.observe(_run(machine, rows, count))
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -64,29 +30,27 @@ def test_measured_shapes_are_known(rows):
     _learn(costs, machine, rows, (0, 2, 5), 30)
     for count in range(6):
         assert costs.verify_seconds(rows, 1 + count, CONTEXT) == pytest.approx(
-            machine.verify(rows, 1 + count), rel=0.1
+            machine.verify_seconds(rows, 1 + count), rel=0.1
         )
     for count in range(2, 6):
-        assert costs.draft_seconds(rows, count, CONTEXT) == pytest.approx(machine.draft(rows, count), rel=0.1)
+        assert costs.draft_seconds(rows, count, CONTEXT) == pytest.approx(machine.draft_seconds(rows, count), rel=0.1)
 
 
 def test_first_pass_of_a_shape_does_not_count():
     """Compiling a kernel is taken for the cost of a pass, and drafting seems never to pay."""
     costs, machine = OnlineCosts(), Machine(start_up=5.0)
     _learn(costs, machine, 1, (0, 3), 3)
-    assert costs.verify_seconds(1, 4, CONTEXT) == pytest.approx(machine.verify(1, 4))
-    assert costs.verify_seconds(1, 1, CONTEXT) == pytest.approx(machine.verify(1, 1))
+    assert costs.verify_seconds(1, 4, CONTEXT) == pytest.approx(machine.verify_seconds(1, 4))
+    assert costs.verify_seconds(1, 1, CONTEXT) == pytest.approx(machine.verify_seconds(1, 1))
 
 
 def test_rounds_that_catch_up_do_not_count():
     """Reading what parked rounds left is taken for the cost of drafting."""
     costs, machine = OnlineCosts(), Machine()
     _learn(costs, machine, 1, (0, 3), 5)
-    before = costs.draft_seconds(1, 3, CONTEXT), costs.verify_seconds(1, 4, CONTEXT)
-    machine.mood = 10.0
     for _ in range(20):
-        costs.observe(machine.run(1, 3, 3, is_typical=False))
-    assert (costs.draft_seconds(1, 3, CONTEXT), costs.verify_seconds(1, 4, CONTEXT)) == before
+        costs.observe(_run(machine, 1, 3, reading=1.0))
+    assert costs.draft_seconds(1, 3, CONTEXT) == pytest.approx(machine.draft_seconds(1, 3))
 
 
 def test_costs_are_known_once_both_kinds_of_rounds_are():
@@ -107,13 +71,13 @@ def test_an_outlier_does_not_count():
     costs, machine = OnlineCosts(), Machine()
     _learn(costs, machine, 1, (0, 3), 10)
     machine.mood = 50.0
-    costs.observe(machine.run(1, 3, 3))
+    costs.observe(_run(machine, 1, 3))
     machine.mood = 1.0
     _learn(costs, machine, 1, (0, 3), 2)
-    assert costs.verify_seconds(1, 4, CONTEXT) == pytest.approx(machine.verify(1, 4), rel=0.2)
+    assert costs.verify_seconds(1, 4, CONTEXT) == pytest.approx(machine.verify_seconds(1, 4), rel=0.2)
 
 
-@pytest.mark.parametrize("mood", [0.6, 1.7])
+@pytest.mark.parametrize("mood", [0.4, 3.0])
 def test_a_change_of_the_machine_changes_all_costs(mood):
     """Shapes seen before the machine changed cost what they did, beside those seen since."""
     costs, machine = OnlineCosts(), Machine()
@@ -121,10 +85,43 @@ def test_a_change_of_the_machine_changes_all_costs(mood):
     machine.mood = mood
     # only plain rounds are seen from now on
     _learn(costs, machine, 1, (0,), 40)
-    assert costs.verify_seconds(1, 1, CONTEXT) == pytest.approx(machine.verify(1, 1), rel=0.05)
-    # part of the change is taken for one of plain rounds alone
-    assert costs.verify_seconds(1, 6, CONTEXT) == pytest.approx(machine.verify(1, 6), rel=0.2)
-    assert costs.draft_seconds(1, 5, CONTEXT) == pytest.approx(machine.draft(1, 5), rel=0.2)
+    for width in (1, 6):
+        assert costs.verify_seconds(1, width, CONTEXT) == pytest.approx(machine.verify_seconds(1, width), rel=0.05)
+    assert costs.draft_seconds(1, 5, CONTEXT) == pytest.approx(machine.draft_seconds(1, 5), rel=0.05)
+
+
+PROFILE = ListedCosts([1.0, 1.1, 1.2, 2.0, 2.1, 2.2], [0.1, 0.12, 0.14, 0.16, 0.18])
+
+
+def test_a_profile_is_believed_from_the_start():
+    """What was measured beforehand is learnt anew in every process."""
+    costs = OnlineCosts(PROFILE)
+    assert costs.is_known
+    assert [costs.verify_seconds(1, width, CONTEXT) for width in range(1, 7)] == pytest.approx(PROFILE.verify)
+    assert [costs.draft_seconds(1, count, CONTEXT) for count in range(1, 6)] == pytest.approx(PROFILE.draft)
+
+
+def test_rounds_scale_a_profile():
+    """On a machine that is slower than when it was profiled, shapes not seen yet look fast."""
+    costs = OnlineCosts(PROFILE)
+    for _ in range(20):
+        costs.observe(Outcome(Batch((5,), 1, CONTEXT), 0, [0], [0], 0.0, 3.0))
+    assert [costs.verify_seconds(1, width, CONTEXT) for width in (1, 4, 6)] == pytest.approx([3.0, 6.0, 6.6], rel=0.02)
+    assert costs.draft_seconds(1, 5, CONTEXT) == pytest.approx(3 * 0.18, rel=0.02)
+
+
+def test_rounds_overrule_a_profile():
+    """A profile of another machine, or of another load, is believed for ever."""
+    costs = OnlineCosts(PROFILE)
+    for number in range(200):
+        # a drafting run with a plain step now and then
+        if number % 10 == 0:
+            costs.observe(Outcome(Batch((5,), 1, CONTEXT), 0, [0], [0], 0.0, 1.0))
+        else:
+            costs.observe(Outcome(Batch((5,), 1, CONTEXT), 5, [5], [0], 0.5, 4.4))
+    wide, plain = costs.verify_seconds(1, 6, CONTEXT), costs.verify_seconds(1, 1, CONTEXT)
+    assert wide / plain == pytest.approx(4.4, rel=0.15)
+    assert costs.draft_seconds(1, 5, CONTEXT) / plain == pytest.approx(0.5, rel=0.2)
 
 
 def test_other_numbers_of_rows_are_told_by_tokens():

@@ -38,19 +38,23 @@ def _auc(scores: list[float], fates: list[bool]) -> float:
 @pytest.mark.parametrize(("bias", "slope"), [(-2.0, 1.0), (1.0, 0.3), (-0.5, 2.0)])
 def test_a_known_law_is_found(bias, slope):
     """The estimate does not come near the law by which drafts are accepted."""
-    estimator = AcceptanceEstimator()
-    _teach(estimator, bias, slope, 1500, random.Random(0))
-    for margin in (0.0, 1.0, 2.0, 4.0):
-        estimate = estimator.estimate(torch.tensor([[margin]])).item()
-        # about 1400 drafts count: three standard deviations of a share are 0.04 at most
-        assert abs(estimate - _chance(bias, slope, margin)) < 0.06
+    margins = torch.tensor([[0.0, 1.0, 2.0, 4.0]])
+    estimates = []
+    for seed in range(10):
+        estimator = AcceptanceEstimator()
+        _teach(estimator, bias, slope, 500, random.Random(seed))
+        estimates.append(estimator.estimate(margins)[0])
+    # each of them follows the latest drafts, and errs by chance; their mean shows whether they aim at the law
+    law = torch.tensor([_chance(bias, slope, margin) for margin in margins[0].tolist()])
+    assert ((torch.stack(estimates) - law).abs() < 0.2).all()
+    assert ((torch.stack(estimates).mean(0) - law).abs() < 0.06).all()
 
 
 def test_a_new_law_is_followed():
     """What was learnt of another text stays for ever."""
     estimator, draw = AcceptanceEstimator(), random.Random(1)
-    _teach(estimator, 2.0, 0.5, 1500, draw)
-    _teach(estimator, -2.0, 0.5, 3000, draw)
+    _teach(estimator, 2.0, 0.5, 500, draw)
+    _teach(estimator, -2.0, 0.5, 1500, draw)
     assert abs(estimator.estimate(torch.tensor([[2.0]])).item() - _chance(-2.0, 0.5, 2.0)) < 0.1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, ThresholdScheduler
+from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.experience import NUM_BLOCKS, Experience
 from dspark_hf.generation.scheduling.memory import remembered
 from dspark_hf.generation.target import TargetAdapter
@@ -65,39 +67,72 @@ def test_generating_teaches_the_memory(scheduler):
     assert sampling.estimator.bias == before
 
 
+def _taught(bias: float, slope: float) -> AcceptanceEstimator:
+    estimator = AcceptanceEstimator()
+    estimator.bias, estimator.slope = bias, slope
+    return estimator
+
+
+# margins are log-odds to this one
+_ESTIMATOR = _taught(0.0, 1.0)
+
+
+def _margins(*chances: float) -> list[float]:
+    return [math.log(chance / (1 - chance)) for chance in chances]
+
+
 def test_experience_holds_the_latest_blocks():
     """A plan is made for text long past."""
     experience = Experience()
     for number in range(NUM_BLOCKS + 10):
-        experience.add([1 / (1 + number)])
-    gains = experience.gains(1)
-    assert gains[:, 0].tolist() == [1 / (1 + number) for number in range(10, NUM_BLOCKS + 10)]
+        experience.add([_margins(1 / (2 + number))])
+    gains = experience.gains(1, _ESTIMATOR)
+    assert np.allclose(gains[:, 0], [1 / (2 + number) for number in range(10, NUM_BLOCKS + 10)])
     assert experience.num_blocks == NUM_BLOCKS + 10
+
+
+def test_gains_are_the_rows_mean_survival():
+    """A block is worth another row's drafts, or each draft's chance instead of its prefix's."""
+    experience = Experience()
+    experience.add([_margins(0.8, 0.5, 0.5), _margins(0.4, 0.1, 0.9)])
+    expected = [(0.8 + 0.4) / 2, (0.8 * 0.5 + 0.4 * 0.1) / 2, (0.8 * 0.5 * 0.5 + 0.4 * 0.1 * 0.9) / 2]
+    assert np.allclose(experience.gains(3, _ESTIMATOR), [expected])
+    assert np.allclose(experience.gains(2, _ESTIMATOR), [expected[:2]])
+
+
+def test_the_past_is_judged_by_what_is_known_now():
+    """Blocks keep the worth they were first thought to have, however wrong that proved."""
+    experience = Experience()
+    experience.add([[2.0, 2.0]])
+    high, low = experience.gains(2, _taught(3.0, 0.0)), experience.gains(2, _taught(-3.0, 0.0))
+    assert (high > 0.8).all()
+    assert (low < 0.1).all()
 
 
 def test_few_trials_outweigh_what_was_before():
     """A drafter that was given up is judged by what was known when it was given up."""
     experience = Experience()
     for _ in range(NUM_BLOCKS):
-        experience.add([0.1])
+        experience.add([_margins(0.1)])
     experience.forget_old()
     for _ in range(10):
-        experience.add([0.9])
-    assert experience.gains(1).mean() > 0.5
+        experience.add([_margins(0.9)])
+    assert experience.gains(1, _ESTIMATOR).mean() > 0.5
 
 
 def test_undrafted_levels_decay_as_those_before():
     """Levels that were not drafted are worth nothing, so that blocks never grow; or as much as the first."""
     experience = Experience()
-    experience.add([0.8, 0.64])
-    experience.add([0.5])
-    experience.add([0.9, 0.8, 0.7, 0.6])
-    assert np.allclose(experience.gains(3), [[0.8, 0.64, 0.512], [0.5, 0.25, 0.125], [0.9, 0.8, 0.7]])
+    experience.add([_margins(0.8, 0.8)])
+    experience.add([_margins(0.5)])
+    experience.add([_margins(0.9, 0.9, 0.9, 0.1)])
+    expected = [[0.8, 0.64, 0.512], [0.5, 0.25, 0.125], [0.9, 0.81, 0.729]]
+    assert np.allclose(experience.gains(3, _ESTIMATOR), expected)
 
 
 def test_nothing_known_is_neither_hope_nor_despair():
     """A drafter nobody has seen yet is never tried, or counts as always right."""
-    gains = Experience().gains(4)
+    gains = Experience().gains(4, AcceptanceEstimator())
     assert gains.shape == (1, 4)
     assert np.all((gains > 0) & (gains < 1))
     assert np.all(np.diff(gains) < 0)
@@ -106,5 +141,6 @@ def test_nothing_known_is_neither_hope_nor_despair():
 def test_a_hopeless_block_has_gains():
     """Gains of zero give no number for the levels behind them."""
     experience = Experience()
-    experience.add([0.0, 0.0])
-    assert experience.gains(4).tolist() == [[0.0] * 4]
+    experience.add([[0.0, 0.0]])
+    gains = experience.gains(4, _taught(-100.0, 0.0))
+    assert ((gains >= 0) & (gains < 1e-40)).all()
