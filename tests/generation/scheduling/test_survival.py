@@ -87,6 +87,14 @@ def test_best_level_is_the_best_of_all():
     assert is_other
 
 
+def test_a_level_that_raises_nothing_is_left_out():
+    """Drafts are verified that bring as much as they cost."""
+    # every level is a token for a second, as a round without drafts is
+    assert stop_level([1.0, 1.0], 1, [1.0, 2.0, 3.0].__getitem__) == 0
+    assert best_level([1.0, 1.0], 1, [1.0, 2.0, 3.0].__getitem__) == 0
+    assert stop_level([1.0, 1.0], 1, [1.0, 1.5, 2.25].__getitem__) == 1
+
+
 def test_hardware_aware_schedule_admits_what_algorithm_1_does():
     """The schedule counts rows that wait, drafts that a row has no room for, or another pass's seconds."""
     for draw, confidence, batch, seconds in _cases():
