@@ -6,13 +6,15 @@ b rows, K drafts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting import DraftedBlock, Drafter
-from dspark_hf.generation.scheduling import Call
+from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.costs import Costs
 from dspark_hf.generation.target import TargetAdapter
 from tests.generation.drafters import ScriptedDrafter
 from tests.tiny import tiny_target
@@ -33,20 +35,49 @@ class ListedCosts:
 
 
 class SwingingCosts:
-    """Costs under which drafting pays, and does not, by turns of `period` tokens.
-
-    They are so small that no trial, timed by a real clock, keeps up with them: what happens does not depend on it.
-    """
+    """Costs under which drafting pays, and does not, by turns of `period` tokens."""
 
     def __init__(self, period: int):
         self.period = period
 
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
         is_cheap = context_length // self.period % 2
-        return 1e-9 * (1 + (width - 1) * (0.01 if is_cheap else 5.0))
+        return 1 + (width - 1) * (0.01 if is_cheap else 5.0)
 
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
-        return 1e-11
+        return 0.01
+
+
+class ClockedAdaptive(Scheduler):
+    """The adaptive scheduler, told that rounds take what `costs` say: what it does is the same in every run."""
+
+    name = "clocked adaptive"
+
+    def __init__(self, costs: Costs):
+        self.costs = costs
+
+    def start(self, call: Call) -> Schedule:
+        return _Clocked(AdaptiveScheduler(costs=self.costs).start(call), self.costs)
+
+
+class _Clocked(Schedule):
+    wants_margins = True
+
+    def __init__(self, schedule: Schedule, costs: Costs):
+        self._schedule = schedule
+        self._costs = costs
+
+    def num_drafts(self, batch: Batch) -> int:
+        return self._schedule.num_drafts(batch)
+
+    def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
+        return self._schedule.admit(drafted, batch)
+
+    def observe(self, outcome: Outcome) -> None:
+        rows, length = outcome.batch.num_rows, outcome.batch.context_length
+        drafting = self._costs.draft_seconds(rows, outcome.num_drafted, length) if outcome.num_drafted else 0.0
+        verifying = self._costs.verify_seconds(rows, outcome.width, length)
+        self._schedule.observe(replace(outcome, draft_seconds=drafting, other_seconds=verifying))
 
 
 @cache

@@ -143,7 +143,7 @@ def test_costs_are_learnt_soon():
     machine = Machine(noise=0.1, start_up=3.0)
     costs = OnlineCosts()
     write(_start(machine, costs=costs), machine, _good, 12)
-    assert costs.is_known
+    assert costs.knows(1)
 
 
 def test_noise_does_not_turn_drafting_off():

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dspark_hf.generation.scheduling import (
-    AdaptiveScheduler,
     AsynchronousScheduler,
     FixedScheduler,
     HardwareAwareScheduler,
@@ -24,7 +23,7 @@ from dspark_hf.generation.scheduling import (
 )
 from tests.generation.drafters import MemorylessDrafter
 from tests.generation.scheduling.chains import chain_target, first_places
-from tests.generation.scheduling.fakes import ListedCosts
+from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts
 from tests.generation.scheduling.retrospective import RetrospectiveScheduler
 
 P_TARGET = 0.7
@@ -40,8 +39,8 @@ SCHEDULERS: dict[str, tuple[Callable[[], Scheduler | None], set[int]]] = {
     "threshold, online": (lambda: ThresholdScheduler(0.2, confidence="online"), {2}),
     "hardware aware": (lambda: HardwareAwareScheduler(costs=_costs()), {0}),
     "asynchronous": (lambda: AsynchronousScheduler(costs=_costs()), {0, 2}),
-    "adaptive": (lambda: AdaptiveScheduler(costs=_costs()), {0, 2}),
-    "adaptive, cheap drafts": (lambda: AdaptiveScheduler(costs=ListedCosts([1.0, 1.4, 1.8])), {0, 1, 2}),
+    "adaptive": (lambda: ClockedAdaptive(_costs()), {0}),
+    "adaptive, cheap drafts": (lambda: ClockedAdaptive(ListedCosts([1.0, 1.4, 1.8])), {0, 1, 2}),
     "default": (lambda: None, {0, 2}),
 }
 

@@ -56,14 +56,14 @@ def test_rounds_that_catch_up_do_not_count():
 def test_costs_are_known_once_both_kinds_of_rounds_are():
     """A decision is made on costs that were never measured."""
     costs, machine = OnlineCosts(), Machine()
-    assert not costs.is_known
+    assert not costs.knows(1)
     _learn(costs, machine, 1, (0,), 10)
-    assert not costs.is_known
+    assert not costs.knows(1)
     _learn(costs, machine, 1, (3,), 10)
-    assert costs.is_known
+    assert costs.knows(1)
     drafted_only = OnlineCosts()
     _learn(drafted_only, machine, 1, (3,), 10)
-    assert not drafted_only.is_known
+    assert not drafted_only.knows(1)
 
 
 def test_an_outlier_does_not_count():
@@ -96,7 +96,7 @@ PROFILE = ListedCosts([1.0, 1.1, 1.2, 2.0, 2.1, 2.2], [0.1, 0.12, 0.14, 0.16, 0.
 def test_a_profile_is_believed_from_the_start():
     """What was measured beforehand is learnt anew in every process."""
     costs = OnlineCosts(PROFILE)
-    assert costs.is_known
+    assert costs.knows(1)
     assert [costs.verify_seconds(1, width, CONTEXT) for width in range(1, 7)] == pytest.approx(PROFILE.verify)
     assert [costs.draft_seconds(1, count, CONTEXT) for count in range(1, 6)] == pytest.approx(PROFILE.draft)
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel, install, uninstall
 from dspark_hf.generation.scheduling import (
-    AdaptiveScheduler,
     AsynchronousScheduler,
     FixedScheduler,
     HardwareAwareScheduler,
@@ -22,7 +21,7 @@ from dspark_hf.generation.scheduling import (
 )
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
-from tests.generation.scheduling.fakes import ListedCosts, SwingingCosts
+from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts, SwingingCosts
 from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.tiny import tiny_target
 
@@ -38,7 +37,7 @@ SCHEDULERS: dict[str, Callable[[], Scheduler | str | None]] = {
     "threshold": ThresholdScheduler,
     "hardware aware": lambda: HardwareAwareScheduler(costs=ListedCosts(STAIRS)),
     "asynchronous": lambda: AsynchronousScheduler(costs=ListedCosts(STAIRS)),
-    "adaptive": lambda: AdaptiveScheduler(costs=SwingingCosts(8)),
+    "adaptive": lambda: ClockedAdaptive(SwingingCosts(8)),
 }
 NAMES = ("fixed", "threshold", "hardware_aware", "asynchronous", "adaptive")
 
@@ -116,7 +115,7 @@ def test_schedulers_without_the_patch(num_rows, restored):
     # the default would make plain steps to learn what they cost
     *rounds, _ = drafter.last_statistics.rounds
     assert all(one.num_drafted for one in rounds)
-    scheduler = AdaptiveScheduler(costs=SwingingCosts(8))
+    scheduler = ClockedAdaptive(SwingingCosts(8))
     assert torch.equal(_generate(target, inputs, custom_generate=drafter.decode, scheduler=scheduler), plain)
     assert not all(one.num_drafted for one in drafter.last_statistics.rounds)
 
@@ -171,6 +170,6 @@ def test_several_returned_sequences(name):
 def test_adaptive_scheduler_parks_and_drafts_within_a_text():
     """The tests of this file see the adaptive scheduler in one mode only."""
     drafter = _scripted("llama", 4, 1.0)
-    scheduler = AdaptiveScheduler(costs=SwingingCosts(8))
+    scheduler = ClockedAdaptive(SwingingCosts(8))
     _generate(_target("llama"), ragged_prompts(4), assistant_model=drafter, scheduler=scheduler)
     assert {one.num_drafted > 0 for one in drafter.last_statistics.rounds} == {False, True}

@@ -12,7 +12,7 @@ import pytest
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, ThresholdScheduler
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
-from dspark_hf.generation.scheduling.experience import NUM_BLOCKS, Experience
+from dspark_hf.generation.scheduling.experience import Experience
 from dspark_hf.generation.scheduling.memory import remembered
 from dspark_hf.generation.target import TargetAdapter
 from tests.generation.prompts import ragged_prompts
@@ -36,6 +36,13 @@ def test_memory_is_of_a_drafter_and_its_use():
     memories.append(remembered(Call(gpt2, drafter, 1, 5)))
     assert len({id(memory) for memory in memories}) == 4
     assert len({id(memory.estimator) for memory in memories}) == 4
+
+
+def test_parking_is_of_batches_of_a_size():
+    """What loses with many rows is given up for single rows too, or each number of rows starts from nothing."""
+    memory = remembered(new_call())
+    assert memory.parking(1) is not memory.parking(16)
+    assert memory.parking(16) is memory.parking(17)
 
 
 def test_memory_is_freed_with_its_drafter():
@@ -81,14 +88,16 @@ def _margins(*chances: float) -> list[float]:
     return [math.log(chance / (1 - chance)) for chance in chances]
 
 
-def test_experience_holds_the_latest_blocks():
-    """A plan is made for text long past."""
+@pytest.mark.parametrize("num_rows", [1, 16])
+def test_experience_holds_the_latest_blocks(num_rows):
+    """A plan is made for text long past, or of a block or two."""
     experience = Experience()
-    for number in range(NUM_BLOCKS + 10):
-        experience.add([_margins(1 / (2 + number))])
+    for number in range(300):
+        experience.add([_margins(1 / (2 + number))] * num_rows)
     gains = experience.gains(1, _ESTIMATOR)
-    assert np.allclose(gains[:, 0], [1 / (2 + number) for number in range(10, NUM_BLOCKS + 10)])
-    assert experience.num_blocks == NUM_BLOCKS + 10
+    assert 4 <= len(gains) < 100
+    assert np.allclose(gains[:, 0], [1 / (2 + number) for number in range(300 - len(gains), 300)])
+    assert experience.num_blocks == 300
 
 
 def test_gains_are_the_rows_mean_survival():
@@ -112,7 +121,7 @@ def test_the_past_is_judged_by_what_is_known_now():
 def test_few_trials_outweigh_what_was_before():
     """A drafter that was given up is judged by what was known when it was given up."""
     experience = Experience()
-    for _ in range(NUM_BLOCKS):
+    for _ in range(300):
         experience.add([_margins(0.1)])
     experience.forget_old()
     for _ in range(10):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
+
 from dspark_hf.generation.scheduling.parking import Parking
 
 
@@ -32,7 +36,7 @@ def test_trials_of_a_long_failing_run_are_rare():
 
 
 def test_a_trial_that_paid_is_repeated_at_once():
-    """One lucky trial turns drafting on, or a good drafter waits as long as a bad one."""
+    """A good drafter waits for its next trial as long as a bad one."""
     parking = Parking()
     _trials(parking, 500)
     while not parking.is_trial_due():
@@ -43,11 +47,66 @@ def test_a_trial_that_paid_is_repeated_at_once():
     assert not parking.is_trial_due()
 
 
+def _lose(parking: Parking, gains: list[float], num_rows: int = 1) -> int | None:
+    """Return after how many drafted rounds of such gains drafting is given up, or None."""
+    for number, gain in enumerate(gains, start=1):
+        parking.count_drafted(num_rows, gain)
+        if parking.is_parked:
+            return number
+    return None
+
+
+def test_drafting_that_loses_is_given_up():
+    """Drafting goes on for as long as it is expected to pay, whatever it does."""
+    parking = Parking()
+    assert not parking.is_parked
+    rounds = _lose(parking, [-0.4, -0.6] * 50)
+    assert rounds is not None
+    assert rounds < 40
+    # many rows tell sooner
+    sooner = _lose(Parking(), [-0.4, -0.6] * 50, num_rows=8)
+    assert sooner is not None
+    assert sooner < rounds
+
+
+@pytest.mark.parametrize("good_rounds", [0, 500])
+def test_good_rounds_do_not_count_for_ever(good_rounds):
+    """A drafter that was good for one text is trusted in the next."""
+    parking = Parking()
+    assert _lose(parking, [1.0] * good_rounds) is None
+    assert _lose(parking, [-0.5] * 100) is not None
+
+
+def test_bad_luck_is_no_loss():
+    """Drafting that pays on the whole is given up after a few bad rounds."""
+    draw = random.Random(0)
+    num_lost = 0
+    for _ in range(50):
+        # 0.4 on average: most blocks lose half a token, some win three
+        gains = [3.0 if draw.random() < 0.26 else -0.5 for _ in range(100)]
+        num_lost += _lose(Parking(), gains) is not None
+    assert num_lost < 10
+
+
+def test_one_lucky_trial_does_not_end_parking():
+    """Drafting that lost is taken up again after a single trial that paid."""
+    parking = Parking()
+    _lose(parking, [-1.0] * 100)
+    parking.count_trial(has_paid=True)
+    assert parking.is_parked
+    parking.count_trial(has_paid=False)
+    parking.count_trial(has_paid=True)
+    assert parking.is_parked
+    for _ in range(5):
+        parking.count_trial(has_paid=True)
+    assert not parking.is_parked
+
+
 def test_drafting_starts_the_gaps_anew():
     """A drafter that has paid for long waits for its next trial as long as one that never did."""
     fresh, parking = Parking(), Parking()
     _trials(parking, 1000)
-    parking.count_drafted()
+    parking.count_drafted(1, 1.0)
     assert _trials(parking, 100)[0] == _trials(fresh, 100)[0]
 
 
@@ -60,7 +119,7 @@ def test_a_drafting_run_makes_plain_steps():
             plain.append(number)
             parking.count_plain()
         else:
-            parking.count_drafted()
+            parking.count_drafted(1, 1.0)
     assert 0 < len(plain) < 0.03 * 1000
     # no plain step is due in a parked run
     assert not parking.is_plain_step_due()

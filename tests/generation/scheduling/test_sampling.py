@@ -17,7 +17,6 @@ from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogits
 
 from dspark_hf.generation.drafting import DraftedBlock, Drafter
 from dspark_hf.generation.scheduling import (
-    AdaptiveScheduler,
     AsynchronousScheduler,
     Batch,
     Call,
@@ -31,7 +30,7 @@ from dspark_hf.generation.statistics import SpeculationStatistics
 from tests.generation.drafters import MemorylessDrafter
 from tests.generation.frequencies import PROMPT, PrefixDependent, small_target, smallest_p_value, untrained_drafter
 from tests.generation.scheduling.chains import chain_target, first_places
-from tests.generation.scheduling.fakes import ListedCosts, SwingingCosts
+from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts, SwingingCosts
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
 
 # behind token 0 the drafter is good, behind token 1 it knows nothing; its margins and its confidence tell
@@ -58,8 +57,8 @@ SCHEDULERS: dict[str, Callable[[], Scheduler | str | None]] = {
     "hardware aware, online": lambda: HardwareAwareScheduler(costs=ListedCosts(STAIRS), confidence="online"),
     "asynchronous": lambda: AsynchronousScheduler(costs=ListedCosts(STEEP)),
     "asynchronous, online": lambda: AsynchronousScheduler(costs=ListedCosts(STEEP), confidence="online"),
-    "adaptive": lambda: AdaptiveScheduler(costs=ListedCosts(STAIRS)),
-    "adaptive, parking": lambda: AdaptiveScheduler(costs=SwingingCosts(50)),
+    "adaptive": lambda: ClockedAdaptive(ListedCosts(STAIRS)),
+    "adaptive, parking": lambda: ClockedAdaptive(SwingingCosts(50)),
     "default": lambda: None,
 }
 
