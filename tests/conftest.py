@@ -1,4 +1,4 @@
-"""One thread, one seed and no stored profile for every test."""
+"""One thread, one seed, no stored profile and nothing learnt for every test."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dspark_hf.generation.scheduling import forget
 from dspark_hf.profiling.storing import FOLDER_VARIABLE
 
 torch.set_num_threads(1)
@@ -14,6 +15,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_learnt() -> None:
+    forget()
 
 
 @pytest.fixture(autouse=True)

@@ -45,11 +45,12 @@ def test_temperatures_of_a_saved_drafter_reach_its_confidence(tmp_path):
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=4)
     prompt = torch.tensor([[5, 6, 7]])
     temperatures = [2.0, 0.5, 4.0, 1.0]
-    target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=drafter)
+    options = {"max_new_tokens": 8, "do_sample": False, "scheduler": "fixed"}
+    target.generate(prompt, assistant_model=drafter, **options)
     before = drafter.last_statistics.rounds[0].confidence
     drafter.config.sts_temperatures = temperatures
     drafter.save_pretrained(tmp_path)
     again = DSparkAssistantModel.from_pretrained(tmp_path)
-    target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=again)
+    target.generate(prompt, assistant_model=again, **options)
     after = again.last_statistics.rounds[0].confidence
     torch.testing.assert_close(after.logit(), before.logit() / torch.tensor(temperatures))

@@ -141,7 +141,8 @@ def test_what_cannot_be_is_told(folder, arguments, message):
 def test_targets_that_cannot_be_assisted(profiles, tmp_path):
     """A target whose cache forgets is measured, or ends in a traceback."""
     write_tiny_checkpoint(tmp_path / "target", experts="bf16")
-    code, output = _run(tmp_path)
+    # in bf16 Transformers 5.17 cannot run this target at all
+    code, output = _run(tmp_path, "--dtype", "fp32")
     assert code == 2, output
     assert "`--rows` and `--widths` must be what the target can run, got 2 and 8. Lower them." in output
     assert "`target` must have a cache that can be rolled back, got DeepseekV4ForCausalLM" in output

@@ -6,6 +6,7 @@ What each of them may look at, and why the output's distribution is exact all th
 from dspark_hf.generation.scheduling.adaptive import AdaptiveScheduler
 from dspark_hf.generation.scheduling.asynchronous import AsynchronousScheduler
 from dspark_hf.generation.scheduling.fixed import FixedScheduler
+from dspark_hf.generation.scheduling.forgetting import forget
 from dspark_hf.generation.scheduling.hardware_aware import HardwareAwareScheduler
 from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.threshold import ThresholdScheduler
@@ -21,4 +22,5 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "ThresholdScheduler",
+    "forget",
 ]

@@ -28,6 +28,11 @@ class DrafterMemory:
 _MEMORIES: WeakKeyDictionary[Drafter, dict[tuple[str, bool], DrafterMemory]] = WeakKeyDictionary()
 
 
+def forget_drafters() -> None:
+    """Begin anew with all drafters, as a new process does."""
+    _MEMORIES.clear()
+
+
 def remembered(call: Call) -> DrafterMemory:
     """Return what is known of the call's drafter for such a target, greedy or sampling; it is updated in place."""
     by_use = _MEMORIES.setdefault(call.drafter, {})

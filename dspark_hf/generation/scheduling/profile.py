@@ -76,6 +76,11 @@ def online_costs(call: Call) -> OnlineCosts:
     return costs
 
 
+def forget_costs() -> None:
+    """Begin anew with all costs that this process has seen of its rounds; stored profiles stay."""
+    _ONLINE.clear()
+
+
 def stored_profile(call: Call) -> CostTable | None:
     """Return the profile of the target and the drafter if there is one that covers the call, else None."""
     table = _known(profile_key(call.target), drafter_key(call.drafter))

@@ -1,0 +1,12 @@
+"""Begin anew."""
+
+from __future__ import annotations
+
+from dspark_hf.generation.scheduling.memory import forget_drafters
+from dspark_hf.generation.scheduling.profile import forget_costs
+
+
+def forget() -> None:
+    """Forget what this process has learnt of drafters and costs, as after a start; stored profiles stay."""
+    forget_drafters()
+    forget_costs()
