@@ -1,8 +1,8 @@
 """Oracle of DeepSeek-V4: one token at a time, every past token kept, no cache, from the equations of its report.
 
 Takes an already dequantised checkpoint by its official tensor names; knows nothing of `dspark_hf`.
-The indexer scores without the released Hadamard rotation, which leaves every product of query and key as it is, and
-without its FP4 rounding.
+The released Hadamard rotation of the indexer's queries and keys, which leaves every product as it is, and their FP4
+rounding are left out unless `Settings.index_fake_quant` asks for them.
 
 Sections (§) are those of the technical report. D hidden, H heads, N keys, T tokens, V vocab, c head_dim, n streams.
 """
@@ -51,6 +51,7 @@ class Settings:
     index_num_heads: int = 64
     index_head_dim: int = 128
     index_topk: int = 512
+    index_fake_quant: bool = False
     norm_topk_prob: bool = True
     swiglu_limit: float = 10.0
     rms_eps: float = 1e-6
@@ -267,6 +268,8 @@ def attention(
             entries = [fake_quantise(entry, settings) for entry in entries]
     if kind == "csa":
         index_keys = compress(weights, f"{name}.indexer.compressor", inputs, ratio, True, frequencies, settings)
+        if settings.index_fake_quant:
+            index_keys = [fake_quantise_index(key) for key in index_keys]
     outputs: list[Tensor] = []
     chosen: list[list[int]] = []
     scores: list[Tensor] = []
@@ -365,6 +368,8 @@ def score_entries(
     """Return one query's index scores, one per key: score[s] = sum_h w_h relu(q_h . k_s)."""
     num_heads, width = settings.index_num_heads, settings.index_head_dim
     query = rotate((weights[f"{name}.wq_b.weight"] @ latent).view(num_heads, width), position, frequencies)
+    if settings.index_fake_quant:
+        query = torch.stack([fake_quantise_index(head) for head in query])
     head_weights = weights[f"{name}.weights_proj.weight"] @ x * width**-0.5 * num_heads**-0.5
     scores = [torch.dot(head_weights, (query @ key).relu()) for key in keys]
     return torch.stack(scores) if scores else x.new_zeros(0)
@@ -411,6 +416,34 @@ def round_to_e4m3(value: float) -> float:
     exponent = max(math.frexp(value)[1] - 1, -6)
     step = 2.0 ** (exponent - 3)
     return max(-448.0, min(448.0, round(value / step) * step))
+
+
+def fake_quantise_index(vector: Tensor) -> Tensor:
+    """Return an indexer's query or key rotated, then rounded: e2m1 and a power-of-two scale per 32."""
+    rotated = hadamard_rotate(vector).tolist()
+    rounded: list[float] = []
+    for first in range(0, len(rotated), 32):
+        group = rotated[first : first + 32]
+        largest = max(6 * 2.0**-126, *(abs(value) for value in group))
+        mantissa, exponent = math.frexp(largest / 6)
+        # the smallest power of two that keeps the largest value within 6
+        scale = 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)
+        rounded += [round_to_e2m1(value / scale) * scale for value in group]
+    return vector.new_tensor(rounded)
+
+
+def hadamard_rotate(vector: Tensor) -> Tensor:
+    """Return H x / sqrt(c), where H[i, j] is -1 where i and j share an odd number of ones in binary, else 1."""
+    size = len(vector)
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return vector.new_tensor(signs) @ vector / math.sqrt(size)
+
+
+def round_to_e2m1(value: float) -> float:
+    """Return the nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with the sign, halfway to the even place in that list."""
+    table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    place = min(range(8), key=lambda i: (abs(table[i] - abs(value)), i % 2))
+    return math.copysign(table[place], value)
 
 
 # mixture of experts (§2.1)

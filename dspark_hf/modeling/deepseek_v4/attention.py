@@ -49,9 +49,12 @@ class Attention(AttentionProjections):
         # stands for the storage format also where nothing is stored, so that every way to process a text agrees
         self._codec = None if config.cache_dtype is None else Fp8Codec(config.qk_rope_head_dim, torch.float32)
         if self.kind != "window":
-            is_overlapping = self.kind == "csa"
             self.compressor = Compressor(
-                config, ratio=self.ratio, size=self.head_dim, is_overlapping=is_overlapping, codec=self._codec
+                config,
+                ratio=self.ratio,
+                size=self.head_dim,
+                is_overlapping=self.kind == "csa",
+                rounding=None if self._codec is None else self._codec.round,
             )
         if self.kind == "csa":
             self.indexer = Indexer(config, self.ratio)

@@ -16,7 +16,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
-from dspark_hf.modeling.deepseek_v4.storage import Codec, Entries, Fp8Codec, PlainCodec, Ring, Span, make_span
+from dspark_hf.modeling.deepseek_v4.storage import (
+    Codec,
+    Entries,
+    Fp4Codec,
+    Fp8Codec,
+    PlainCodec,
+    Ring,
+    Span,
+    make_span,
+)
 
 
 class CompressedStore:
@@ -62,7 +71,8 @@ class DeepseekV4LayerCache(CacheLayerMixin):
         if kind != "window":
             self.compressed = CompressedStore(ratio, 2 if kind == "csa" else 1, config.max_rollback, codec)
         if kind == "csa":
-            self.index = CompressedStore(ratio, 2, config.max_rollback, PlainCodec())
+            index_codec: Codec = PlainCodec() if config.indexer_dtype is None else Fp4Codec()
+            self.index = CompressedStore(ratio, 2, config.max_rollback, index_codec)
 
     @property
     def _stores(self) -> list[Any]:
@@ -105,7 +115,7 @@ class DeepseekV4DSparkCache(DynamicCache):
 
     Args:
         config: the model's configuration; `max_rollback` tokens can be taken back, `cache_dtype` says how vectors are
-            stored.
+            stored, `indexer_dtype` how the indexer's keys are.
         dtype: of the model's activations.
 
     Example:

@@ -5,6 +5,8 @@ B batch, T tokens, N new entries, E all, K chosen, r ratio, c vector size, S ser
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from dspark_hf.modeling.backbone import RMSNorm
 from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables, rotate
-from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec, Span
+from dspark_hf.modeling.deepseek_v4.storage import Span
 
 
 class EntriesSoFar:
@@ -56,7 +58,7 @@ class Compressor(nn.Module):
         ratio: tokens per entry.
         size: size c of an entry.
         is_overlapping: whether an entry also draws on the window before its own.
-        codec: how entries are rounded, as if they came from a cache that stores them so; None: not at all.
+        rounding: what becomes of entries `(B, N, c)`, as if they came from a cache that stores them so; None: nothing.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Compressor(nn.Module):
         ratio: int,
         size: int,
         is_overlapping: bool,
-        codec: Fp8Codec | None = None,
+        rounding: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
         self.config = config
@@ -77,7 +79,7 @@ class Compressor(nn.Module):
         self.wgate = nn.Linear(config.hidden_size, self.num_series * size, bias=False)
         self.ape = nn.Parameter(torch.zeros(ratio, self.num_series * size, dtype=torch.float32))
         self.norm = RMSNorm(size, config.rms_norm_eps)
-        self._codec = codec
+        self._rounding = rounding
 
     def forward(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> EntriesSoFar:
         """Return the entries so far, those that the span completes included, in the dtype of `hidden_states`.
@@ -95,8 +97,8 @@ class Compressor(nn.Module):
         entries = hidden_states.new_zeros(len(hidden_states), 0, self.size)
         if num_new > 0:
             entries = self._compress(tokens, span, store, first, num_new).to(hidden_states.dtype)
-        if self._codec is not None:
-            entries = self._codec.round(entries)
+        if self._rounding is not None:
+            entries = self._rounding(entries)
         num_entries = max(firsts) + num_new
         if store is not None:
             store.tail.write(tokens, span)

@@ -13,6 +13,14 @@ AttentionKind = Literal["window", "csa", "hca"]
 # the type that released checkpoints carry; Transformers' own classes answer to it
 RELEASED_MODEL_TYPE = "deepseek_v4"
 _CSA_RATIO = 4
+_NEVER_RELEASED = (
+    "cache_dtype",
+    "indexer_dtype",
+    "max_rollback",
+    "indexer_loss_coef",
+    "rope_parameters",
+    "_name_or_path",
+)
 # our field -> the released one
 _RENAMED = {"stored_quantization": "quantization_config", "compress_rope_scaling": "rope_scaling"}
 
@@ -68,6 +76,8 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
         dspark_markov_rank: rank of the module's Markov head.
         cache_dtype: `None` (the model's dtype), or `"fp8"` to store the no-position dimensions of the key/value cache
             in 8 bits as the released code does.
+        indexer_dtype: `None` (the model's dtype), or `"fp4"` to rotate the indexer's queries and keys, round both to 4
+            bits as the released inference code does, and store the keys so. `index_head_dim` must be a power of two.
         max_rollback: tokens that a cache can take back exactly.
         output_router_logits: whether the training loss has the balance term.
         router_aux_loss_coef: factor of that term.
@@ -144,6 +154,7 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
         dspark_target_layer_ids: Sequence[int] | None = None,
         dspark_markov_rank: int | None = None,
         cache_dtype: str | None = None,
+        indexer_dtype: str | None = None,
         max_rollback: int = 16,
         output_router_logits: bool = False,
         router_aux_loss_coef: float = 0.001,
@@ -197,6 +208,7 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
         self.dspark_target_layer_ids = None if dspark_target_layer_ids is None else list(dspark_target_layer_ids)
         self.dspark_markov_rank = dspark_markov_rank
         self.cache_dtype = cache_dtype
+        self.indexer_dtype = indexer_dtype
         self.max_rollback = max_rollback
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
@@ -242,7 +254,7 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
             value = fields.pop(ours, None)
             if value is not None:
                 fields[released] = value
-        for name in ("cache_dtype", "max_rollback", "indexer_loss_coef", "rope_parameters", "_name_or_path"):
+        for name in _NEVER_RELEASED:
             fields.pop(name, None)
         # readers take any such key for a DSpark module
         fields = {key: value for key, value in fields.items() if value is not None or not key.startswith("dspark_")}
@@ -260,6 +272,13 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
             _require(getattr(self, name) == only, name, f"be {only!r}", getattr(self, name))
         _require(self.scoring_func == "sqrtsoftplus", "scoring_func", "be 'sqrtsoftplus'", self.scoring_func)
         _require(self.cache_dtype in (None, "fp8"), "cache_dtype", "be None or 'fp8'", self.cache_dtype)
+        _require(self.indexer_dtype in (None, "fp4"), "indexer_dtype", "be None or 'fp4'", self.indexer_dtype)
+        _require(
+            self.indexer_dtype is None or (self.index_head_dim > 1 and self.index_head_dim.bit_count() == 1),
+            "index_head_dim",
+            f"be a power of two, at least 2, with indexer_dtype={self.indexer_dtype!r}",
+            self.index_head_dim,
+        )
         _require(self.max_rollback >= 0, "max_rollback", "be at least 0", self.max_rollback)
         _require(
             self.qk_rope_head_dim % 2 == 0 and self.qk_rope_head_dim <= min(self.head_dim, self.index_head_dim),

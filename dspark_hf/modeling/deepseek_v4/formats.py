@@ -113,10 +113,8 @@ def dequantize_fp4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         ValueError: if `scale` has another shape.
     """
     _check_shape(scale, (weight.shape[0], weight.shape[1] * 2 // FP4_GROUP))
-    table = torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)], device=weight.device)
-    codes = weight.view(torch.uint8).int()
-    values = table[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)]
-    return (values * scale_values(scale).repeat_interleave(FP4_GROUP, dim=1)).to(dtype)
+    groups = weight.view(torch.uint8).unflatten(1, (-1, FP4_GROUP // 2))
+    return decode_fp4(groups, scale).flatten(1).to(dtype)
 
 
 def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,13 +129,38 @@ def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"`weight` must have a multiple of {FP4_GROUP} columns, got {weight.shape[1]}. Store it in FP8 or bf16."
         )
-    maxima = weight.float().unflatten(1, (-1, FP4_GROUP)).abs().amax(-1)
-    scale = _make_scales(maxima / _FP4_LARGEST, torch.float8_e8m0fnu)
-    scaled = weight.float() / scale_values(scale).repeat_interleave(FP4_GROUP, dim=1)
-    middles = torch.tensor(_FP4_MIDDLES, device=weight.device)
-    middles[1::2] = middles[1::2].nextafter(torch.zeros((), device=weight.device))
+    packed, scale = encode_fp4(weight.unflatten(1, (-1, FP4_GROUP)))
+    return packed.flatten(1).view(torch.int8), scale
+
+
+def encode_fp4(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return groups of numbers `(*, g)` as packed FP4 `(*, g / 2)`, uint8, and their E8M0 scales `(*)`.
+
+    A scale is the group's largest magnitude / 6, rounded up to a power of two. Numbers go to the nearest value, halfway
+    to the even code. The low half of a byte is the even column.
+
+    Example:
+
+        >>> import torch
+        >>> from dspark_hf.modeling.deepseek_v4.formats import decode_fp4, encode_fp4
+        >>> decode_fp4(*encode_fp4(torch.tensor([[0.9, -3.3, 0.3, 5.9]])))
+        tensor([[ 1.0000, -3.0000,  0.5000,  6.0000]])
+    """
+    groups = groups.float()
+    scale = _make_scales(groups.abs().amax(-1) / _FP4_LARGEST, torch.float8_e8m0fnu)
+    scaled = groups / scale_values(scale)[..., None]
+    middles = torch.tensor(_FP4_MIDDLES, device=groups.device)
+    middles[1::2] = middles[1::2].nextafter(torch.zeros((), device=groups.device))
     codes = torch.bucketize(scaled.abs(), middles, out_int32=True) + 8 * scaled.signbit().int()
-    return (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8).view(torch.int8), scale
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8), scale
+
+
+def decode_fp4(packed: Tensor, scale: Tensor) -> Tensor:
+    """Return groups of packed FP4 `(*, g / 2)`, uint8, with a scale each, `(*)`, as fp32 `(*, g)`."""
+    table = torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)], device=packed.device)
+    # both values of every byte at once
+    pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=-1)
+    return pairs[packed.int()].flatten(-2) * scale_values(scale)[..., None]
 
 
 def _make_scales(wanted: Tensor, dtype: torch.dtype) -> Tensor:

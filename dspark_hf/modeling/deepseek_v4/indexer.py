@@ -12,17 +12,18 @@ from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
 from dspark_hf.modeling.deepseek_v4.compressor import Compressor, EntriesSoFar
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.rotary import Rotary, per_head, rotate
-from dspark_hf.modeling.deepseek_v4.storage import Span
+from dspark_hf.modeling.deepseek_v4.storage import Fp4Codec, Span
 
 # numbers that a block of scores may hold at once, per head
 _MAX_SCORES = 1 << 22
+_FP4 = Fp4Codec()
 
 
 class Indexer(nn.Module):
     """Score compressed entries with small heads of their own, in fp32: sum over heads of `w * relu(q . k)`.
 
-    Hadamard rotation and the 4-bit rounding of the released inference code are left out: the first changes no score,
-    the second is a storage format.
+    With `indexer_dtype="fp4"` queries and keys are rotated and rounded to 4 bits first, as the released inference code
+    does; otherwise neither is done: the rotation alone changes no score.
     """
 
     def __init__(self, config: DeepseekV4DSparkConfig, ratio: int):
@@ -30,7 +31,10 @@ class Indexer(nn.Module):
         self.num_heads, self.head_dim = config.index_n_heads, config.index_head_dim
         self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
         self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
-        self.compressor = Compressor(config, ratio=ratio, size=self.head_dim, is_overlapping=True)
+        self._rounding = None if config.indexer_dtype is None else rotate_and_round
+        self.compressor = Compressor(
+            config, ratio=ratio, size=self.head_dim, is_overlapping=True, rounding=self._rounding
+        )
 
     def keys(self, hidden_states: Tensor, span: Span, store: CompressedStore | None) -> EntriesSoFar:
         """Return the keys of all entries so far, those that `hidden_states` `(B, T, D)` completes included."""
@@ -40,8 +44,32 @@ class Indexer(nn.Module):
         """Return queries `(B, T, H, c)` and head weights `(B, T, H)` of latents `(B, T, R)` and `(B, T, D)`."""
         query = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
         query = rotate(query, per_head(rotary))
+        if self._rounding is not None:
+            query = self._rounding(query)
         factor = self.head_dim**-0.5 * self.num_heads**-0.5
         return query.float(), self.weights_proj(hidden_states).float() * factor
+
+
+def rotate_and_round(vectors: Tensor) -> Tensor:
+    """Return vectors `(*, c)`, in their dtype, rotated and rounded to FP4; the gradient passes the rounding unchanged.
+
+    A scale is the largest magnitude of 32 / 6, rounded up to a power of two; middles go to even.
+    """
+    # the released code takes 6 x 2^-126 for smaller magnitudes: it differs where all 32 are next to nothing
+    return _FP4.round(hadamard(vectors))
+
+
+def hadamard(vectors: Tensor) -> Tensor:
+    """Return vectors `(*, c)` times the Hadamard matrix of Sylvester's order over sqrt(c), c a power of two.
+
+    Computed in fp32 by sums and differences alone, so that a vector's result does not depend on those beside it.
+    """
+    size = vectors.shape[-1]
+    mixed = vectors.float()
+    for level in range(size.bit_length() - 1):
+        first, second = mixed.unflatten(-1, (-1, 2, 1 << level)).unbind(-2)
+        mixed = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+    return (mixed * size**-0.5).to(vectors.dtype)
 
 
 def score_entries(index_keys: EntriesSoFar, query: Tensor, weights: Tensor) -> Tensor:

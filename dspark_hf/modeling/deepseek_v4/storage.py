@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dspark_hf.modeling.deepseek_v4.formats import FP4_GROUP, decode_fp4, encode_fp4
+
 _GROUP = 64
 _LARGEST = 448.0
 _SMALLEST_MAXIMUM = 1e-4
@@ -72,7 +74,17 @@ class PlainCodec:
         return stored[0]
 
 
-class Fp8Codec:
+class _RoundingCodec(Codec):
+    """A codec that changes vectors, and can do so to those that are not stored."""
+
+    def round(self, vectors: Tensor) -> Tensor:
+        """Return the vectors, in their dtype, as they would come back from storage; the gradient passes unchanged."""
+        held = vectors.detach()
+        # exact in every dtype: what is rounded lies near or is zero
+        return vectors + (self.decode(self.encode(held)).to(vectors.dtype) - held)
+
+
+class Fp8Codec(_RoundingCodec):
     """Store all but the last `rope_size` dimensions as FP8 (e4m3) with a power of two per 64, as the released code.
 
     Args:
@@ -86,7 +98,7 @@ class Fp8Codec:
 
     def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
         plain, rope = vectors[..., : -self.rope_size], vectors[..., -self.rope_size :]
-        grouped = plain.float().unflatten(-1, (-1, _group_size(plain.shape[-1])))
+        grouped = plain.float().unflatten(-1, (-1, _group_size(plain.shape[-1], _GROUP)))
         maxima = grouped.abs().amax(-1).clamp_min(_SMALLEST_MAXIMUM)
         mantissa, exponent = torch.frexp(maxima / _LARGEST)
         # the smallest power of two that brings the group into range
@@ -102,15 +114,22 @@ class Fp8Codec:
         plain = torch.ldexp(values, exponents[..., None].int() - 127).flatten(-2)
         return torch.cat([plain.to(self.dtype), rope.to(self.dtype)], dim=-1)
 
-    def round(self, vectors: Tensor) -> Tensor:
-        """Return the vectors, in their dtype, as they would come back from storage; the gradient passes unchanged."""
-        held = vectors.detach()
-        # exact in every dtype: what is rounded lies near or is zero
-        return vectors + (self.decode(self.encode(held)).to(vectors.dtype) - held)
+
+class Fp4Codec(_RoundingCodec):
+    """Store vectors as FP4 (e2m1), two numbers a byte, with a power of two per 32; they come back in fp32."""
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        packed, scale = encode_fp4(vectors.unflatten(-1, (-1, _group_size(vectors.shape[-1], FP4_GROUP))))
+        # bytes: few kernels move E8M0 tensors
+        return packed.flatten(-2), scale.view(torch.uint8)
+
+    def decode(self, stored: tuple[Tensor, ...]) -> Tensor:
+        packed, scale = stored
+        return decode_fp4(packed.unflatten(-1, (scale.shape[-1], -1)), scale).flatten(-2)
 
 
-def _group_size(size: int) -> int:
-    return _GROUP if size % _GROUP == 0 else size
+def _group_size(size: int, wanted: int) -> int:
+    return wanted if size % wanted == 0 else size
 
 
 class _Slots:

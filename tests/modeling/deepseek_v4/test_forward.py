@@ -13,16 +13,26 @@ CHANGES = [
     {},
     {"rope_scaling": None},
     {"cache_dtype": "fp8"},
+    {"indexer_dtype": "fp4"},
+    {"indexer_dtype": "fp4", "cache_dtype": "fp8", "index_head_dim": 64, "index_topk": 3},
     {"norm_topk_prob": False, "swiglu_limit": 0.5},
     {"compress_ratios": [8, 4, 4, 8, 4], "num_hash_layers": 0, "index_topk": 3, "sliding_window": 5},
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(change) or "plain")
-def test_equals_the_oracle(change):
+def test_equals_the_oracle(change, monkeypatch):
     """Some equation of the model is not the released one: text comes out wrong on real weights."""
     model = tiny_model(1, **change)
     token_ids = torch.randint(VOCAB, (1, 45))
+    chosen = []
+
+    def record(*arguments):
+        index, is_visible = choose_entries(*arguments)
+        chosen.extend(row[seen].tolist() for row, seen in zip(index[0], is_visible[0], strict=True))
+        return index, is_visible
+
+    monkeypatch.setattr("dspark_hf.modeling.deepseek_v4.attention.choose_entries", record)
     with torch.no_grad():
         outputs = model(token_ids, use_cache=False, output_hidden_states=True)
     expected = forward(
@@ -31,17 +41,18 @@ def test_equals_the_oracle(change):
         token_ids[0].tolist(),
         kv_fake_quant=model.config.cache_dtype == "fp8",
     )
+    assert chosen == [sorted(entries) for layer in expected.chosen_entries.values() for entries in layer]
     # fp32 against fp64, through five layers
     for layer, streams in enumerate(expected.layer_outputs):
         torch.testing.assert_close(outputs.hidden_states[layer + 1][0].double(), streams, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(outputs.logits[0].double(), expected.logits, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "fp8"])
+@pytest.mark.parametrize(("cache_dtype", "indexer_dtype"), [(None, None), ("fp8", None), (None, "fp4")])
 @pytest.mark.parametrize("steps", [[1] * 60, [6] * 10, [17, 17, 17, 9], [3, 50, 1, 1, 1, 4], [40] + [1] * 20])
-def test_pieces_equal_the_whole(steps, cache_dtype):
+def test_pieces_equal_the_whole(steps, cache_dtype, indexer_dtype):
     """A text processed in pieces through the cache differs from one processed at once."""
-    model = tiny_model(2, cache_dtype=cache_dtype)
+    model = tiny_model(2, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype)
     token_ids = torch.randint(VOCAB, (2, 60))
     with torch.no_grad():
         whole = model(token_ids, use_cache=False).logits

@@ -82,6 +82,7 @@ def oracle_settings(config: DeepseekV4DSparkConfig) -> Settings:
         index_num_heads=config.index_n_heads,
         index_head_dim=config.index_head_dim,
         index_topk=config.index_topk,
+        index_fake_quant=config.indexer_dtype == "fp4",
         norm_topk_prob=config.norm_topk_prob,
         swiglu_limit=config.swiglu_limit,
         rms_eps=config.rms_norm_eps,
