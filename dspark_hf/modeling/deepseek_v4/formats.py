@@ -136,8 +136,8 @@ def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def encode_fp4(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Return groups of numbers `(*, g)` as packed FP4 `(*, g / 2)`, uint8, and their E8M0 scales `(*)`.
 
-    A scale is the group's largest magnitude / 6, rounded up to a power of two. Numbers go to the nearest value, halfway
-    to the even code. The low half of a byte is the even column.
+    A scale is the group's largest magnitude / 6, rounded up to a power of two. Numbers go to the nearest value,
+    halfway to the even code. The low half of a byte is the even column.
 
     Example:
 

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
-from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec
+from dspark_hf.modeling.deepseek_v4.storage import Fp4Codec, Fp8Codec
 from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("width", [2, 5, 9, 16])
+@pytest.mark.parametrize(
+    ("width", "indexer_dtype"), [(2, None), (5, None), (9, None), (16, None), (5, "fp4"), (16, "fp4")]
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_any_accept_and_reject_pattern(seed, width):
+def test_any_accept_and_reject_pattern(seed, width, indexer_dtype):
     """Rejected drafts leave a trace in the cache, and the text after them is wrong."""
-    model = tiny_model(seed)
+    model = tiny_model(seed, indexer_dtype=indexer_dtype)
     torch.manual_seed(100 + seed)
     text = torch.randint(VOCAB, (3, 120))
     lengths = [7, 1, 20]
@@ -40,9 +42,10 @@ def test_any_accept_and_reject_pattern(seed, width):
             assert cache.lengths == lengths
 
 
-def test_state_equals_a_fresh_prefill():
+@pytest.mark.parametrize("indexer_dtype", [None, "fp4"])
+def test_state_equals_a_fresh_prefill(indexer_dtype):
     """Entries or window after a rollback differ from those of a text that was never longer."""
-    model = tiny_model(0)
+    model = tiny_model(0, indexer_dtype=indexer_dtype)
     text = torch.randint(VOCAB, (1, 60))
     with torch.no_grad():
         cache = model(text[:, :40]).past_key_values
@@ -99,20 +102,28 @@ def test_reset_forgets():
         torch.testing.assert_close(logits, model(text).logits)
 
 
-def test_memory_is_that_of_the_theory():
+@pytest.mark.parametrize("indexer_dtype", [None, "fp4"])
+def test_memory_is_that_of_the_theory(indexer_dtype):
     """The cache holds more than window, entries and tails, for example copies for every head."""
-    config = tiny_config()
-    model = tiny_model(2)
+    config = tiny_config(index_head_dim=128, indexer_dtype=indexer_dtype)
+    model = tiny_model(2, index_head_dim=128, indexer_dtype=indexer_dtype)
     cache = DeepseekV4DSparkCache(config)
     length = 6000
     with torch.no_grad():
         for _ in range(6):
             model(torch.randint(VOCAB, (1, length // 6)), past_key_values=cache)
     window = 5 * 4 * config.head_dim * (config.sliding_window + config.max_rollback)
-    csa = 2 * (4 * (config.head_dim + config.index_head_dim) * (length // 4))
+    # two numbers a byte, a byte for 32
+    key = 64 + 4 if indexer_dtype == "fp4" else 4 * config.index_head_dim
+    csa = 2 * (4 * config.head_dim + key) * (length // 4)
     csa += 2 * 4 * 2 * 2 * (config.head_dim + config.index_head_dim) * (2 * 4 + config.max_rollback)
     hca = 4 * config.head_dim * (length // 8) + 4 * 2 * config.head_dim * (8 + config.max_rollback)
     assert cache.num_bytes == pytest.approx(window + csa + hca, rel=0.02)
+    for layer in (1, 3):
+        entries = cache.store(layer).index.entries
+        # room for more grows by 1/128
+        assert entries.num_bytes == pytest.approx(key * (length // 4), rel=0.02)
+        assert entries.num_bytes % key == 0
 
 
 def test_fp8_storage_is_the_released_format():
@@ -132,6 +143,37 @@ def test_fp8_storage_is_the_released_format():
     assert all(torch.equal(a, b) for a, b in zip(codec.encode(back), stored, strict=True)) or torch.equal(
         codec.decode(codec.encode(back)), back
     )
+
+
+def test_fp4_storage_is_the_released_format():
+    """Stored keys of the indexer are rounded otherwise than the released code rounds them, or take more room."""
+    codec = Fp4Codec()
+    vectors = torch.randn(3, 5, 128) * torch.logspace(-5, 5, 5)[:, None]
+    vectors[0, 0] = 0
+    stored = codec.encode(vectors)
+    assert [part.dtype for part in stored] == [torch.uint8, torch.uint8]
+    assert [part.shape[-1] for part in stored] == [64, 4]
+    groups, rounded = vectors.unflatten(-1, (4, 32)), codec.decode(stored).unflatten(-1, (4, 32))
+    maxima = groups.abs().amax(-1, keepdim=True).clamp_min(6 * 2.0**-126)
+    scale = torch.exp2(torch.ceil(torch.log2(maxima.double() / 6)))
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    nearest = (groups.abs().double()[..., None] - scale[..., None] * magnitudes).abs().amin(-1)
+    assert torch.equal((groups.double() - rounded.double()).abs(), nearest)
+    back = codec.decode(stored)
+    assert torch.equal(codec.decode(codec.encode(back)), back)
+
+
+@pytest.mark.parametrize("size", [2, 16, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp4_rounding_is_what_comes_back(dtype, size):
+    """Keys of a text processed at once and those read back from the cache differ, or take no gradient."""
+    codec = Fp4Codec()
+    vectors = (torch.randn(3, 5, size) * torch.logspace(-5, 5, 5)[:, None]).to(dtype).requires_grad_()
+    rounded = codec.round(vectors)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded.float(), codec.decode(codec.encode(vectors.detach())))
+    rounded.sum().backward()
+    assert torch.equal(vectors.grad, torch.ones_like(vectors))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

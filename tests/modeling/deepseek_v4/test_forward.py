@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark_hf.modeling.deepseek_v4.indexer import choose_entries
+from dspark_hf.modeling.deepseek_v4.indexer import choose_entries, hadamard, rotate_and_round
 from tests.modeling.deepseek_v4.tiny import VOCAB, official_weights, oracle_settings, tiny_config, tiny_model
-from tests.reference.deepseek_v4 import forward
+from tests.reference.deepseek_v4 import fake_quantise_index, forward, hadamard_rotate
 
 CHANGES = [
     {},
@@ -122,6 +122,32 @@ def test_chosen_entries_are_those_of_a_stable_sort(num_values):
         assert torch.equal(chosen[row, token][is_visible[row, token]], expected)
 
 
+@pytest.mark.parametrize("size", [2, 16, 128])
+def test_rotation_of_the_indexer(size):
+    """The indexer's vectors are rotated otherwise than released, and round to other keys."""
+    vectors = torch.randn(7, size)
+    expected = torch.stack([hadamard_rotate(vector.double()) for vector in vectors])
+    torch.testing.assert_close(hadamard(vectors).double(), expected, atol=1e-6, rtol=1e-6)
+    assert hadamard(vectors.bfloat16()).dtype == torch.bfloat16
+    # a vector's result does not depend on its neighbours, bit for bit
+    assert torch.equal(hadamard(vectors)[3], hadamard(vectors[3]))
+    expected = torch.stack([fake_quantise_index(vector.double()) for vector in vectors])
+    assert torch.equal(rotate_and_round(vectors).double(), expected)
+
+
+def test_rotation_alone_changes_no_score(monkeypatch):
+    """What the rotation adds is more than a better rounding: queries and keys are turned differently."""
+    token_ids = torch.randint(VOCAB, (2, 60))
+    with torch.no_grad():
+        expected = tiny_model(1)(token_ids).logits
+        rounded = tiny_model(1, indexer_dtype="fp4")(token_ids).logits
+        monkeypatch.setattr("dspark_hf.modeling.deepseek_v4.indexer.rotate_and_round", hadamard)
+        rotated = tiny_model(1, indexer_dtype="fp4")(token_ids, use_cache=False).logits
+    torch.testing.assert_close(rotated, expected, atol=1e-4, rtol=1e-4)
+    # the rounding chooses other entries
+    assert (rounded - expected).abs().max() > 0.01
+
+
 def test_ties_do_not_depend_on_the_width():
     """With few index heads many scores are exactly zero, and a verify pass reads other entries than plain decoding."""
     model = tiny_model(5, index_n_heads=1, index_topk=4)
@@ -163,6 +189,11 @@ def test_bad_input_is_named():
             model(token_ids[:1], past_key_values=cache)
     with pytest.raises(ValueError, match="`compress_ratios` must name a ratio"):
         tiny_config(compress_ratios=[0, 4])
+    with pytest.raises(ValueError, match="`indexer_dtype` must be None or 'fp4', got 'fp8'"):
+        tiny_config(indexer_dtype="fp8")
+    with pytest.raises(ValueError, match="`index_head_dim` must be a power of two, .* got 24. Correct it"):
+        tiny_config(indexer_dtype="fp4", index_head_dim=24)
+    assert tiny_config(index_head_dim=24).index_head_dim == 24
 
 
 def test_dtypes_of_the_released_code():

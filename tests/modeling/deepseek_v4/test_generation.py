@@ -25,9 +25,9 @@ def _generate(model, token_ids, mask, **options):
     return model.generate(token_ids, attention_mask=mask, **settings)
 
 
-def _check_greedy(seed: int, num_rows: int, num_tokens: int) -> None:
+def _check_greedy(seed: int, num_rows: int, num_tokens: int, **fields: str) -> None:
     """Check that a drafter changes no token."""
-    model = tiny_model(seed)
+    model = tiny_model(seed, **fields)
     drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8, block_size=6)
     prompts = _prompts(num_rows)
     plain = _generate(model, *prompts, max_new_tokens=num_tokens)
@@ -41,6 +41,15 @@ def _check_greedy(seed: int, num_rows: int, num_tokens: int) -> None:
 def test_a_drafter_changes_no_token(seed, num_rows):
     """Greedy text with a drafter is not the text without one."""
     _check_greedy(seed, num_rows, 40)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "fp8"])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_a_drafter_changes_no_token_with_rounded_keys(num_rows, cache_dtype):
+    """Keys that are rounded in the cache make a verify pass see other entries than plain decoding."""
+    _check_greedy(
+        3, num_rows, 40, indexer_dtype="fp4", **({} if cache_dtype is None else {"cache_dtype": cache_dtype})
+    )
 
 
 def test_rows_that_end_early():

@@ -80,9 +80,10 @@ def test_what_a_loaded_model_is_like(checkpoints):
     assert not any(info.values())
 
 
-def test_fp8_cache_in_the_released_dtype(checkpoints):
-    """A bf16 model cannot have an 8-bit cache, or reads something else from it than it wrote."""
-    model, plain = load(checkpoints["fp4"], cache_dtype="fp8"), load(checkpoints["fp4"])
+@pytest.mark.parametrize("options", [{"cache_dtype": "fp8"}, {"indexer_dtype": "fp4"}], ids=str)
+def test_rounded_cache_in_the_released_dtype(checkpoints, options):
+    """A bf16 model cannot have a cache of 8 or 4 bits, or reads something else from it than it wrote."""
+    model, plain = load(checkpoints["fp4"], **options), load(checkpoints["fp4"])
     token_ids = torch.randint(200, (2, 40))
     with torch.no_grad():
         outputs = model(token_ids)
@@ -219,6 +220,7 @@ def test_other_tensors_are_refused(checkpoints, tmp_path, change, message, optio
         ({"dtype": "int8"}, "`dtype` must be a floating-point dtype, got 'int8'"),
         ({"surprise": 1}, r"`kwargs` must be options .* got \['surprise'\]"),
         ({"cache_dtype": "int8"}, "`cache_dtype` must be None or 'fp8', got 'int8'"),
+        ({"indexer_dtype": "fp8"}, "`indexer_dtype` must be None or 'fp4', got 'fp8'"),
         ({"device_map": "automatic"}, "`device_map` must be one of auto, .* got 'automatic'"),
         ({"device_map": {"head": "cpu"}}, "`device_map` must name a device for every weight"),
         (

@@ -25,13 +25,16 @@ from tests.reference.deepseek_v4 import (
     enter,
     expert_output,
     fake_quantise,
+    fake_quantise_index,
     forward,
+    hadamard_rotate,
     leave,
     moe,
     project_heads,
     queries,
     rotary_frequencies,
     rotate,
+    round_to_e2m1,
     round_to_e4m3,
     score_entries,
     shared_kv,
@@ -445,6 +448,21 @@ def test_rounding_of_stored_vectors():
     kv[0], kv[64], kv[128:192] = 449.0, 448.0, 1e-9
     rounded = fake_quantise(kv, _settings(rope_head_dim=2))
     assert rounded[[0, 1, 64, 65, 128, 193]].tolist() == [448.0, 0.0, 448.0, 2.0**-9, 2.0**-30, 2.0**-9]
+
+
+def test_rounding_of_the_indexers_vectors():
+    """The oracle rotates or rounds the indexer's vectors otherwise than 4 bits hold them."""
+    values = [0.25, 0.2501, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.001, -2.5, -0.2, 6.0]
+    assert [round_to_e2m1(value) for value in values] == [0, 0.5, 1, 1, 2, 2, 4, 4, 6, -2, 0, 6]
+    # H of 4, row by row: all; every second; every second pair; both
+    x = torch.tensor([1.0, 2.0, 3.0, 5.0])
+    assert hadamard_rotate(x).tolist() == [5.5, -1.5, -2.5, 0.5]
+    # 5.5 / 6 needs the scale 1
+    assert fake_quantise_index(x).tolist() == [6.0, -1.5, -2.0, 0.5]
+    assert fake_quantise_index(x * 2).tolist() == [12.0, -3.0, -4.0, 1.0]
+    # a scale for each 32: the rotation of a constant is one number, and zeros have a scale too
+    assert fake_quantise_index(torch.ones(64)).tolist() == [8.0] + [0.0] * 63
+    assert fake_quantise_index(torch.zeros(64)).tolist() == [0.0] * 64
 
 
 def _settings(**fields: Any) -> Settings:

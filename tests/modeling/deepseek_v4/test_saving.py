@@ -83,6 +83,16 @@ def test_configuration_is_the_released_one(checkpoints, tmp_path):
     assert (tmp_path / "generation_config.json").exists()
 
 
+def test_fields_of_ours_are_saved_in_our_form(checkpoints, tmp_path):
+    """A model that was saved rounds its keys no more, or other programs read of an option they do not know."""
+    model = load(checkpoints["fp4"], indexer_dtype="fp4")
+    model.save_pretrained(tmp_path / "ours", released=False)
+    model.save_pretrained(tmp_path / "released", released=True)
+    assert load(tmp_path / "ours").config.indexer_dtype == "fp4"
+    assert torch.equal(logits(load(tmp_path / "ours")), logits(model))
+    assert "indexer_dtype" not in json.loads((tmp_path / "released" / "config.json").read_text(encoding="utf-8"))
+
+
 def test_dequantized(checkpoints, tmp_path):
     """A dequantised model is saved as if it were in FP8, or with scales."""
     model = load(checkpoints["fp4"], keep_quantized=False)

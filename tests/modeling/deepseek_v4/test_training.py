@@ -54,10 +54,11 @@ def _assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> No
 
 
 # every expert is chosen by some token of these texts
-@pytest.mark.parametrize("coefficient", [0.0, 0.1])
-def test_gradients_reach_every_parameter_that_is_trained(coefficient: float) -> None:
+@pytest.mark.parametrize(("coefficient", "indexer_dtype"), [(0.0, None), (0.1, None), (0.1, "fp4")])
+def test_gradients_reach_every_parameter_that_is_trained(coefficient: float, indexer_dtype: str | None) -> None:
     """A part of the model would keep its random weights, or the indexer would be trained although nobody asked."""
-    model = tiny_model(1, output_router_logits=True, indexer_loss_coef=coefficient)
+    fields = {"output_router_logits": True, "indexer_loss_coef": coefficient, "indexer_dtype": indexer_dtype}
+    model = tiny_model(1, **fields)
     tables = {name: table.clone() for name, table in model.named_parameters() if "tid2eid" in name}
     _train_step(model, _text(4))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
