@@ -90,15 +90,15 @@ class KVBytes:
 def theory(config: DeepseekV4DSparkConfig, context: int, dtype: torch.dtype = torch.float32) -> KVBytes:
     """Return what `dspark-hf estimate` counts for a cache of this configuration.
 
-    With `cache_dtype="fp8"` entries and windows are counted as released; the indexer's keys are not: ours stay in
-    `dtype`.
+    With `cache_dtype="fp8"` entries and windows are counted as released, the indexer's keys with
+    `indexer_dtype="fp4"`.
     """
     shape = model_from_fields("small", config.to_released_dict()).shape
     formats = {torch.float32: CacheFormat.fp32, torch.bfloat16: CacheFormat.bf16}
     parts = count_kv_cache(shape, context, 1, formats[dtype]).parts
-    if config.cache_dtype == "fp8":
-        released = count_kv_cache(shape, context, 1, CacheFormat.released).parts
-        parts = {**released, "CSA indexer keys": parts["CSA indexer keys"]}
+    released = count_kv_cache(shape, context, 1, CacheFormat.released).parts
+    keys = (released if config.indexer_dtype == "fp4" else parts)["CSA indexer keys"]
+    parts = {**(released if config.cache_dtype == "fp8" else parts), "CSA indexer keys": keys}
     growing = sum(part.num_bytes for name, part in parts.items() if name in GROWING)
     return KVBytes(growing, sum(part.num_bytes for part in parts.values()) - growing)
 
@@ -356,7 +356,11 @@ def bytes_table(places: Sequence[Place]) -> list[str]:
         held, expected = place.kv_bytes, theory(place.way.config, place.context, dtype)
         numbers = (held.entries, expected.entries, held.rest, expected.rest)
         cells = " | ".join(f"{number / 1024:,.1f}" for number in numbers)
-        stored = f"{str(dtype).removeprefix('torch.')}{', entries in FP8' if place.way.config.cache_dtype else ''}"
+        stored = str(dtype).removeprefix("torch.")
+        if place.way.config.cache_dtype:
+            stored += ", entries in FP8"
+        if place.way.config.indexer_dtype:
+            stored += ", indexer keys in FP4"
         lines.append(
             f"| {place.way.name} | {stored} | {place.context:,} | {cells} "
             f"| **{held.total / expected.total - 1:+.2%}** |"
@@ -388,8 +392,8 @@ def main(
     native = list(fill(Native(config), sizes, native_prompt_limit, min(chunk, 512)))
     measure([*ours, *native], rounds, passes)
     small_caches = [
-        list(fill(Ours(small_config(divisor, cache_dtype=cache_dtype), torch.bfloat16), sizes, sizes[0], chunk))[-1]
-        for cache_dtype in (None, "fp8")
+        list(fill(Ours(small_config(divisor, **stored), torch.bfloat16), sizes, sizes[0], chunk))[-1]
+        for stored in ({}, {"cache_dtype": "fp8"}, {"cache_dtype": "fp8", "indexer_dtype": "fp4"})
     ]
     speeds = [f"{place.prefill:.2f} at {place.context:,}" for place in ours if place.prefill is not None]
     lines = [
@@ -424,8 +428,8 @@ def main(
         "",
         "Bytes allocated, against what `dspark-hf estimate` counts. What dspark_hf holds beyond the theory is room "
         f"for entries to come, at most 1/128 of them or 16, and {config.max_rollback} more tokens in windows and "
-        'pending tokens, so that drafts can be taken back. With `cache_dtype="fp8"` the indexer\'s keys stay in bf16; '
-        "the released code stores them in FP4.",
+        'pending tokens, so that drafts can be taken back. With `cache_dtype="fp8"` alone the indexer\'s keys stay in '
+        'bf16; with `indexer_dtype="fp4"` they are stored in FP4, as the released code rounds them.',
         "",
         *bytes_table([*ours, *native, *small_caches]),
     ]

@@ -54,17 +54,19 @@ def test_contexts_are_filled_and_timed(kind):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cache_dtype"),
+    ("dtype", "fields"),
     [
-        (torch.float32, None),
-        pytest.param(torch.bfloat16, None, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, "fp8", marks=pytest.mark.slow),
+        (torch.float32, {}),
+        pytest.param(torch.float32, {"indexer_dtype": "fp4"}, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, {}, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, {"cache_dtype": "fp8"}, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, {"cache_dtype": "fp8", "indexer_dtype": "fp4"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_kv_bytes_of_a_million_tokens(dtype, cache_dtype):
+def test_kv_bytes_of_a_million_tokens(dtype, fields):
     """The cache takes more than the estimate says: room, copies or wider formats that nobody counted."""
-    way = Ours(small_config(16, cache_dtype=cache_dtype), dtype)
+    way = Ours(small_config(16, **fields), dtype)
     place = list(fill(way, [512, 1 << 20], 512, 512, _silent))[-1]
     expected = theory(way.config, place.context, dtype)
     assert place.kv_bytes.entries == pytest.approx(expected.entries, rel=1 / 128 + 1e-4)
