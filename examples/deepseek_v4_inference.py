@@ -40,7 +40,7 @@ def main() -> None:
             return_tensors="pt",
             return_dict=True,
         )
-        options = ("dtype", "keep_quantized", "cache_dtype", "device_map", "offload_folder")
+        options = ("dtype", "keep_quantized", "cache_dtype", "indexer_dtype", "device_map", "offload_folder")
         target = DeepseekV4DSparkForCausalLM.from_pretrained(
             arguments.target, **{name: getattr(arguments, name) for name in options}
         )
@@ -116,6 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="auto, bfloat16 or float32; default: as stored")
     parser.add_argument("--keep-quantized", action=switch, help="FP8 and FP4 stay so; default: without --dtype")
     parser.add_argument("--cache-dtype", help="fp8 for a smaller cache; default: the target's dtype")
+    parser.add_argument("--indexer-dtype", help="fp4 for the released indexer; default: the target's dtype")
     parser.add_argument("--device-map", default="auto", help="auto (default), cpu, cuda:0 ...")
     parser.add_argument("--offload-folder", help="for dequantised weights that fit on the disk only")
     return parser
