@@ -392,8 +392,15 @@ def main(
     native = list(fill(Native(config), sizes, native_prompt_limit, min(chunk, 512)))
     measure([*ours, *native], rounds, passes)
     small_caches = [
-        list(fill(Ours(small_config(divisor, **stored), torch.bfloat16), sizes, sizes[0], chunk))[-1]
-        for stored in ({}, {"cache_dtype": "fp8"}, {"cache_dtype": "fp8", "indexer_dtype": "fp4"})
+        list(
+            fill(
+                Ours(small_config(divisor, cache_dtype=cache, indexer_dtype=keys), torch.bfloat16),
+                sizes,
+                sizes[0],
+                chunk,
+            )
+        )[-1]
+        for cache, keys in ((None, None), ("fp8", None), ("fp8", "fp4"))
     ]
     speeds = [f"{place.prefill:.2f} at {place.context:,}" for place in ours if place.prefill is not None]
     lines = [
