@@ -72,7 +72,10 @@ def build_ways(drafter: DSparkAssistantModel) -> list[Way]:
     """Return plain decoding first, then what is compared with it."""
     lookup = Way(f"prompt lookup, {PROMPT_LOOKUP_TOKENS} tokens", {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS})
     dspark = [
-        Way(f"DSpark, {count} drafts", {"assistant_model": drafter, "num_assistant_tokens": count})
+        Way(
+            f"DSpark, {count} drafts",
+            {"assistant_model": drafter, "num_assistant_tokens": count, "scheduler": "fixed"},
+        )
         for count in NUM_DRAFTS
         if count <= drafter.block_size
     ]
