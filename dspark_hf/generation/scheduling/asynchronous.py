@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dspark_hf.generation.drafting import DraftedBlock
-from dspark_hf.generation.scheduling.confidence import ConfidenceSource, check_source_name, find_source
+from dspark_hf.generation.scheduling.confidence import ConfidenceSource
 from dspark_hf.generation.scheduling.costs import Costs, round_seconds
-from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
-from dspark_hf.generation.scheduling.profile import find_profile
+from dspark_hf.generation.scheduling.interface import Batch, Schedule
+from dspark_hf.generation.scheduling.profiled import ProfiledSchedule, ProfiledScheduler
 from dspark_hf.generation.scheduling.survival import best_level, possible_survival
 
 # how many rounds old the confidences are that fix the capacity (paper, Section 3.3)
 DELAY = 2
 
 
-class AsynchronousScheduler(Scheduler):
+class AsynchronousScheduler(ProfiledScheduler):
     """Fix how much to verify from the confidences of two rounds ago, then admit the best drafts of this round.
 
     The capacity comes from a search over all widths: it looks past steps of the cost that Algorithm 1 would stop at.
@@ -35,12 +35,8 @@ class AsynchronousScheduler(Scheduler):
 
     name = "asynchronous"
 
-    def __init__(self, *, costs: Costs | None = None, confidence: str | None = None):
-        self.costs = costs
-        self.confidence = check_source_name(confidence)
-
-    def start(self, call: Call) -> Schedule:
-        return _Asynchronous(self.costs or find_profile(call), find_source(self.confidence, call))
+    def _schedule(self, costs: Costs, source: ConfidenceSource) -> Schedule:
+        return _Asynchronous(costs, source)
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,9 @@ class Capacity:
     depth: int
 
 
-class _Asynchronous(Schedule):
+class _Asynchronous(ProfiledSchedule):
     def __init__(self, costs: Costs, source: ConfidenceSource):
-        self._costs = costs
-        self._source = source
-        self.wants_margins = source.wants_margins
+        super().__init__(costs, source)
         self._capacities: deque[Capacity] = deque(maxlen=DELAY)
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
@@ -71,9 +65,6 @@ class _Asynchronous(Schedule):
         gains: list[float] = survival.sum(0).tolist()
         depth = best_level(gains, batch.num_live, round_seconds(self._costs, batch, len(gains)))
         return Capacity(_drafts_above(survival, depth) / batch.num_rows, depth)
-
-    def observe(self, outcome: Outcome) -> None:
-        self._source.learn(outcome)
 
 
 def pass_depth(survival: Tensor, capacity: Capacity) -> int:

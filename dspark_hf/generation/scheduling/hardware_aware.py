@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dspark_hf.generation.drafting import DraftedBlock
-from dspark_hf.generation.scheduling.confidence import ConfidenceSource, check_source_name, find_source
+from dspark_hf.generation.scheduling.confidence import ConfidenceSource
 from dspark_hf.generation.scheduling.costs import Costs, round_seconds
-from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
-from dspark_hf.generation.scheduling.profile import find_profile
+from dspark_hf.generation.scheduling.interface import Batch, Schedule
+from dspark_hf.generation.scheduling.profiled import ProfiledSchedule, ProfiledScheduler
 from dspark_hf.generation.scheduling.survival import possible_survival, stop_level
 
 
-class HardwareAwareScheduler(Scheduler):
+class HardwareAwareScheduler(ProfiledScheduler):
     """Verify as many levels as raise the expected throughput, and stop at the first that does not.
 
     All rows of a padded batch cost as much as the longest, so drafts are admitted level by level: draft j of every
@@ -24,24 +24,12 @@ class HardwareAwareScheduler(Scheduler):
 
     name = "hardware_aware"
 
-    def __init__(self, *, costs: Costs | None = None, confidence: str | None = None):
-        self.costs = costs
-        self.confidence = check_source_name(confidence)
-
-    def start(self, call: Call) -> Schedule:
-        return _HardwareAware(self.costs or find_profile(call), find_source(self.confidence, call))
+    def _schedule(self, costs: Costs, source: ConfidenceSource) -> Schedule:
+        return _HardwareAware(costs, source)
 
 
-class _HardwareAware(Schedule):
-    def __init__(self, costs: Costs, source: ConfidenceSource):
-        self._costs = costs
-        self._source = source
-        self.wants_margins = source.wants_margins
-
+class _HardwareAware(ProfiledSchedule):
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         # the round's one transfer from the device
         gains: list[float] = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
         return batch.cut(stop_level(gains, batch.num_live, round_seconds(self._costs, batch, len(gains))))
-
-    def observe(self, outcome: Outcome) -> None:
-        self._source.learn(outcome)
