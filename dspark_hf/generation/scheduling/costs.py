@@ -127,6 +127,7 @@ class _Times:
     def __init__(self) -> None:
         self._samples: dict[int, dict[int, deque[float]]] = {}
         self._medians: dict[tuple[int, int], float] = {}
+        self._line: tuple[float, float] | None = None
         self._seen: set[int] = set()
 
     @property
@@ -143,6 +144,7 @@ class _Times:
         if size in self._seen:
             self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
             self._medians.pop((rows, size), None)
+            self._line = None
         self.pass_over(size)
 
     def pass_over(self, size: int) -> None:
@@ -170,6 +172,12 @@ class _Times:
 
     def line_over_products(self) -> tuple[float, float]:
         """Return the line over rows times size through all medians."""
+        # a plan asks for it once per width
+        if self._line is None:
+            self._line = self._fitted_over_products()
+        return self._line
+
+    def _fitted_over_products(self) -> tuple[float, float]:
         points: dict[int, float] = {}
         weights: dict[int, float] = {}
         for rows in self._samples:
