@@ -8,11 +8,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.loads import DEFAULT, FIXED, PLAIN, Measured
+from dspark_hf.figures import COLORS, STYLE, check_plotting, name_colors, new_figure, to_png
 
 # what was measured at each number of rows: ways by name
 ByRows = Mapping[int, Mapping[str, Measured]]
-# Okabe and Ito's colours, told apart by colour-blind eyes too
-_COLORS = ("#000000", "#56B4E9", "#0072B2", "#7A5195", "#E69F00", "#CC79A7", "#D55E00")
 
 
 def speed_table(by_rows: ByRows) -> list[str]:
@@ -52,32 +51,31 @@ def speculation_table(by_rows: ByRows) -> list[str]:
 
 def draw(by_rows: ByRows, title: str, path: Path) -> None:
     """Draw throughput against rows, speed per row against throughput, and verified length against rows (PNG)."""
-    from matplotlib.figure import Figure
+    check_plotting()
+    import matplotlib
 
-    figure = Figure(figsize=(15, 4.6), dpi=120, layout="constrained")
-    throughput, frontier, verified = figure.subplots(1, 3)
-    rows = list(by_rows)
-    for way, color in zip(next(iter(by_rows.values())), _COLORS, strict=False):
-        measured = [by_rows[count][way] for count in rows]
-        speeds = [one.speed for one in measured]
-        style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "label": way}
-        style["linewidth"] = 2.4 if way in (PLAIN, DEFAULT) else 1.2
-        throughput.plot(rows, speeds, **style)
-        frontier.plot(speeds, [speed / count for speed, count in zip(speeds, rows, strict=True)], **style)
-        if way != PLAIN:
-            verified.plot(rows, [1 + median(one.verified) for one in measured], **style)
-    throughput.set(title="Throughput", xlabel="rows", ylabel="tokens/s, all rows")
-    frontier.set(title="Speed of a row against throughput", xlabel="tokens/s, all rows", ylabel="tokens/s per row")
-    verified.set(title="Verified length", xlabel="rows", ylabel="tokens per row and pass")
-    for axes in (throughput, verified):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(rows, labels=[str(count) for count in rows])
-    for axes in (throughput, frontier, verified):
-        axes.grid(color="#e3e7ec")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    figure.legend(*throughput.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
-    figure.savefig(path)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(15, 4.6)
+        throughput, frontier, verified = figure.subplots(1, 3)
+        rows, ways = list(by_rows), list(next(iter(by_rows.values())))
+        for index, way in enumerate(ways):
+            measured = [by_rows[count][way] for count in rows]
+            speeds = [one.speed for one in measured]
+            style: dict[str, Any] = {"color": COLORS[index], "marker": "o", "markersize": 4}
+            style["linewidth"] = 2.4 if way in (PLAIN, DEFAULT) else 1.2
+            throughput.plot(rows, speeds, **style)
+            frontier.plot(speeds, [speed / count for speed, count in zip(speeds, rows, strict=True)], **style)
+            if way != PLAIN:
+                verified.plot(rows, [1 + median(one.verified) for one in measured], **style)
+        throughput.set(title="Throughput", xlabel="rows", ylabel="tokens/s, all rows")
+        frontier.set(title="Speed of a row", xlabel="tokens/s, all rows", ylabel="tokens/s per row")
+        verified.set(title="Verified length", xlabel="rows", ylabel="tokens per row and pass")
+        for axes in (throughput, verified):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(rows, labels=[str(count) for count in rows])
+        name_colors(figure, ways)
+        figure.supxlabel(title, fontsize=9, color="#333333")
+        path.write_bytes(to_png(figure))
 
 
 def summary(results: Mapping[str, ByRows], worst: Sequence[str]) -> list[str]:
