@@ -214,8 +214,7 @@ class _Run(Rounds):
     def _count_round(
         self, drafted: DraftedBlock | None, num_verified: list[int], num_accepted: list[int], num_kept: list[int]
     ) -> None:
-        num_drafted = 0 if drafted is None else drafted.token_ids.shape[1]
-        confidence = None if drafted is None else drafted.confidence
+        num_drafted, confidence = (0, None) if drafted is None else (drafted.num_drafts, drafted.confidence)
         self._statistics.rounds.append(
             Round(tuple(self._rows), num_drafted, confidence, tuple(num_verified), tuple(num_accepted))
         )

@@ -38,6 +38,11 @@ class DraftedBlock:
     confidence: Tensor | None
     margins: Tensor | None = None
 
+    @property
+    def num_drafts(self) -> int:
+        """Number K of drafts per row."""
+        return self.token_ids.shape[1]
+
 
 class DraftContext(ABC):
     """What a drafter remembers of the sequences being generated."""

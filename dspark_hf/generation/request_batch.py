@@ -220,8 +220,7 @@ class RequestBatch(Rounds):
     def _count_round(
         self, drafted: DraftedBlock | None, num_verified: list[int], num_accepted: list[int], num_kept: list[int]
     ) -> None:
-        num_drafted = 0 if drafted is None else drafted.token_ids.shape[1]
-        confidence = None if drafted is None else drafted.confidence
+        num_drafted, confidence = (0, None) if drafted is None else (drafted.num_drafts, drafted.confidence)
         for i, row in enumerate(self.rows):
             verified, accepted = num_verified[i], num_accepted[i]
             beliefs = None if confidence is None else confidence[i : i + 1]

@@ -83,7 +83,7 @@ class Rounds(ABC):
         self._drop_rows()
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
-        num_drafted = 0 if drafted is None else drafted.token_ids.shape[1]
+        num_drafted = 0 if drafted is None else drafted.num_drafts
         self._schedule.observe(
             Outcome(batch, num_drafted, num_verified, num_accepted, drafting, seconds - drafting, is_typical)
         )

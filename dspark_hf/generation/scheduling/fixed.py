@@ -17,4 +17,4 @@ class FixedScheduler(Scheduler):
 
 class _Fixed(Schedule):
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
-        return batch.cut(drafted.token_ids.shape[1])
+        return batch.cut(drafted.num_drafts)
