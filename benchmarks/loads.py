@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting import Drafter
+from dspark_hf.prompts import pad_left
 
 PLAIN = "plain"
 FIXED = ("fixed 3", "fixed 5", "fixed 7")
@@ -72,13 +73,8 @@ class Measured:
 
 def make_load(prompts: Sequence[Tensor], pad_token_id: int, device: torch.device, options: dict[str, Any]) -> Load:
     """Return the prompts `(T,)` as one left-padded batch."""
-    length = max(len(prompt) for prompt in prompts)
-    token_ids = torch.full((len(prompts), length), pad_token_id)
-    mask = torch.zeros_like(token_ids)
-    for row, prompt in enumerate(prompts):
-        token_ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
-    return Load(token_ids.to(device), mask.to(device), {**options, "pad_token_id": pad_token_id})
+    inputs = pad_left(prompts, device, pad_token_id)
+    return Load(inputs["input_ids"], inputs["attention_mask"], {**options, "pad_token_id": pad_token_id})
 
 
 def random_prompts(num_prompts: int, vocab_size: int, seed: int) -> list[Tensor]:

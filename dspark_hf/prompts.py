@@ -1,6 +1,6 @@
 """Prompts: what they look like in a file, and the token ids a target reads.
 
-Legend: T tokens.
+Legend: B prompts, T tokens.
 """
 
 from __future__ import annotations
@@ -167,6 +167,20 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> Tensor:
             "`prompt` must have at least one token, got none from a tokenizer without a BOS token. Give it some text."
         )
     return torch.tensor(token_ids or [tokenizer.bos_token_id], dtype=torch.long)
+
+
+def pad_left(prompts: Sequence[Tensor], device: torch.device, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Return prompts `(T,)` as the inputs of a model: `input_ids` and `attention_mask` `(B, longest)` on `device`.
+
+    Padding is masked, so that any token will do.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
 def has_chat_template(tokenizer: Any) -> bool:

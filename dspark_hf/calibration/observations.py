@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+from dspark_hf.prompts import pad_left
 
 # fp32 rounds the sigmoid of a logit beyond 17 to 1, and the logit is lost; divided by 16 it survives up to 250
 _TEMPERATURE_OF_RUN = 16.0
@@ -217,7 +218,7 @@ def _observe(
     drafter.last_statistics = None
     with temporary_temperatures(drafter, temperatures):
         target.generate(
-            **_pad_left(prompts, target.device),
+            **pad_left(prompts, target.device),
             assistant_model=drafter,
             num_assistant_tokens=drafter.block_size,
             scheduler="fixed",
@@ -244,16 +245,6 @@ def temporary_temperatures(drafter: DSparkAssistantModel, temperatures: Sequence
         yield
     finally:
         drafter.config.sts_temperatures = previous
-
-
-def _pad_left(prompts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _pad_token_id(target: PreTrainedModel) -> int:

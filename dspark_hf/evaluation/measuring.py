@@ -14,6 +14,7 @@ from dspark_hf.evaluation.records import Answer, round_records
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+from dspark_hf.prompts import pad_left
 
 PLAIN = "plain"
 _WARM_UP_TOKENS = 8
@@ -112,7 +113,7 @@ class Measuring:
         self, prompts: Sequence[Tensor], way: str, temperature: float, *, seed: int, max_new_tokens: int | None = None
     ) -> Answer:
         drafter = self._drafters[way]
-        inputs = self._pad(prompts)
+        inputs = pad_left([token_ids[0] for token_ids in prompts], self._target.device)
         options = {
             "max_new_tokens": max_new_tokens or self._settings.max_new_tokens,
             **_sampling_options(temperature),
@@ -140,18 +141,6 @@ class Measuring:
         if self._settings.num_drafts is not None:
             options["num_assistant_tokens"] = self._settings.num_drafts
         return options
-
-    def _pad(self, prompts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the model inputs, padded on the left."""
-        width = max(token_ids.shape[1] for token_ids in prompts)
-        # masked, so that any token will do
-        rows = [torch.nn.functional.pad(token_ids, (width - token_ids.shape[1], 0)) for token_ids in prompts]
-        masks = [torch.arange(width) >= width - token_ids.shape[1] for token_ids in prompts]
-        device = self._target.device
-        return {
-            "input_ids": torch.cat(rows).to(device),
-            "attention_mask": torch.stack(masks).long().to(device),
-        }
 
     def _until_end(self, token_ids: list[int]) -> tuple[int, ...]:
         """Return a row's tokens without the padding after its end."""
