@@ -1,8 +1,8 @@
-"""Curves through noisy measurements: what a larger step costs is at least what a smaller one does."""
+"""Curves through noisy measurements."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -27,36 +27,22 @@ def fit_line(points: Mapping[int, float], weights: Mapping[int, float]) -> tuple
     return level - slope * centre, slope
 
 
-def never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Return the sequence closest to `values`, in weighted squares, that never falls (pool adjacent violators)."""
-    pools: list[tuple[float, float, int]] = []
-    for value, weight in zip(values, weights, strict=True):
-        pools.append((value, weight, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (left, left_weight, left_size), (right, right_weight, right_size) = pools[-2:]
-            weight = left_weight + right_weight
-            pools[-2:] = [((left * left_weight + right * right_weight) / weight, weight, left_size + right_size)]
-    return [value for value, _, size in pools for _ in range(size)]
-
-
-def smooth_curve(
-    points: Mapping[int, float], weights: Mapping[int, float], expected: Sequence[float], *, trust: float
-) -> list[float]:
-    """Return the values at 1, 2 and so on: those `expected`, bent towards what was measured, that never fall.
+def find_bends(
+    points: Mapping[int, float], weights: Mapping[int, float], expected: Callable[[int], float], *, trust: float
+) -> dict[int, float]:
+    """Return by place how far a curve that is `expected` must be bent towards what was measured.
 
     Args:
-        points: measured values by place, none beyond the last expected one.
+        points: measured values by place.
         weights: how many samples are behind each of them.
-        expected: what is expected where nothing was measured.
+        expected: the value that is expected at a place.
         trust: samples that count as much as what is expected.
     """
-    bends = {
-        place: (value - expected[place - 1]) * weights[place] / (weights[place] + trust)
-        for place, value in points.items()
+    return {
+        place: (value - expected(place)) * weights[place] / (weights[place] + trust) for place, value in points.items()
     }
-    last = max(bends, default=0)
-    values = []
-    for place, value in enumerate(expected, start=1):
-        # beyond the last measurement its bend stays
-        values.append(value + (0.0 if not bends else bends[last] if place > last else interpolate(bends, place)))
-    return never_falling(values, [weights.get(place, 0) + trust for place in range(1, len(values) + 1)])
+
+
+def bend_at(bends: Mapping[int, float], place: int) -> float:
+    """Return how far a curve is bent at `place`: between measured places on straight lines, beyond them as there."""
+    return interpolate(bends, min(place, max(bends))) if bends else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_hf.profiling.fitting import fit_line, never_falling, smooth_curve
+from dspark_hf.profiling.fitting import bend_at, find_bends, fit_line
 
 
 def test_line_is_the_weighted_least_squares_one():
@@ -31,29 +31,26 @@ def test_line_needs_a_measurement():
         fit_line({}, {})
 
 
-def test_never_falling_is_the_closest_such_sequence():
-    """Another sequence that never falls lies closer to the measurements."""
-    generator = np.random.default_rng(1)
-    for _ in range(50):
-        values, weights = generator.normal(size=6), generator.uniform(0.1, 5, size=6)
-        found = np.array(never_falling(values.tolist(), weights.tolist()))
-        assert (np.diff(found) >= -1e-12).all()
-        # optimality: no small step within the cone of such sequences comes closer
-        loss = (weights * (found - values) ** 2).sum()
-        for _ in range(200):
-            other = np.maximum.accumulate(found + 0.05 * generator.normal(size=6))
-            assert (weights * (other - values) ** 2).sum() >= loss - 1e-9
-
-
-def test_smooth_curve_trusts_many_samples_and_the_line_elsewhere():
+def test_bends_trust_many_samples_and_what_is_expected_elsewhere():
     """Well measured costs are smoothed away, or unmeasured ones jump to something that was never seen."""
-    line = [11.0, 12.0, 13.0, 14.0, 15.0, 16.0]
-    measured = smooth_curve({1: 20.0, 4: 25.0}, {1: 1e6, 4: 1e6}, line, trust=4.0)
-    assert measured[0] == pytest.approx(20.0, abs=1e-3)
-    assert measured[3] == pytest.approx(25.0, abs=1e-3)
-    # the bend is nine at 1, eleven at 4, and stays eleven beyond
-    assert measured[1] == pytest.approx(12 + 9 + 2 / 3, abs=1e-3)
-    assert measured[5] == pytest.approx(16 + 11, abs=1e-3)
-    assert smooth_curve({}, {}, line, trust=4.0) == pytest.approx(line)
+
+    def line(place: int) -> float:
+        return 10.0 + place
+
+    measured = find_bends({1: 20.0, 4: 25.0}, {1: 1e6, 4: 1e6}, line, trust=4.0)
+    # straight between them, and beyond the last as there
+    places = (1, 2, 4, 6)
+    assert [bend_at(measured, place) for place in places] == pytest.approx([9, 9 + 2 / 3, 11, 11], abs=1e-3)
     # as many samples as are trusted in the line: halfway
-    assert smooth_curve({2: 14.0}, {2: 4.0}, line, trust=4.0)[1] == pytest.approx(13.0)
+    assert bend_at(find_bends({2: 14.0}, {2: 4.0}, line, trust=4.0), 2) == pytest.approx(1.0)
+
+
+def test_curves_without_measurements_are_not_bent():
+    """Nothing measured bends a curve, or breaks it."""
+    assert bend_at(find_bends({}, {}, float, trust=4.0), 3) == 0.0
+
+
+def test_bends_may_fall():
+    """A wider step that is really quicker is not believed."""
+    bends = find_bends({3: 20.0, 4: 10.0}, {3: 1e6, 4: 1e6}, lambda place: 14.0, trust=4.0)
+    assert [bend_at(bends, place) for place in (3, 4)] == pytest.approx([6.0, -4.0], abs=1e-3)

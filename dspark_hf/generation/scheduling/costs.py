@@ -8,7 +8,7 @@ from statistics import median
 from typing import Protocol
 
 from dspark_hf.generation.scheduling.interface import Batch, Outcome
-from dspark_hf.profiling.fitting import fit_line, smooth_curve
+from dspark_hf.profiling.fitting import bend_at, find_bends, fit_line
 
 # rounds of a shape whose median counts: many, since only what they have in common with earlier ones must stay
 _NUM_SAMPLES = 127
@@ -45,7 +45,8 @@ class OnlineCosts:
     """Costs measured while decoding: medians of the latest rounds of every shape, smoothed.
 
     Rounds are few and machines moody, so what is known of one shape also says something of others: costs lie near a
-    profile if there is one, else near a line, over tokens for a pass and over drafts for the drafter, and never fall.
+    profile if there is one, else near a line, over tokens for a pass and over drafts for the drafter. Curves may fall:
+    kernels work in tiles, and a pass over sixteen tokens can be quicker than one over twelve.
     All times are kept relative to a common factor that follows the machine, so that a shape that was last seen at
     another load, or on a shorter context, is still comparable.
 
@@ -85,40 +86,25 @@ class OnlineCosts:
 
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
         """Return the seconds of a pass over `width` tokens of each row, with all that goes with it."""
-        nearest = num_rows if self.profile is not None else self._verify.nearest_rows(num_rows)
-        largest = max(self._verify.largest(num_rows), self._verify.largest(nearest))
-        widths = range(1, max(width, largest) + 1)
-        if self.profile is not None:
-            expected = [self.profile.verify_seconds(num_rows, one, context_length) for one in widths]
-        else:
-            expected = self._expected_verify(num_rows, len(widths))
-        return self._drift * self._verify.smoothed(num_rows, expected)[width - 1]
 
-    def _expected_verify(self, num_rows: int, up_to: int) -> list[float]:
-        # what counts most is the number of tokens, whichever rows they are of
-        intercept, slope = self._verify.line_over_products()
-        line = [intercept + slope * num_rows * width for width in range(1, up_to + 1)]
-        nearest = self._verify.nearest_rows(num_rows)
-        if nearest == num_rows:
-            return line
-        # and then what is special about widths, as batches of another size show it
-        theirs = [intercept + slope * nearest * width for width in range(1, up_to + 1)]
-        smoothed = self._verify.smoothed(nearest, theirs)
-        return [ours * seconds / other for ours, seconds, other in zip(line, smoothed, theirs, strict=True)]
+        def expected(one: int) -> float:
+            if self.profile is not None:
+                return self.profile.verify_seconds(num_rows, one, context_length)
+            return self._verify.told_by_others(num_rows, one)
+
+        return self._drift * self._verify.bent(num_rows, width, expected)
 
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
-        if self.profile is not None:
-            counts = range(1, max(num_drafts, self._draft.largest(num_rows)) + 1)
-            expected = [self.profile.draft_seconds(num_rows, one, context_length) for one in counts]
-            return self._drift * self._draft.smoothed(num_rows, expected)[num_drafts - 1]
+        if (profile := self.profile) is not None:
+            return self._drift * self._draft.bent(
+                num_rows, num_drafts, lambda one: profile.draft_seconds(num_rows, one, context_length)
+            )
         nearest = self._draft.nearest_rows(num_rows)
         # rows share the drafter's weights, and add their own work
         scale = 1.0 if nearest == num_rows else 0.5 + 0.5 * num_rows / nearest
         intercept, slope = self._draft.line(nearest, start=_FIXED_SHARE)
-        counts = range(1, max(num_drafts, self._draft.largest(nearest)) + 1)
-        expected = [intercept + slope * one for one in counts]
-        return self._drift * scale * self._draft.smoothed(nearest, expected)[num_drafts - 1]
+        return self._drift * scale * self._draft.bent(nearest, num_drafts, lambda one: intercept + slope * one)
 
 
 class _Times:
@@ -128,6 +114,7 @@ class _Times:
         self._samples: dict[int, dict[int, deque[float]]] = {}
         self._medians: dict[tuple[int, int], float] = {}
         self._line: tuple[float, float] | None = None
+        self._other_bends: dict[int, dict[int, float]] = {}
         self._seen: set[int] = set()
 
     @property
@@ -144,7 +131,9 @@ class _Times:
         if size in self._seen:
             self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
             self._medians.pop((rows, size), None)
+            # a plan asks for these once per width
             self._line = None
+            self._other_bends.clear()
         self.pass_over(size)
 
     def pass_over(self, size: int) -> None:
@@ -170,32 +159,33 @@ class _Times:
         [(size, seconds)] = medians.items()
         return start * seconds, (1 - start) * seconds / size
 
-    def line_over_products(self) -> tuple[float, float]:
-        """Return the line over rows times size through all medians."""
-        # a plan asks for it once per width
+    def told_by_others(self, rows: int, size: int) -> float:
+        """Return what steps of other numbers of rows say: what counts most is the number of tokens of a step."""
         if self._line is None:
-            self._line = self._fitted_over_products()
-        return self._line
+            points, weights = self._over_products(list(self._samples))
+            self._line = fit_line(points, weights)
+        intercept, slope = self._line
+        if rows not in self._other_bends:
+            points, weights = self._over_products([other for other in self._samples if other != rows])
+            self._other_bends[rows] = find_bends(points, weights, lambda one: intercept + slope * one, trust=_TRUST)
+        return intercept + slope * rows * size + bend_at(self._other_bends[rows], rows * size)
 
-    def _fitted_over_products(self) -> tuple[float, float]:
+    def _over_products(self, chosen: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
+        """Return the medians of the chosen numbers of rows by rows times size, and their weights."""
         points: dict[int, float] = {}
         weights: dict[int, float] = {}
-        for rows in self._samples:
+        for rows in chosen:
             medians, counts = self._curve(rows)
             for size, seconds in medians.items():
                 place, old = rows * size, weights.get(rows * size, 0.0)
                 points[place] = (points.get(place, 0.0) * old + seconds * counts[size]) / (old + counts[size])
                 weights[place] = old + counts[size]
-        return fit_line(points, weights)
+        return points, weights
 
-    def largest(self, rows: int) -> int:
-        """Return the largest size that was measured with that many rows, or 0."""
-        return max(self._samples.get(rows, {}), default=0)
-
-    def smoothed(self, rows: int, expected: Sequence[float]) -> list[float]:
-        """Return the seconds of sizes 1, 2 and so on, from the medians of that many rows and what is `expected`."""
+    def bent(self, rows: int, size: int, expected: Callable[[int], float]) -> float:
+        """Return the seconds of a size: what is `expected`, bent towards the medians of that many rows."""
         medians, counts = self._curve(rows)
-        return smooth_curve(medians, counts, expected, trust=_TRUST)
+        return expected(size) + bend_at(find_bends(medians, counts, expected, trust=_TRUST), size)
 
     def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:
         medians: dict[int, float] = {}

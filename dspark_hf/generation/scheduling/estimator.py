@@ -21,11 +21,13 @@ _PRIOR_PRECISION = np.array([2.0, 2.0])
 # drafts that are remembered, so that the fit follows the text
 _NUM_DRAFTS = 256
 # new drafts after which the fit is renewed, and how many at first are fitted round by round
-_FIT_EVERY = 16
+_FIT_EVERY = 32
 _NUM_EARLY_DRAFTS = 64
 _NUM_STEPS = 4
 # no step changes the log-odds of the drafts at hand by more: far from its goal, a Newton step knows no measure
 _LONGEST_STEP = 2.0
+# steps that change the log-odds by less are the last
+_SHORTEST_STEP = 1e-3
 
 
 def top_margin(logits: Tensor) -> Tensor:
@@ -89,9 +91,12 @@ def _fit(seen: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float
         gradient = inputs.T @ (seen[:, 1] - chance) + _PRIOR_PRECISION * (_PRIOR - weights)
         curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + np.diag(_PRIOR_PRECISION)
         step = np.linalg.solve(curvature, gradient)
-        weights = weights + step * min(1.0, _LONGEST_STEP / max(float(np.abs(inputs @ step).max()), 1e-9))
+        length = float(np.abs(inputs @ step).max())
+        weights = weights + step * min(1.0, _LONGEST_STEP / max(length, 1e-9))
         # a larger margin never speaks against a draft
         weights[1] = max(weights[1], 0.0)
+        if length < _SHORTEST_STEP:
+            break
     return float(weights[0]), float(weights[1])
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 # the best rate is the fixed point of a map that converges in a few steps
 _NUM_STEPS = 3
+# tokens that a level yields at least, so that one that never yielded any has a price, too
+_LEAST_GAIN = 1e-9
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Plan:
         num_drafts: the best number of drafts, were one to draft.
         rate: tokens per second at which rounds are expected to run, at best.
         plain_rate: tokens per second without drafts.
-        prices: how many tokens each level must be expected to yield to be worth its time at that rate, `K` of them.
+        prices: how many tokens each level must be expected to yield to be worth its time at that rate, one for every
+            draft; below zero where going on is cheaper than stopping.
     """
 
     num_drafts: int
@@ -47,31 +50,45 @@ def make_plan(
 ) -> Plan:
     """Return the plan that gives the most tokens per second on rounds like the earlier ones.
 
-    For a given rate of tokens per second a level pays if it yields more than its seconds times the rate; the best
-    rate is the one that rounds cut in that way reach. Steps in the cost are looked past: a level's price is its share
-    of the way to the next width that is worth going to.
+    For a given rate of tokens per second it pays to go on from a level if, of those that can be gone on to, one is
+    expected to yield more than its seconds times the rate; the best rate is the one that rounds cut in that way reach.
+    So steps in the cost are looked past, and a width that costs more than a wider one is never stopped at.
 
     Args:
         gains: of every level in earlier rounds `(N, K)`, for all rows.
         num_live: rows that get a token of the target's own.
         draft_seconds: by number of drafts, from 1 on, `K` of them.
-        verify_seconds: of a round, without drafting, by levels verified, from 0 on, `K + 1` of them.
+        verify_seconds: of a round, without drafting, by levels verified, from 0 on, `K + 1` of them; may fall.
     """
-    plain_rate = num_live / verify_seconds[0]
-    marginal = np.maximum(np.diff(convex_minorant(verify_seconds)), 0.0)
     seconds = np.asarray(verify_seconds)
+    plain_rate = num_live / verify_seconds[0]
     totals = num_live + np.concatenate([np.zeros((len(gains), 1)), gains.cumsum(1)], axis=1)
+    dearness = _least_seconds_per_gain(gains.mean(0), seconds)
     rate, num_drafts = plain_rate, 1
     for _ in range(_NUM_STEPS):
-        levels = (gains >= rate * marginal).cumprod(1).sum(1)
-        rates = [
-            _mean_rate(totals, np.minimum(levels, count), drafting, seconds)
-            for count, drafting in enumerate(draft_seconds, start=1)
-        ]
+        rates = []
+        for count, drafting in enumerate(draft_seconds, start=1):
+            levels = (gains[:, :count] >= rate * dearness[:count, count - 1]).cumprod(1).sum(1)
+            rates.append(_mean_rate(totals, levels, drafting, seconds))
         num_drafts = 1 + int(np.argmax(rates))
         rate = rates[num_drafts - 1]
     best = max(rate, plain_rate)
-    return Plan(num_drafts, rate, plain_rate, tuple((best * marginal).tolist()))
+    return Plan(num_drafts, rate, plain_rate, tuple((best * dearness[:num_drafts, num_drafts - 1]).tolist()))
+
+
+def _least_seconds_per_gain(mean_gains: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `[j, k - 1]`: the seconds that a token of the level behind `j` costs, if one goes on to the best level
+    of those up to `k`.
+
+    Levels further on are taken to yield as much less than that one as they did on average.
+    """
+    num_drafts = len(mean_gains)
+    mean_gains = np.maximum(mean_gains, _LEAST_GAIN)
+    reached = np.concatenate([[0.0], mean_gains.cumsum()])
+    is_further = np.tri(num_drafts, num_drafts + 1, dtype=bool) == 0
+    yields = np.where(is_further, reached - reached[:-1, None], 1.0)
+    chords = np.where(is_further, (seconds - seconds[:-1, None]) / yields, np.inf)
+    return np.minimum.accumulate(chords, axis=1)[:, 1:] * mean_gains[:, None]
 
 
 def _mean_rate(
@@ -79,19 +96,3 @@ def _mean_rate(
 ) -> float:
     tokens = totals[np.arange(len(totals)), levels].mean()
     return float(tokens / (drafting + seconds[levels].mean()))
-
-
-def convex_minorant(values: Sequence[float]) -> list[float]:
-    """Return the greatest convex sequence that is nowhere above `values`."""
-    corners: list[int] = []
-    for place in range(len(values)):
-        while len(corners) > 1 and _is_above(values, corners[-2], corners[-1], place):
-            corners.pop()
-        corners.append(place)
-    return np.interp(range(len(values)), corners, [values[corner] for corner in corners]).tolist()
-
-
-def _is_above(values: Sequence[float], left: int, middle: int, right: int) -> bool:
-    """Return whether the middle point lies on or above the line between the others."""
-    slope = (values[right] - values[left]) / (right - left)
-    return values[middle] >= values[left] + slope * (middle - left)

@@ -135,6 +135,26 @@ def test_other_numbers_of_rows_are_told_by_tokens():
         assert all(0 < low <= high for low, high in zip(drafting, drafting[1:], strict=False))
 
 
+def _in_tiles(rows: int, width: int) -> float:
+    """Return the seconds of a machine whose kernels like multiples of eight tokens."""
+    tokens = rows * width
+    return 0.05 + 0.002 * tokens + (0.0 if tokens % 8 == 0 else 0.03)
+
+
+def test_a_wider_pass_may_be_cheaper():
+    """What kernels gain by whole tiles is smoothed away."""
+    costs = OnlineCosts()
+    for _ in range(60):
+        for width in (1, 2, 3, 4):
+            batch = Batch((3,) * 4, 4, CONTEXT)
+            costs.observe(Outcome(batch, width - 1, [width - 1] * 4, [0] * 4, 0.01, _in_tiles(4, width)))
+    for width in (1, 2, 3, 4):
+        assert costs.verify_seconds(4, width, CONTEXT) == pytest.approx(_in_tiles(4, width), rel=0.05)
+    # three rows of four are twelve tokens, as four rows of three are
+    assert costs.verify_seconds(3, 4, CONTEXT) == pytest.approx(_in_tiles(3, 4), rel=0.05)
+    assert costs.verify_seconds(8, 1, CONTEXT) == pytest.approx(_in_tiles(8, 1), rel=0.05)
+
+
 def test_few_drafts_are_cheaper_than_many_before_both_were_measured():
     """With one number of drafts measured all of them cost the same, or nothing."""
     costs, machine = OnlineCosts(), Machine()
