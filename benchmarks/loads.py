@@ -5,9 +5,10 @@ R rows, T prompt length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, stdev
 from time import perf_counter
 from typing import Any
 
@@ -68,7 +69,15 @@ class Measured:
 
     def ratio_to(self, other: Measured) -> float:
         """Return the median over the runs of this speed by the other's in the same run."""
-        return median(ours / theirs for ours, theirs in zip(self.speeds, other.speeds, strict=True))
+        return median(self._ratios_to(other))
+
+    def error_of_ratio_to(self, other: Measured) -> float:
+        """Return about how far that median may be off by chance: its standard error, were the ratios normal."""
+        ratios = self._ratios_to(other)
+        return math.sqrt(math.pi / 2 / len(ratios)) * stdev(ratios) if len(ratios) > 1 else math.nan
+
+    def _ratios_to(self, other: Measured) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(self.speeds, other.speeds, strict=True)]
 
 
 def make_load(prompts: Sequence[Tensor], pad_token_id: int, device: torch.device, options: dict[str, Any]) -> Load:

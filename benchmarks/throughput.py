@@ -138,7 +138,7 @@ def write_report(store: Store, title: str, description: str, path: Path) -> str:
     for case, by_rows in results.items():
         lines += [
             *("", f"## {case}", "", *store.provenance(case)),
-            *("", "Speed, plain = 1:", "", *speed_table(by_rows)),
+            *("", "Speed, plain = 1, ± standard error:", "", *speed_table(by_rows)),
             *("", "tau / verified drafts per row and round:", "", *speculation_table(by_rows)),
         ]
         # three lines need no picture

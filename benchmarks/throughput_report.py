@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -24,19 +25,25 @@ def speed_table(by_rows: ByRows) -> list[str]:
     ]
     for rows, measured in by_rows.items():
         plain = measured[PLAIN]
-        ratios = [f"{measured[way].ratio_to(plain):.2f}" for way in others]
+        ratios = [f"{measured[way].ratio_to(plain):.2f}" for way in others[:-1]]
         same = [one for way in others for one in measured[way].is_identical]
+        default = measured[DEFAULT]
         lines.append(
-            f"| {rows} | {plain.speed:.1f} | {' | '.join(ratios)} | {against_best_fixed(measured):.2f} "
-            f"| {f'{sum(same)} of {len(same)}' if same else ''} |"
+            f"| {rows} | {plain.speed:.1f} | {' | '.join(ratios)} | {ratio(default, plain)} "
+            f"| {ratio(default, best_fixed(measured))} | {f'{sum(same)} of {len(same)}' if same else ''} |"
         )
     return lines
 
 
-def against_best_fixed(measured: Mapping[str, Measured]) -> float:
-    """Return the default's speed by that of the fixed setting whose median is best."""
-    best = max((measured[way] for way in FIXED if way in measured), key=lambda one: one.speed)
-    return measured[DEFAULT].ratio_to(best)
+def ratio(one: Measured, other: Measured) -> str:
+    """Return the ratio of speeds, with its standard error if there is more than one run."""
+    error = one.error_of_ratio_to(other)
+    return f"{one.ratio_to(other):.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def best_fixed(measured: Mapping[str, Measured]) -> Measured:
+    """Return the fixed setting whose median speed is best."""
+    return max((measured[way] for way in FIXED if way in measured), key=lambda one: one.speed)
 
 
 def speculation_table(by_rows: ByRows) -> list[str]:
@@ -82,7 +89,11 @@ def summary(results: Mapping[str, ByRows], worst: Sequence[str]) -> list[str]:
     """Return one line per case: the smallest ratio of the default to plain and to the best fixed setting."""
     lines = ["| case | smallest default / plain | smallest default / best fixed |", "| --- | ---: | ---: |"]
     for case, by_rows in results.items():
-        plain = min(measured[DEFAULT].ratio_to(measured[PLAIN]) for measured in by_rows.values())
-        fixed = min(against_best_fixed(measured) for measured in by_rows.values())
-        lines.append(f"| {case}{' (worst case)' if case in worst else ''} | {plain:.2f} | {fixed:.2f} |")
+        plain = _smallest([(measured[DEFAULT], measured[PLAIN]) for measured in by_rows.values()])
+        fixed = _smallest([(measured[DEFAULT], best_fixed(measured)) for measured in by_rows.values()])
+        lines.append(f"| {case}{' (worst case)' if case in worst else ''} | {plain} | {fixed} |")
     return lines
+
+
+def _smallest(pairs: Sequence[tuple[Measured, Measured]]) -> str:
+    return ratio(*min(pairs, key=lambda pair: pair[0].ratio_to(pair[1])))

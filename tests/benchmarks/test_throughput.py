@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import throughput
 from benchmarks.loads import DEFAULT, PLAIN, WAYS, Measured, make_load, num_new_tokens, random_prompts
 from benchmarks.simulation import SimulatedDrafter, random_target
-from benchmarks.throughput_report import against_best_fixed, speed_table
+from benchmarks.throughput_report import best_fixed, ratio, speed_table
 from dspark_hf import DSparkAssistantModel
 
 RATES = [0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
@@ -100,7 +101,21 @@ def test_speeds_are_compared_run_by_run():
     by_way[PLAIN] = Measured([2.0, 6.0], [10, 10])
     by_way[DEFAULT] = Measured([0.8, 2.4], [10, 10], [2.0, 2.0], [3.0, 3.0], [True, False])
     assert by_way[DEFAULT].ratio_to(by_way[PLAIN]) == pytest.approx(2.5)
-    assert against_best_fixed(by_way) == pytest.approx(1.25)
+    assert ratio(by_way[DEFAULT], best_fixed(by_way)) == "1.25 ± 0.00"
     row = speed_table({4: by_way})[-1]
     assert row.startswith("| 4 | 3.3 | 2.00 |")
-    assert row.endswith("| 2.50 | 1.25 | 11 of 12 |")
+    assert row.endswith("| 2.50 ± 0.00 | 1.25 ± 0.00 | 11 of 12 |")
+
+
+def test_ratios_say_how_sure_they_are():
+    """A page claims a difference that is noise."""
+    draw = np.random.default_rng(0)
+    others = Measured([1.0] * 9, [10] * 9)
+    medians, errors = [], []
+    for _ in range(2000):
+        ours = Measured((1 / draw.normal(1.0, 0.1, size=9)).tolist(), [10] * 9)
+        medians.append(ours.ratio_to(others))
+        errors.append(ours.error_of_ratio_to(others))
+    assert np.mean(errors) == pytest.approx(np.std(medians), rel=0.1)
+    # one run says nothing of that
+    assert ratio(Measured([2.0], [10]), Measured([1.0], [10])) == "0.50"
