@@ -26,6 +26,10 @@ def evaluate(
     num_drafts: Annotated[int | None, typer.Option(min=1, help="Drafts per round; default: the block size.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Answers per prompt and way; speeds are medians.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Also measure speed with this many rows per call.")] = 1,
+    scheduler: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure speed with this scheduler (default: adaptive), and with whole blocks, fixed."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is the target's own; only fp32 is identical for sure.")] = (
         Dtype.auto
     ),
@@ -38,7 +42,7 @@ def evaluate(
     # imported here, so that the help is instant
     from dspark_hf.evaluation.display import print_evaluation
     from dspark_hf.evaluation.session import EvaluationRequest, run_request
-    from dspark_hf.evaluation.settings import EvaluationSettings
+    from dspark_hf.evaluation.settings import DEFAULT_SCHEDULERS, EvaluationSettings
     from dspark_hf.evaluation.writing import write_evaluation
 
     console = Console()
@@ -57,6 +61,7 @@ def evaluate(
                 num_drafts=num_drafts,
                 repeats=repeats,
                 batch_size=batch_size,
+                schedulers=DEFAULT_SCHEDULERS if scheduler is None else tuple(scheduler),
             ),
         )
         evaluation = run_request(request, console)

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from dspark_hf.evaluation.records import Answer, round_records
 from dspark_hf.evaluation.settings import EvaluationSettings
+from dspark_hf.generation.scheduling import FixedScheduler
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import pad_left
 
 PLAIN = "plain"
+# every draft is verified: only then is known what a threshold would have done
+WHOLE_BLOCKS = FixedScheduler.name
 _WARM_UP_TOKENS = 8
 
 # what one prompt, or one batch of them, was answered: one list per way, one answer per repeat
@@ -59,7 +62,11 @@ class Measuring:
         settings: EvaluationSettings,
     ):
         self._target = target
-        self._drafters: dict[str, DSparkAssistantModel | None] = {PLAIN: None, **drafters}
+        self._drafters = drafters
+        self._ways: dict[str, tuple[DSparkAssistantModel, str] | None] = {PLAIN: None}
+        for name, drafter in drafters.items():
+            for scheduler in all_schedulers(settings):
+                self._ways[way_name(name, scheduler)] = drafter, scheduler
         self._sets = sets
         self._settings = settings
         self.measurements = [
@@ -90,16 +97,15 @@ class Measuring:
     def _check_drafters(self) -> None:
         # Transformers would complain of the tokenizers, and see nothing else that does not fit
         for drafter in self._drafters.values():
-            if drafter is not None:
-                drafter.check_target(TargetAdapter(self._target, drafter.target_layer_ids))
+            drafter.check_target(TargetAdapter(self._target, drafter.target_layer_ids))
 
     def _warm_up(self) -> None:
         token_ids = next(iter(self._sets.values()))[0]
-        for way in self._drafters:
+        for way in self._ways:
             self._answer([token_ids], way, 0.0, seed=0, max_new_tokens=_WARM_UP_TOKENS)
 
     def _turn(self, prompts: Sequence[Tensor], temperature: float, index: int) -> Turn:
-        ways = list(self._drafters)
+        ways = list(self._ways)
         turn: Turn = {way: [] for way in ways}
         for repeat in range(self._settings.repeats):
             number = index * self._settings.repeats + repeat
@@ -112,12 +118,12 @@ class Measuring:
     def _answer(
         self, prompts: Sequence[Tensor], way: str, temperature: float, *, seed: int, max_new_tokens: int | None = None
     ) -> Answer:
-        drafter = self._drafters[way]
+        chosen = self._ways[way]
         inputs = pad_left([token_ids[0] for token_ids in prompts], self._target.device)
         options = {
             "max_new_tokens": max_new_tokens or self._settings.max_new_tokens,
             **_sampling_options(temperature),
-            **self._assistance(drafter),
+            **({} if chosen is None else self._assistance(*chosen)),
         }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -126,18 +132,19 @@ class Measuring:
             # on an accelerator this waits for the last token
             new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
             seconds = perf_counter() - start
-        statistics = None if drafter is None or len(prompts) > 1 else drafter.last_statistics
+        is_counted = chosen is not None and chosen[1] == WHOLE_BLOCKS and len(prompts) == 1
+        statistics = chosen[0].last_statistics if chosen is not None and is_counted else None
         return Answer(
             token_ids=tuple(self._until_end(row) for row in new_tokens),
             seconds=seconds,
             rounds=None if statistics is None else round_records(statistics),
         )
 
-    def _assistance(self, drafter: DSparkAssistantModel | None) -> dict[str, Any]:
-        if drafter is None:
-            return {}
-        # every draft is verified: only then is known what a threshold would have done
-        options = {"assistant_model": drafter, "scheduler": "fixed", "assistant_confidence_threshold": 0.0}
+    def _assistance(self, drafter: DSparkAssistantModel, scheduler: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"assistant_model": drafter, "scheduler": scheduler}
+        if scheduler == WHOLE_BLOCKS:
+            # whatever the target's generation configuration prefers
+            options["assistant_confidence_threshold"] = 0.0
         if self._settings.num_drafts is not None:
             options["num_assistant_tokens"] = self._settings.num_drafts
         return options
@@ -148,6 +155,16 @@ class Measuring:
         ends = set(ends if isinstance(ends, list) else [ends])
         length = next((index for index, token in enumerate(token_ids, start=1) if token in ends), len(token_ids))
         return tuple(token_ids[:length])
+
+
+def all_schedulers(settings: EvaluationSettings) -> list[str]:
+    """Return the schedulers that speed is measured with, those asked for first."""
+    return list(dict.fromkeys((*settings.schedulers, WHOLE_BLOCKS)))
+
+
+def way_name(drafter: str, scheduler: str) -> str:
+    """Return what answers of a drafter under a scheduler are filed under."""
+    return drafter if scheduler == WHOLE_BLOCKS else f"{drafter}, {scheduler}"
 
 
 def _sampling_options(temperature: float) -> dict[str, Any]:

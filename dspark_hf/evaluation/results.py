@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dspark_hf.evaluation.acceptance import Acceptance, summarize_acceptance
-from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, Turn
+from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, Turn, all_schedulers, way_name
 from dspark_hf.evaluation.records import RoundRecord
 from dspark_hf.evaluation.reliability import Reliability, measure_reliability
 from dspark_hf.evaluation.settings import EvaluationSettings
@@ -24,7 +24,7 @@ class DrafterResult:
     Attributes:
         drafter: its name.
         acceptance: how far the target follows it.
-        speeds: against plain `generate`, with one row per call first.
+        speeds: against plain `generate`, under the first scheduler asked for and with one row per call first.
         sweep: what a confidence threshold would have done; None without a confidence head.
         reliability: how far its confidence can be trusted; None without a confidence head.
         prompts: every prompt's counts.
@@ -40,7 +40,7 @@ class DrafterResult:
 
 @dataclass(frozen=True)
 class PromptResult:
-    """One prompt: new tokens and seconds of every repeat, and the rounds and tokens behind `tau`."""
+    """One prompt, every draft verified: tokens and seconds of every repeat, and the rounds and tokens behind `tau`."""
 
     num_plain_tokens: tuple[int, ...]
     num_tokens: tuple[int, ...]
@@ -119,28 +119,31 @@ class Evaluation:
         )
 
 
-def summarize_set(measurement: SetMeasurement, num_wanted: int, batch_size: int) -> SetResult:
+def summarize_set(
+    measurement: SetMeasurement, drafters: Sequence[str], num_wanted: int, settings: EvaluationSettings
+) -> SetResult:
     """Return the result of a set of which at least one turn was measured."""
-    drafters = [name for name in measurement.turns[0] if name != PLAIN]
     return SetResult(
         name=measurement.name,
         temperature=measurement.temperature,
         num_prompts=len(measurement.turns),
         num_wanted=num_wanted,
-        drafters=tuple(_summarize_drafter(name, measurement, batch_size) for name in drafters),
+        drafters=tuple(_summarize_drafter(name, measurement, settings) for name in drafters),
     )
 
 
-def _summarize_drafter(name: str, measurement: SetMeasurement, batch_size: int) -> DrafterResult:
+def _summarize_drafter(name: str, measurement: SetMeasurement, settings: EvaluationSettings) -> DrafterResult:
     rounds = [_rounds(turn, name, is_greedy=measurement.is_greedy) for turn in measurement.turns]
     speeds = [
         summarize_speed(
             [turn[PLAIN] for turn in turns],
-            [turn[name] for turn in turns],
+            [turn[way_name(name, scheduler)] for turn in turns],
+            scheduler=scheduler,
             batch_size=size,
             is_greedy=measurement.is_greedy,
         )
-        for size, turns in ((1, measurement.turns), (batch_size, measurement.batched_turns))
+        for scheduler in all_schedulers(settings)
+        for size, turns in ((1, measurement.turns), (settings.batch_size, measurement.batched_turns))
         if turns
     ]
     return DrafterResult(

@@ -52,7 +52,7 @@ def evaluate(
         provenance=describe_run(is_on_cpu=models.target.device.type == "cpu"),
         ended_by=ended_by,
         sets=tuple(
-            summarize_set(measurement, len(sets[measurement.name]), settings.batch_size)
+            summarize_set(measurement, list(models.drafters), len(sets[measurement.name]), settings)
             for measurement in measuring.measurements
             if measurement.turns
         ),

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark_hf.generation.scheduling import AdaptiveScheduler
+from dspark_hf.generation.scheduling.choosing import SCHEDULERS
+
+# what `generate` uses where nothing is said
+DEFAULT_SCHEDULERS = (AdaptiveScheduler.name,)
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -19,6 +25,8 @@ class EvaluationSettings:
         num_drafts: drafts per round, Transformers' `num_assistant_tokens`; None means each drafter's block size.
         repeats: answers per prompt and way. Speeds are medians over them; sampled acceptance is over all of them.
         batch_size: rows per call of an additional measurement of speed; 1 means none.
+        schedulers: names of those to measure the speed with; `"fixed"`, which shows what becomes of every draft, is
+            always measured, too.
         seed: seed of the first sampled answer.
 
     Raises:
@@ -30,6 +38,7 @@ class EvaluationSettings:
     num_drafts: int | None = None
     repeats: int = 3
     batch_size: int = 1
+    schedulers: tuple[str, ...] = DEFAULT_SCHEDULERS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,6 +50,10 @@ class EvaluationSettings:
         _require(are_different, "--temperature", "be given once per value", self.temperatures, "Remove one.")
         for name, value in (("--repeats", self.repeats), ("--batch-size", self.batch_size)):
             _require(value >= 1, name, "be at least 1", value, "Raise it.")
+        for name in self.schedulers:
+            _require(name in SCHEDULERS, "--scheduler", f"be one of {', '.join(SCHEDULERS)}", name, "Correct it.")
+        are_different = len(set(self.schedulers)) == len(self.schedulers)
+        _require(are_different, "--scheduler", "be given once per value", self.schedulers, "Remove one.")
         if self.num_drafts is not None:
             _require(self.num_drafts >= 1, "--num-drafts", "be at least 1", self.num_drafts, "Leave it out for all.")
 

@@ -109,6 +109,7 @@ def speed_table(evaluation: Evaluation) -> TextTable:
         for speed in result.speeds:
             same = NOTHING if speed.num_identical is None else f"{speed.num_identical} of {speed.num_outputs}"
             cells = {
+                "scheduler": speed.scheduler,
                 "batch": str(speed.batch_size) if has_batches else None,
                 "plain": f"{speed.plain_tokens_per_second:.1f}",
                 "assisted": f"{speed.tokens_per_second:.1f}",
@@ -118,6 +119,7 @@ def speed_table(evaluation: Evaluation) -> TextTable:
             }
             rows.append(_labels(evaluation, one_set, result) + tuple(cell for cell in cells.values() if cell))
     wanted = (
+        "scheduler",
         "batch" if has_batches else "",
         "plain",
         "assisted",
@@ -128,8 +130,9 @@ def speed_table(evaluation: Evaluation) -> TextTable:
     medians = f"; medians of {repeats} repeats, and the range of the repeats' ratios" if repeats > 1 else ""
     return TextTable(
         "Speed",
-        f"Tokens per second of both ways, which answered in turns{medians}. Identical: greedy outputs equal to those "
-        "of plain generate, token for token.",
+        f"Tokens per second of all ways, which answered in turns{medians}. The scheduler decides how many drafts are "
+        "made and verified; fixed takes whole blocks. Identical: greedy outputs equal to those of plain generate, "
+        "token for token.",
         (*labels, *(heading for heading in wanted if heading)),
         tuple(rows),
         len(labels),

@@ -14,6 +14,7 @@ class Speed:
     """Speed of a drafter against plain `generate`, medians over repeats.
 
     Attributes:
+        scheduler: what decided how many drafts were made and verified.
         batch_size: rows per call at most.
         plain_tokens_per_second: speed of plain `generate`.
         tokens_per_second: speed with the drafter.
@@ -24,6 +25,7 @@ class Speed:
         num_outputs: number of rows.
     """
 
+    scheduler: str
     batch_size: int
     plain_tokens_per_second: float
     tokens_per_second: float
@@ -38,6 +40,7 @@ def summarize_speed(
     plain: Sequence[Sequence[Answer]],
     assisted: Sequence[Sequence[Answer]],
     *,
+    scheduler: str,
     batch_size: int,
     is_greedy: bool,
 ) -> Speed:
@@ -45,6 +48,7 @@ def summarize_speed(
     plain_speeds, speeds = _speeds(plain), _speeds(assisted)
     ratios = [ours / theirs for ours, theirs in zip(speeds, plain_speeds, strict=True)]
     return Speed(
+        scheduler=scheduler,
         batch_size=batch_size,
         plain_tokens_per_second=median(plain_speeds),
         tokens_per_second=median(speeds),

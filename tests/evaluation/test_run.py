@@ -31,7 +31,8 @@ def test_everything_is_measured_and_greedy_outputs_are_identical():
     for one_set in evaluation.sets:
         assert [result.drafter for result in one_set.drafters] == ["one", "two"]
         for result in one_set.drafters:
-            assert [speed.batch_size for speed in result.speeds] == [1, 2]
+            measured = [(speed.scheduler, speed.batch_size) for speed in result.speeds]
+            assert measured == [("adaptive", 1), ("adaptive", 2), ("fixed", 1), ("fixed", 2)]
             assert result.sweep is not None and result.reliability is not None
             for speed in result.speeds:
                 assert speed.num_outputs == one_set.num_prompts
@@ -50,6 +51,27 @@ def test_greedy_rounds_count_once_and_sampled_rounds_all():
     # every answer has one token of the prefill
     assert greedy.acceptance.num_committed == 2 * 9
     assert sampled.acceptance.num_committed == 2 * 2 * 9
+
+
+def test_acceptance_is_that_of_whole_blocks():
+    """A scheduler that verifies little makes a drafter look good, or its confidence unmeasured."""
+    models, sets = tiny_models(), tiny_sets(only=2)
+    whole = evaluate(models, sets, EvaluationSettings(schedulers=("fixed",), **SHORT)).sets[0].drafters[0]
+    other = (
+        evaluate(models, sets, EvaluationSettings(schedulers=("threshold", "adaptive"), **SHORT)).sets[0].drafters[0]
+    )
+    assert other.acceptance == whole.acceptance
+    assert other.reliability == whole.reliability
+    assert [speed.scheduler for speed in other.speeds] == ["threshold", "adaptive", "fixed"]
+    assert [speed.scheduler for speed in whole.speeds] == ["fixed"]
+
+
+def test_the_headline_tells_the_speed_that_users_get():
+    """A page promises the speed of whole blocks, which nobody gets who says nothing."""
+    evaluation = evaluate(tiny_models(), tiny_sets(only=1), EvaluationSettings(**SHORT))
+    speed = evaluation.sets[0].drafters[0].speeds[0]
+    assert speed.scheduler == "adaptive"
+    assert f"{speed.ratio:.2f}x of plain speed" in headline(evaluation)
 
 
 def test_sampled_answers_differ_between_repeats_and_agree_between_runs():
@@ -77,7 +99,7 @@ def test_ways_take_turns(monkeypatch):
         return answer(self, prompts, way, *args, **kwargs)
 
     monkeypatch.setattr(Measuring, "_answer", record)
-    evaluate(models, sets, EvaluationSettings(**SHORT))
+    evaluate(models, sets, EvaluationSettings(schedulers=("fixed",), **SHORT))
     warm_up, rounds = order[:3], [order[start : start + 3] for start in range(3, len(order), 3)]
     assert sorted(warm_up) == ["one", "plain", "two"]
     assert rounds == [
@@ -184,6 +206,8 @@ def test_an_answer_of_one_token_has_no_tau():
         ("repeats", 0),
         ("batch_size", 0),
         ("num_drafts", 0),
+        ("schedulers", ("quick",)),
+        ("schedulers", ("fixed", "fixed")),
     ],
 )
 def test_settings_are_checked(field, value):
