@@ -36,6 +36,10 @@ def _recorded_widths(target: PreTrainedModel) -> Iterator[list[int]]:
     handle.remove()
 
 
+def _greedy(target: PreTrainedModel, inputs: dict[str, Tensor], **options: object) -> Tensor:
+    return target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+
+
 def _confident(drafter: ScriptedDrafter, confidence: list[list[float]]) -> AlteredDrafter:
     """Return `drafter` with the same confidences, one list per row, in every round."""
     table = torch.tensor(confidence)
@@ -114,16 +118,10 @@ def test_threshold_narrows_the_verify_pass(confidence, widths):
     """The target is run over drafts that the threshold has already given up."""
     target = tiny_target()
     inputs = ragged_prompts(1)
-    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    plain = _greedy(target, inputs)
     drafter = _confident(ScriptedDrafter(target, plain, num_padded(inputs), 1.0), [confidence])
     with _recorded_widths(target) as recorded:
-        assisted = target.generate(
-            **inputs,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            assistant_model=drafter,
-            assistant_confidence_threshold=0.5,
-        )
+        assisted = _greedy(target, inputs, assistant_model=drafter, assistant_confidence_threshold=0.5)
     assert torch.equal(assisted, plain)
     assert recorded == [inputs["input_ids"].shape[1], *widths]
     assert drafter.last_statistics.num_verified == sum(widths) - len(widths)
@@ -133,17 +131,11 @@ def test_a_batch_is_as_wide_as_its_most_confident_row():
     """A batch is verified at full width although every row's block was cut, or a row's cut is not its own."""
     target = tiny_target()
     inputs = ragged_prompts(3)
-    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    plain = _greedy(target, inputs)
     confidence = [[0.9, 0.1, 0.9, 0.9, 0.9], [0.1, 0.9, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.2, 0.9]]
     drafter = _confident(ScriptedDrafter(target, plain, num_padded(inputs), 1.0), confidence)
     with _recorded_widths(target) as recorded:
-        assisted = target.generate(
-            **inputs,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            assistant_model=drafter,
-            assistant_confidence_threshold=0.5,
-        )
+        assisted = _greedy(target, inputs, assistant_model=drafter, assistant_confidence_threshold=0.5)
     assert torch.equal(assisted, plain)
     # after the prefill 15 tokens are missing: the last row needs 4 rounds of 4, and has room for 2 drafts in the last;
     # the first row writes 2 tokens a round, the second 1
@@ -159,16 +151,10 @@ def test_num_assistant_tokens_caps_the_drafts(num_drafts, num_rows):
     """More drafts are verified per round than the user allows."""
     target = tiny_target()
     inputs = ragged_prompts(num_rows)
-    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    plain = _greedy(target, inputs)
     drafter = ScriptedDrafter(target, plain, num_padded(inputs), 1.0)
     with _recorded_widths(target) as recorded:
-        assisted = target.generate(
-            **inputs,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            assistant_model=drafter,
-            num_assistant_tokens=num_drafts,
-        )
+        assisted = _greedy(target, inputs, assistant_model=drafter, num_assistant_tokens=num_drafts)
     assert torch.equal(assisted, plain)
     assert max(recorded[1:]) == 1 + num_drafts
     assert len(recorded) == 1 + -(-(NEW_TOKENS - 1) // (1 + num_drafts))
@@ -181,14 +167,8 @@ def test_threshold_with_a_confidence_head(markov_head_type, num_rows):
     target = tiny_target()
     inputs = ragged_prompts(num_rows)
     drafter = _untrained(target, markov_head_type=markov_head_type)
-    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    assisted = target.generate(
-        **inputs,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        assistant_model=drafter,
-        assistant_confidence_threshold=0.5,
-    )
+    plain = _greedy(target, inputs)
+    assisted = _greedy(target, inputs, assistant_model=drafter, assistant_confidence_threshold=0.5)
     assert torch.equal(assisted, plain)
     assert 0 < drafter.last_statistics.num_verified < drafter.last_statistics.num_drafted
 
