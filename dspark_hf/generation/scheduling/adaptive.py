@@ -22,6 +22,8 @@ _NUM_EARLY_BLOCKS = 8
 # at little more than the price of one
 _FEW_TOKENS = 16
 _MOST_DRAFTS = 3
+# a round that took longer or shorter by more than this factor than such rounds do was disturbed
+_MOST_SURPRISE = 1.25
 
 
 class AdaptiveScheduler(Scheduler):
@@ -130,15 +132,22 @@ class _Adaptive(Schedule):
         if self._mode is _Mode.plain:
             parking.count_plain()
         elif self._mode is _Mode.drafting and self._plan is not None:
-            parking.count_drafted(outcome.batch.num_rows, _gain(outcome, self._plan))
+            parking.count_drafted(outcome.batch.num_rows, _gain(outcome, self._costs))
         elif self._mode is _Mode.trial and self._plan is not None:
-            parking.count_trial(has_paid=_gain(outcome, self._plan) > 0)
+            parking.count_trial(has_paid=_gain(outcome, self._costs) > 0)
             self._memory.experience.forget_old()
             self._plan = None
 
 
-def _gain(outcome: Outcome, plan: Plan) -> float:
-    """Return the tokens per row that a round gave beyond those that plain steps would have given in its time."""
-    num_live = max(outcome.batch.num_live, 1)
-    tokens = num_live + sum(outcome.num_accepted)
-    return (tokens - plan.plain_rate * (outcome.draft_seconds + outcome.other_seconds)) / num_live
+def _gain(outcome: Outcome, costs: Costs) -> float:
+    """Return the tokens per row that a round gave beyond those that plain steps would have given in its time.
+
+    Other programs make single rounds slow, and the mean of few rounds with them, while what a plain step takes is a
+    median: the time of a round counts only as far as it is near what such rounds take.
+    """
+    rows, length = outcome.batch.num_rows, outcome.batch.context_length
+    usual = costs.verify_seconds(rows, outcome.width, length) + costs.draft_seconds(rows, outcome.num_drafted, length)
+    seconds = outcome.draft_seconds + outcome.other_seconds
+    seconds = min(max(seconds, usual / _MOST_SURPRISE), usual * _MOST_SURPRISE)
+    tokens_per_row = 1 + sum(outcome.num_accepted) / max(outcome.batch.num_live, 1)
+    return tokens_per_row - seconds / costs.verify_seconds(rows, 1, length)

@@ -20,6 +20,8 @@ _NEAR = 2
 _TRUST = 4.0
 # share of the drafter's time that does not depend on the number of drafts: its backbone runs over whole blocks
 _FIXED_SHARE = 0.5
+# no step takes less than this share of the quickest that was measured, wherever lines and bends may lead
+_LEAST_SHARE = 0.1
 
 
 class Costs(Protocol):
@@ -168,7 +170,12 @@ class _Times:
         if rows not in self._other_bends:
             points, weights = self._over_products([other for other in self._samples if other != rows])
             self._other_bends[rows] = find_bends(points, weights, lambda one: intercept + slope * one, trust=_TRUST)
-        return intercept + slope * rows * size + bend_at(self._other_bends[rows], rows * size)
+        value = intercept + slope * rows * size + bend_at(self._other_bends[rows], rows * size)
+        return max(value, self._least())
+
+    def _least(self) -> float:
+        medians = [self._curve(rows)[0].values() for rows in self._samples]
+        return _LEAST_SHARE * min((seconds for of_rows in medians for seconds in of_rows), default=0.0)
 
     def _over_products(self, chosen: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
         """Return the medians of the chosen numbers of rows by rows times size, and their weights."""
@@ -185,7 +192,8 @@ class _Times:
     def bent(self, rows: int, size: int, expected: Callable[[int], float]) -> float:
         """Return the seconds of a size: what is `expected`, bent towards the medians of that many rows."""
         medians, counts = self._curve(rows)
-        return expected(size) + bend_at(find_bends(medians, counts, expected, trust=_TRUST), size)
+        value = expected(size) + bend_at(find_bends(medians, counts, expected, trust=_TRUST), size)
+        return max(value, self._least())
 
     def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:
         medians: dict[int, float] = {}

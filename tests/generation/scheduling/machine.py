@@ -16,7 +16,10 @@ LARGEST_MARGIN = 6.0
 
 @dataclass
 class Machine:
-    """Steps that cost what a formula says, times a mood, with some noise, and more at the first time."""
+    """Steps that cost what a formula says, times a mood, with some noise, and more at the first time.
+
+    The share `disturbed` of the rounds takes three times as long.
+    """
 
     verify_base: float = 0.02
     token_slope: float = 0.002
@@ -25,6 +28,7 @@ class Machine:
     mood: float = 1.0
     noise: float = 0.0
     start_up: float = 0.0
+    disturbed: float = 0.0
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     seen: set[tuple[int, int, int]] = field(default_factory=set)
 
@@ -43,6 +47,8 @@ class Machine:
         extra = 0.0 if shape in self.seen else self.start_up
         self.seen.add(shape)
         shake = 1 + self.noise * self.draw.uniform(-1, 1)
+        if self.disturbed and self.draw.random() < self.disturbed:
+            shake *= 3
         drafting = self.draft_seconds(rows, num_drafts) * shake + reading if num_drafts else 0.0
         verifying = self.verify_seconds(rows, width) * shake + extra
         return Outcome(batch, num_drafts, num_verified, num_accepted, drafting, verifying, is_typical=not reading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from functools import cache
 
@@ -151,6 +152,14 @@ def test_noise_does_not_turn_drafting_off():
     machine = Machine(0.02, 0.0001, 0.002, 0.0003, noise=0.3)
     text = write(_start(machine, costs=OnlineCosts()), machine, _good, 800)
     assert text.share_drafted(100) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_disturbed_rounds_do_not_turn_drafting_off(seed):
+    """Now and then another program makes a round slow; the mean of the rounds is compared with a usual plain step."""
+    machine = Machine(0.02, 0.002, 0.004, 0.0005, disturbed=0.15, draw=random.Random(seed))
+    text = write(_start(machine, costs=OnlineCosts(), num_rows=4), machine, _good, 300, num_rows=4, seed=seed)
+    assert text.share_drafted(50) > 0.9
 
 
 def test_a_slower_machine_changes_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from dspark_hf.generation.scheduling import Batch, Outcome
@@ -133,6 +135,21 @@ def test_other_numbers_of_rows_are_told_by_tokens():
         assert all(0 < low <= high for low, high in zip(seconds, seconds[1:], strict=False))
         drafting = [costs.draft_seconds(rows, count, CONTEXT) for count in range(1, 6)]
         assert all(0 < low <= high for low, high in zip(drafting, drafting[1:], strict=False))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_step_is_free(seed):
+    """Lines and bends lead below zero, and a plan takes all it can get for nothing."""
+    draw = random.Random(seed)
+    profile = ListedCosts([draw.uniform(0.005, 0.05) for _ in range(6)], [draw.uniform(0.005, 0.05) for _ in range(5)])
+    for costs in (OnlineCosts(profile), OnlineCosts()):
+        for count in (0, 0, *draw.choices(range(6), k=40)):
+            batch = Batch((5,), 1, CONTEXT)
+            seconds = draw.uniform(0.001, 0.005) if count < 3 else draw.uniform(0.05, 0.5)
+            costs.observe(Outcome(batch, count, [count], [0], draw.uniform(0.001, 0.1) * count, seconds))
+        for rows in (1, 2):
+            assert all(costs.verify_seconds(rows, width, CONTEXT) > 0 for width in range(1, 7))
+            assert all(costs.draft_seconds(rows, count, CONTEXT) > 0 for count in range(1, 6))
 
 
 def _in_tiles(rows: int, width: int) -> float:
