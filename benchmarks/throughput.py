@@ -4,14 +4,19 @@
     python -m benchmarks.throughput --shape qwen3-4b --device cuda --dtype bf16 --rates 0.8,0.8,0.75,0.75,0.7,0.7,0.65
 
 All ways decode the same batches in turns, another one first each time, so that a slow minute of the machine hits all
-of them. What is measured is stored batch size by batch size: an interrupted run goes on where it was.
+of them. What is measured is stored batch size by batch size: an interrupted run goes on where it was. Every batch size
+starts as a new process does, with nothing learnt; only the schedulers that need a profile have one, of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from time import perf_counter, process_time
 from typing import Annotated, Any
 
@@ -23,19 +28,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.loads import DEFAULT, PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
 from benchmarks.overhead import DTYPES, FOLDER
-from benchmarks.simulation import SimulatedDrafter, random_target
+from benchmarks.simulation import SHAPES, SimulatedDrafter, random_target
 from benchmarks.throughput_report import draw, speculation_table, speed_table, summary
 from benchmarks.throughput_store import Store
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.scheduling import forget
+from dspark_hf.profiling.storing import FOLDER_VARIABLE
 from dspark_hf.prompts import encode_prompt, read_prompts
 
+# a case that measures nothing
+NO_CASE = "none"
 GREEDY = {"do_sample": False}
 # drafts of the longest fixed setting
 BLOCK_SIZE = 7
 # enough where all drafting loses
 FEW_WAYS = (PLAIN, "fixed 3", DEFAULT)
+# these measure a profile on first use
+PROFILED = ("hardware_aware", "asynchronous")
 WORST = ("random prompts", "untrained drafter", "temperature 2")
 
 
@@ -102,6 +113,7 @@ def measure(
 ) -> dict[str, Measured]:
     """Return what every way took, run by run."""
     measured = {way: Measured() for way in case.ways}
+    forget()
     for way in case.ways:
         # kernels are chosen, costs are profiled
         _run(case, way, case.load(num_rows, 0), min(8, max_new_tokens), Measured(), clock)
@@ -128,7 +140,26 @@ def _run(
         )
         case.drafter.script = script
         case.drafter.num_padded = (load.attention_mask == 0).sum(1).tolist()
-    return run_once(case.target, case.drafter, way, load, max_new_tokens, measured, clock)
+    with _profiles(is_wanted=way in PROFILED):
+        return run_once(case.target, case.drafter, way, load, max_new_tokens, measured, clock)
+
+
+@cache
+def _profile_folder() -> Path:
+    return Path(mkdtemp(prefix="throughput-profiles-"))
+
+
+@contextmanager
+def _profiles(*, is_wanted: bool) -> Iterator[None]:
+    """Let schedulers find no profiles but those that this process has measured, or none at all."""
+    before = os.environ.get(FOLDER_VARIABLE)
+    os.environ[FOLDER_VARIABLE] = str(_profile_folder() / ("measured" if is_wanted else "none"))
+    try:
+        yield
+    finally:
+        os.environ.pop(FOLDER_VARIABLE)
+        if before is not None:
+            os.environ[FOLDER_VARIABLE] = before
 
 
 def write_report(store: Store, title: str, description: str, path: Path) -> str:
@@ -163,7 +194,9 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
     device: Annotated[str, typer.Option(help="With --shape.")] = "cpu",
-    cases: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    cases: Annotated[
+        str | None, typer.Option(help=f"Comma-separated; default: all; {NO_CASE!r} writes the page anew.")
+    ] = None,
     processor_time: Annotated[
         bool, typer.Option("--processor-time", help="For a busy machine: seconds of the processor, on one thread.")
     ] = False,
@@ -178,6 +211,8 @@ def main(
     chances = [float(rate) for rate in rates.split(",")]
     if len(chances) != BLOCK_SIZE or not all(0 < chance < 1 for chance in chances):
         raise typer.BadParameter(f"`--rates` must be {BLOCK_SIZE} chances between 0 and 1, got {rates!r}. Correct it.")
+    if shape is not None and shape not in SHAPES:
+        raise typer.BadParameter(f"`--shape` must be one of {', '.join(SHAPES)}, got {shape!r}. Correct the name.")
     if shape is None:
         found = packaged_cases(model, prompts, DTYPES[dtype])
         title, stem = f"{PACKAGED_MODELS[model].title}, {dtype}", f"throughput-{model}-{dtype}"
@@ -187,6 +222,9 @@ def main(
         title, stem = f"random weights in the shape of {shape}, {dtype}", f"throughput-{shape}-{dtype}"
         text = f"random prompts. **Acceptance is simulated**: drafts are right at the rates {rates}"
     wanted = None if cases is None else cases.split(",")
+    names = [case.name for case in found]
+    if wanted is not None and not set(wanted) <= {*names, NO_CASE}:
+        raise typer.BadParameter(f"`--cases` must be among {', '.join(names)}, got {cases!r}. Correct the name.")
     settings = {
         "model": shape or model,
         "prompts": prompts.name,
@@ -207,7 +245,7 @@ def main(
                 continue
             with console.status(f"{case.name}, {num_rows} rows"):
                 store.add(case.name, num_rows, measure(case, num_rows, runs, max_new_tokens, clock))
-    seconds = "processor time of one thread" if processor_time else "time"
+    seconds = "processor time of one thread, while schedulers go by the clock" if processor_time else "time"
     description = f"{max_new_tokens} new tokens at most, medians of {runs} interleaved runs, {text}; {seconds}."
     page = write_report(store, title, description, output / f"{stem}.md")
     console.print(page, soft_wrap=True, markup=False)

@@ -19,8 +19,10 @@ def speed_table(by_rows: ByRows) -> list[str]:
     """Return the table of speeds, plain = 1, one line per number of rows."""
     ways = list(next(iter(by_rows.values())))
     others = [way for way in ways if way != PLAIN]
+    fixed = [way for way in FIXED if way in ways]
     lines = [
-        f"| rows | plain, tokens/s | {' | '.join(others)} | default / best fixed | identical |",
+        f"| rows | plain, tokens/s | {' | '.join(others)} | default / {fixed[0] if len(fixed) == 1 else 'best fixed'} "
+        "| identical |",
         f"| ---: | ---: | {' | '.join('---:' for _ in others)} | ---: | ---: |",
     ]
     for rows, measured in by_rows.items():
@@ -86,7 +88,7 @@ def draw(by_rows: ByRows, title: str, path: Path) -> None:
 
 
 def summary(results: Mapping[str, ByRows], worst: Sequence[str]) -> list[str]:
-    """Return one line per case: the smallest ratio of the default to plain and to the best fixed setting."""
+    """Return one line per case: the smallest ratio of the default to plain and to the best fixed setting measured."""
     lines = ["| case | smallest default / plain | smallest default / best fixed |", "| --- | ---: | ---: |"]
     for case, by_rows in results.items():
         plain = _smallest([(measured[DEFAULT], measured[PLAIN]) for measured in by_rows.values()])

@@ -36,8 +36,14 @@ class Store:
         return self._folder / f"{self._stem}-{case.replace(' ', '-')}.{ending}"
 
     def provenance(self, case: str) -> list[str]:
-        """Return where the case's measurements came from."""
-        return list(self._cases[case]["provenance"])
+        """Return where the case's measurements came from; if not all from one place, with the rows of each."""
+        by_place: dict[tuple[str, ...], list[int]] = {}
+        for rows, one in self._cases[case]["rows"].items():
+            by_place.setdefault(tuple(one["provenance"]), []).append(int(rows))
+        if len(by_place) == 1:
+            return list(next(iter(by_place)))
+        named = [(", ".join(map(str, sorted(rows))), place) for place, rows in by_place.items()]
+        return [f"{line} (rows {rows})" for rows, place in sorted(named) for line in place]
 
     def has(self, case: str, num_rows: int) -> bool:
         """Return whether that batch size is measured."""
@@ -45,17 +51,19 @@ class Store:
 
     def add(self, case: str, num_rows: int, measured: dict[str, Measured]) -> None:
         """Add a batch size and write the case's file."""
-        new = {"case": case, "settings": self._settings, "provenance": describe_run(), "rows": {}}
-        fields = self._cases.setdefault(case, new)
-        fields["rows"][str(num_rows)] = {way: asdict(one) for way, one in measured.items()}
+        fields = self._cases.setdefault(case, {"case": case, "settings": self._settings, "rows": {}})
+        fields["rows"][str(num_rows)] = {
+            "provenance": describe_run(),
+            "ways": {way: asdict(one) for way, one in measured.items()},
+        }
         write_whole(self.path(case, "json"), (json.dumps(fields, indent=1) + "\n").encode())
 
     def results(self) -> dict[str, dict[int, dict[str, Measured]]]:
         """Return everything: by case, rows and way."""
         return {
             case: {
-                int(rows): {way: Measured(**one) for way, one in by_way.items()}
-                for rows, by_way in sorted(fields["rows"].items(), key=lambda pair: int(pair[0]))
+                int(rows): {way: Measured(**measured) for way, measured in one["ways"].items()}
+                for rows, one in sorted(fields["rows"].items(), key=lambda pair: int(pair[0]))
             }
             for case, fields in self._cases.items()
         }

@@ -18,17 +18,14 @@ def test_steps_are_grouped_by_piece_and_width():
     assert by_piece(steps, 100, 10, 4) == {0: 5000.0}
 
 
-def test_every_step_is_timed_and_rejected_drafts_leave_no_room_behind():
-    """Steps are left out, or the cache's size is not looked at."""
+def test_every_step_is_timed():
+    """Steps are left out, or hardly anything is rejected, so that nothing could be left behind."""
     target = random_target("tiny", torch.float32, "cpu")
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=7)
     load = make_load(random_prompts(2, 256, seed=0), 0, target.device, {"do_sample": False, "eos_token_id": None})
     length = load.token_ids.shape[1]
     plain = run_plain(target, load, 24)
     assert [step.context_length for step in plain] == list(range(length, length + 23))
-    rounds, cache = run_drafting(target, drafter, load, 24, 3)
+    rounds, num_rejected = run_drafting(target, drafter, load, 24, 3)
     assert all(step.width <= 4 and step.seconds > 0 for step in rounds)
-    assert cache["length"] == length + 24
-    # the last token is never processed
-    assert cache["positions"] == length + 23
-    assert cache["rejected"] > 0
+    assert num_rejected > len(rounds)

@@ -10,11 +10,13 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import throughput
+from benchmarks import throughput, throughput_store
 from benchmarks.loads import DEFAULT, PLAIN, WAYS, Measured, make_load, num_new_tokens, random_prompts
 from benchmarks.simulation import SimulatedDrafter, random_target
 from benchmarks.throughput_report import best_fixed, ratio, speed_table
+from benchmarks.throughput_store import Store
 from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation.scheduling import profile
 
 RATES = [0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
 ARGUMENTS = ["--shape", "tiny", "--runs", "1", "--max-new-tokens", "6"]
@@ -85,6 +87,44 @@ def test_a_page_is_written_and_an_interrupted_run_goes_on(app, tmp_path, monkeyp
     assert "Acceptance is simulated" in page
     assert [line.split("|")[1].strip() for line in page.splitlines() if line.endswith("6 of 6 |")] == ["1", "2"]
     assert (folder / "throughput-tiny-fp32-simulated-acceptance.png").stat().st_size > 10_000
+
+
+def test_numbers_of_two_machines_are_told_apart(tmp_path, monkeypatch):
+    """An interrupted run goes on elsewhere, and its page names the first machine for all numbers."""
+    for rows, machine in ((1, "laptop"), (4, "server"), (8, "laptop")):
+        monkeypatch.setattr(throughput_store, "describe_run", lambda machine=machine: [f"- hardware: {machine}"])
+        store = Store(tmp_path, "throughput", {"runs": 1})
+        store.add("prompts", rows, {PLAIN: Measured([1.0], [10])})
+    expected = ["- hardware: laptop (rows 1, 8)", "- hardware: server (rows 4)"]
+    assert store.provenance("prompts") == Store(tmp_path, "throughput", {"runs": 1}).provenance("prompts") == expected
+    assert list(store.results()["prompts"]) == [1, 4, 8]
+
+
+def test_the_default_has_no_profile(app, tmp_path, monkeypatch):
+    """The default is measured with what other schedulers have found out, which users do not have."""
+    has_profile = []
+    stored_profile = profile.stored_profile
+
+    def recorded(call):
+        found = stored_profile(call)
+        has_profile.append(found is not None)
+        return found
+
+    monkeypatch.setattr(profile, "stored_profile", recorded)
+    arguments = [*ARGUMENTS, "--rows", "1", "--output", str(tmp_path / "results")]
+    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    # hardware_aware, which measures at first, asynchronous and the default: while warming up, and in the run
+    assert has_profile[1:] == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [(["--shape", "huge"], "--shape"), (["--shape", "tiny", "--cases", "prompt"], "--cases")]
+)
+def test_names_must_exist(app, arguments, name):
+    """A mistyped name ends in a traceback, or in an empty page."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert f"`{name}` must be" in result.output.replace("\n", " ")
 
 
 def test_rates_must_be_chances(app):
