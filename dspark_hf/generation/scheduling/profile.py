@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from dspark_hf.generation.drafting import Drafter
@@ -27,29 +28,21 @@ from dspark_hf.provenance import describe_run, processor_name
 
 logger = logging.get_logger(__name__)
 
-# fields of a configuration that say nothing about the time a pass takes, beside those that start with an underscore
-_IRRELEVANT = {
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "id2label",
-    "label2id",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "sts_temperatures",
-}
+# parts of the names of numbers and lists in a configuration that change nothing in the time a pass takes: token ids,
+# how far positions go and how they are turned
+_WITHOUT_COST = ("architectures", "label2id", "token_id", "position", "rope_")
 _QUICK_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _QUICK_REPEATS = 3
 _QUICK_CONTEXT = 128
 
 # when and how large a profile's file was; None if there is none
 _Stamp = tuple[str, int, int] | None
+# what holds a weight, its dtype and its size
+_Weight = tuple[str, torch.dtype, torch.Size]
 
 _TABLES: dict[tuple[ProfileKey, str], tuple[_Stamp, CostTable | None]] = {}
 _ONLINE: dict[tuple[ProfileKey, str], OnlineCosts] = {}
-_FINGERPRINTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_FINGERPRINTS: WeakKeyDictionary[Any, tuple[Counter[_Weight], str]] = WeakKeyDictionary()
 
 
 def profile_key(target: TargetAdapter) -> ProfileKey:
@@ -66,13 +59,15 @@ def profile_key(target: TargetAdapter) -> ProfileKey:
 def drafter_key(drafter: Drafter) -> str:
     """Return what a drafter's costs depend on, beside the target's key."""
     dtype = str(getattr(drafter, "dtype", "")).removeprefix("torch.")
-    return "-".join(filter(None, (type(drafter).__name__, _fingerprint(drafter), dtype)))
+    device = "" if getattr(drafter, "device", None) is None else _device_name(drafter)
+    return "-".join(filter(None, (type(drafter).__name__, _fingerprint(drafter), dtype, device)))
 
 
 def online_costs(call: Call) -> OnlineCosts:
     """Return what this process has seen of such a target and drafter, beside a stored profile; updated in place."""
-    costs = _ONLINE.setdefault((profile_key(call.target), drafter_key(call.drafter)), OnlineCosts())
-    costs.profile = stored_profile(call)
+    keys = _keys(call)
+    costs = _ONLINE.setdefault(keys, OnlineCosts())
+    costs.profile = _covering_profile(call, keys)
     return costs
 
 
@@ -83,17 +78,15 @@ def forget_costs() -> None:
 
 def stored_profile(call: Call) -> CostTable | None:
     """Return the profile of the target and the drafter if there is one that covers the call, else None."""
-    table = _known(profile_key(call.target), drafter_key(call.drafter))
-    is_enough = table is not None and table.covers(call.num_rows, call.max_drafts, _quick_context(call))
-    return table if is_enough else None
+    return _covering_profile(call, _keys(call))
 
 
 def find_profile(call: Call) -> CostTable:
     """Return the profile of the target and the drafter; what is missing is measured, stored, and said once."""
-    known = stored_profile(call)
+    key, drafter = _keys(call)
+    known = _covering_profile(call, (key, drafter))
     if known is not None:
         return known
-    key, drafter = profile_key(call.target), drafter_key(call.drafter)
     start = perf_counter()
     rows = sorted({1, call.num_rows})
     widths = [width for width in _QUICK_WIDTHS if width <= call.max_drafts] + [call.max_drafts + 1]
@@ -151,6 +144,16 @@ def measure_costs(
     return CostTable(CostCurves(verify), CostCurves(draft))
 
 
+def _keys(call: Call) -> tuple[ProfileKey, str]:
+    return profile_key(call.target), drafter_key(call.drafter)
+
+
+def _covering_profile(call: Call, keys: tuple[ProfileKey, str]) -> CostTable | None:
+    table = _known(*keys)
+    is_enough = table is not None and table.covers(call.num_rows, call.max_drafts, _quick_context(call))
+    return table if is_enough else None
+
+
 def _known(key: ProfileKey, drafter: str) -> CostTable | None:
     """Return the stored profile; the file is read when it is new or has changed."""
     stamp = _stamp(profile_path(key))
@@ -175,20 +178,40 @@ def _quick_context(call: Call) -> int:
 
 
 def _fingerprint(model: Any) -> str:
-    if model not in _FINGERPRINTS:
-        config = getattr(model, "config", None)
-        fields = {} if config is None else config.to_dict()
-        text = json.dumps(_relevant(fields), sort_keys=True, default=str)
-        _FINGERPRINTS[model] = hashlib.sha256(text.encode()).hexdigest()[:10]
-    return _FINGERPRINTS[model]
+    """Return a short text that is the same for models whose passes do the same work."""
+    weights = Counter(
+        (type(weight).__name__, weight.dtype, weight.shape)
+        for weight in (model.parameters() if isinstance(model, nn.Module) else ())
+    )
+    known = _FINGERPRINTS.get(model)
+    # layers may have been replaced meanwhile, as by quantising
+    if known is None or known[0] != weights:
+        known = _FINGERPRINTS[model] = weights, _hash_shape(model, weights)
+    return known[1]
 
 
-def _relevant(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    names = [str(name) for name in value]
-    named = zip(names, value.values(), strict=True)
-    return {name: _relevant(one) for name, one in named if name not in _IRRELEVANT and not name.startswith("_")}
+def _hash_shape(model: Any, weights: Counter[_Weight]) -> str:
+    config = getattr(model, "config", None)
+    fields = {} if config is None else _shaping(config.to_dict())
+    modules = Counter(type(module).__name__ for module in (model.modules() if isinstance(model, nn.Module) else ()))
+    kinds = sorted(map(str, [*modules.items(), *weights.items()]))
+    return hashlib.sha256(json.dumps([fields, kinds], sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _shaping(value: Any) -> Any:
+    """Return what shapes a pass and no module shows: whole numbers, as of heads or a window, and kinds of layers."""
+    if isinstance(value, dict):
+        named = {str(name): _shaping(one) for name, one in value.items()}
+        return {name: one for name, one in named.items() if one not in (None, [], {}) and not _is_without_cost(name)}
+    if isinstance(value, (list, tuple)):
+        # words by themselves choose modules, which are looked at
+        kept = [one if isinstance(one, str) else _shaping(one) for one in value]
+        return [one for one in kept if one is not None]
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_without_cost(name: str) -> bool:
+    return name.startswith("_") or any(part in name for part in _WITHOUT_COST)
 
 
 def _device_name(model: Any) -> str:

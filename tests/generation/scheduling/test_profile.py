@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
@@ -72,6 +73,14 @@ def test_what_costs_something_is_in_the_key(monkeypatch):
         _key(intermediate_size=96),
         _key(num_hidden_layers=3),
         _key(attn_implementation="eager"),
+        _key(num_attention_heads=8, num_key_value_heads=4, head_dim=4),
+        _key(hidden_act="gelu"),
+        _key(family="mistral"),
+        _key(family="mistral", sliding_window=16),
+        _key(family="gemma3_text"),
+        _key(family="gemma3_text", layer_types=["sliding_attention"] * 3 + ["full_attention"]),
+        _key(family="qwen3_moe"),
+        _key(family="qwen3_moe", num_experts_per_tok=3),
         profile_key(TargetAdapter(tiny_target().bfloat16())),
     ]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -85,6 +94,50 @@ def test_what_costs_nothing_is_not_in_the_key(tmp_path):
     target.save_pretrained(tmp_path)
     other = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert _key() == _key(seed=2) == _key(eos_token_id=3) == profile_key(TargetAdapter(other))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_cache": False, "initializer_range": 0.01},
+        {"attention_dropout": 0.1, "rms_norm_eps": 1e-5},
+        {"max_position_embeddings": 4096},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 500_000}},
+        {"unsloth_version": "2026.1", "unsloth_fixed": True},
+    ],
+)
+def test_a_fine_tuned_model_shares_the_profile_of_its_base(fields):
+    """A fine-tuned model is measured again for what its trainer wrote into the configuration."""
+    assert _key(**fields) == _key()
+
+
+class _Int8Linear(nn.Module):
+    """A linear layer with its weight in eight bits."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.abs().max() / 127
+        self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale.detach())
+
+
+@pytest.mark.parametrize("keeps_parameters", [True, False])
+def test_quantised_weights_are_told_apart(keeps_parameters):
+    """Costs of full weights are used after they were quantised in place, as for the target so for its drafter."""
+    target = tiny_target()
+    drafter = _drafter(target)
+    keys = [profile_key(TargetAdapter(target)), drafter_key(drafter)]
+    for layer in (target.model.layers[0], drafter.layers[0]):
+        layer.mlp.up_proj = _Int8Linear(layer.mlp.up_proj) if keeps_parameters else nn.Identity()
+    assert profile_key(TargetAdapter(target)) != keys[0]
+    assert drafter_key(drafter) != keys[1]
+
+
+def test_a_drafter_elsewhere_is_another():
+    """A drafter that was moved to another device keeps the costs it had."""
+    drafter = _drafter(tiny_target())
+    key = drafter_key(drafter)
+    assert drafter_key(drafter.to("meta")) != key
 
 
 def test_drafters_are_told_apart():
