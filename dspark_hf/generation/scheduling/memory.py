@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from transformers import PreTrainedModel
+
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.experience import Experience
@@ -25,7 +27,10 @@ class DrafterMemory:
         return self._parking.setdefault(num_rows.bit_length(), Parking())
 
 
-_MEMORIES: WeakKeyDictionary[Drafter, dict[tuple[str, bool], DrafterMemory]] = WeakKeyDictionary()
+# by target, and there by whether tokens are sampled
+_Memories = WeakKeyDictionary[PreTrainedModel, dict[bool, DrafterMemory]]
+
+_MEMORIES: WeakKeyDictionary[Drafter, _Memories] = WeakKeyDictionary()
 
 
 def forget_drafters() -> None:
@@ -34,6 +39,7 @@ def forget_drafters() -> None:
 
 
 def remembered(call: Call) -> DrafterMemory:
-    """Return what is known of the call's drafter for such a target, greedy or sampling; it is updated in place."""
-    by_use = _MEMORIES.setdefault(call.drafter, {})
-    return by_use.setdefault((type(call.target.model).__name__, call.is_sampling), DrafterMemory())
+    """Return what is known of the call's drafter with its target, greedy or sampling; it is updated in place."""
+    by_target: _Memories = _MEMORIES.setdefault(call.drafter, WeakKeyDictionary())
+    by_use = by_target.setdefault(call.target.model, {})
+    return by_use.setdefault(call.is_sampling, DrafterMemory())

@@ -28,14 +28,15 @@ def test_memory_outlives_a_call():
 
 
 def test_memory_is_of_a_drafter_and_its_use():
-    """One drafter is judged by another, greedy drafts by sampled ones, or one target's by another target's."""
+    """One drafter is judged by another, greedy drafts by sampled ones, or one target's by those of its like."""
     drafter, other = new_drafter(), new_drafter()
     calls = [new_call(drafter=drafter), new_call(drafter=other), new_call(drafter=drafter, is_sampling=True)]
-    gpt2 = TargetAdapter(tiny_target("gpt2"))
+    calls += [Call(TargetAdapter(tiny_target(seed=seed)), drafter, 1, 5) for seed in (1, 2)]
     memories = [remembered(call) for call in calls]
-    memories.append(remembered(Call(gpt2, drafter, 1, 5)))
-    assert len({id(memory) for memory in memories}) == 4
-    assert len({id(memory.estimator) for memory in memories}) == 4
+    assert len({id(memory) for memory in memories}) == 5
+    assert len({id(memory.estimator) for memory in memories}) == 5
+    # the targets taking turns
+    assert all(remembered(call) is memory for call, memory in zip(calls, memories, strict=True))
 
 
 def test_parking_is_of_batches_of_a_size():
@@ -52,6 +53,18 @@ def test_memory_is_freed_with_its_drafter():
     alive = weakref.ref(drafter)
     assert memory() is not None
     del drafter
+    gc.collect()
+    assert alive() is None
+    assert memory() is None
+
+
+def test_memory_is_freed_with_its_target():
+    """A process that loads one target after the other for a drafter keeps all of them."""
+    drafter, target = new_drafter(), tiny_target()
+    memory = weakref.ref(remembered(Call(TargetAdapter(target), drafter, 1, 5)))
+    alive = weakref.ref(target)
+    assert memory() is not None
+    del target
     gc.collect()
     assert alive() is None
     assert memory() is None
