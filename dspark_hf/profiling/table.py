@@ -82,9 +82,9 @@ class CostTable:
             num_rows, context_length, num_drafts
         )
 
-    def merged_with(self, newer: CostTable) -> CostTable:
-        """Return the measurements of both, the newer ones where both have one."""
+    def merged_with(self, preferred: CostTable) -> CostTable:
+        """Return the measurements of both, the preferred ones where both have one."""
         return CostTable(
-            CostCurves({**self.verify.points, **newer.verify.points}),
-            CostCurves({**self.draft.points, **newer.draft.points}),
+            CostCurves({**self.verify.points, **preferred.verify.points}),
+            CostCurves({**self.draft.points, **preferred.draft.points}),
         )

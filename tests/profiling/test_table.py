@@ -72,8 +72,8 @@ def test_table_needs_both_models():
     assert table.draft_seconds(4, 7, 128) == _cost(4, 128, 7)
 
 
-def test_newer_measurements_win():
-    """What was measured again stays what it was, or what was not is lost."""
+def test_preferred_measurements_win():
+    """The wrong one of two measurements counts, or what only one of them has is lost."""
     old = CostTable(CostCurves({(1, 128, 1): 1.0, (2, 128, 1): 2.0}), CostCurves({(1, 128, 1): 3.0}))
     merged = old.merged_with(CostTable(CostCurves({(1, 128, 1): 9.0})))
     assert merged.verify.points == {(1, 128, 1): 9.0, (2, 128, 1): 2.0}

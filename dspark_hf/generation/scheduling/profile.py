@@ -82,7 +82,10 @@ def stored_profile(call: Call) -> CostTable | None:
 
 
 def find_profile(call: Call) -> CostTable:
-    """Return the profile of the target and the drafter; what is missing is measured, stored, and said once."""
+    """Return the profile of the target and the drafter; what is missing is measured, stored, and said once.
+
+    Points that are stored already stay as they are.
+    """
     key, drafter = _keys(call)
     known = _covering_profile(call, (key, drafter))
     if known is not None:
@@ -95,11 +98,13 @@ def find_profile(call: Call) -> CostTable:
     drafts = [(count, context, size) for count in rows for size in sorted({1, call.max_drafts})]
     table = measure_costs(Workload(call.target, call.drafter), passes, drafts, repeats=_QUICK_REPEATS)
     stored = _known(key, drafter)
-    table = table if stored is None else stored.merged_with(table)
+    # what was stored may have been measured thoroughly
+    table = table if stored is None else table.merged_with(stored)
     what = f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s"
     try:
         path = save_profile(key, drafter, table, describe_costs(call.target))
-        logger.warning_once(f"{what}, and stored it in {path}; `dspark-hf profile` measures more thoroughly.")
+        hint = "; `dspark-hf profile` measures more thoroughly" if _can_be_profiled(call.target.model) else ""
+        logger.warning_once(f"{what}, and stored it in {path}{hint}.")
     except OSError as error:
         logger.warning_once(f"{what}. It could not be stored, and is lost with this process. ({error})")
     _TABLES[key, drafter] = _stamp(profile_path(key)), table
@@ -215,10 +220,19 @@ def _is_without_cost(name: str) -> bool:
 
 
 def _device_name(model: Any) -> str:
+    names = Counter(map(_place_name, _places(model)))
+    return " and ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+
+
+def _places(model: Any) -> list[str]:
     # accelerate may have spread the layers, also over memory that they are loaded from
     places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    names = Counter(map(_place_name, sorted(places) if len(places) > 1 else [str(model.device)]))
-    return " and ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+    return sorted(places) if len(places) > 1 else [str(model.device)]
+
+
+def _can_be_profiled(model: Any) -> bool:
+    """Return whether `dspark-hf profile` can load such a model: from a folder or the hub, onto one device."""
+    return bool(model.config.name_or_path) and len(_places(model)) == 1
 
 
 def _place_name(place: str) -> str:

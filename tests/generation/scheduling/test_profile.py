@@ -195,6 +195,38 @@ def test_what_is_missing_is_added(measured):
     assert table.covers(4, BLOCK_SIZE, 128) and table.covers(1, BLOCK_SIZE, 10_000)
 
 
+def test_what_was_stored_stays(measured):
+    """A thorough profile is written over by a quick measurement of what it lacks, such as another drafter's blocks."""
+    call = _call()
+    target, other = call.target.model, _drafter(call.target.model, markov_rank=4)
+    thorough = {(1, 128, size): 0.5 for size in range(1, BLOCK_SIZE + 2)}
+    table = CostTable(CostCurves(thorough), CostCurves({(1, 128, 1): 0.25}))
+    save_profile(profile_key(call.target), drafter_key(call.drafter), table, describe_costs(call.target))
+    for lacking in (call, _call(target, num_rows=2), _call(target, drafter=other)):
+        found = find_profile(lacking).verify.points
+        assert {point: found[point] for point in thorough} == thorough
+    assert len(measured) == 3
+    assert stored_profile(call).draft.points[1, 128, 1] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "places", "is_told"),
+    [
+        ("a-model", {"": "cpu"}, True),
+        ("", {"": "cpu"}, False),
+        ("a-model", {"layers.0": "cpu", "head": "disk"}, False),
+    ],
+)
+def test_the_command_is_named_where_it_helps(measured, monkeypatch, name, places, is_told):
+    """A user is sent to a command that cannot load this target, or never hears of it."""
+    told: list[str] = []
+    monkeypatch.setattr(profile.logger, "warning_once", told.append)
+    target = tiny_target(max_position_embeddings=100_000)
+    target.config.name_or_path, target.hf_device_map = name, places
+    find_profile(_call(target))
+    assert ["`dspark-hf profile`" in one for one in told] == [is_told]
+
+
 def test_another_drafter_keeps_the_first(measured):
     """Two drafters of a target take turns in being measured."""
     target = tiny_target(max_position_embeddings=100_000)
