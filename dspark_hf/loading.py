@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+
+from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
+from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
 
 DTYPES: Mapping[str, torch.dtype | str] = {
     "auto": "auto",
@@ -60,6 +63,8 @@ def load_target(
 ) -> Any:
     """Return the model of a folder or hub name, in evaluation mode.
 
+    DeepSeek-V4 is loaded as a `DeepseekV4DSparkForCausalLM`, which a drafter can assist.
+
     Args:
         target: folder or hub name.
         dtype: a key of `DTYPES`.
@@ -83,7 +88,10 @@ def load_target(
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(target, **options).eval()
+        fields, _ = PreTrainedConfig.get_config_dict(target)
+        is_deepseek_v4 = fields.get("model_type") == RELEASED_MODEL_TYPE
+        model_class: Any = DeepseekV4DSparkForCausalLM if is_deepseek_v4 else AutoModelForCausalLM
+        return model_class.from_pretrained(target, **options).eval()
     except OSError as error:
         raise ValueError(
             f"`--target` must be the folder or hub name of a causal language model, got {target!r}, which cannot be "

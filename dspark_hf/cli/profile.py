@@ -142,25 +142,33 @@ def _check_request(
 def _load_drafter(drafter: str, target: Any) -> Any:
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
+    if drafter == target.name_or_path:
+        # DeepSeek-V4's own, whose weights may stay in the checkpoint's formats
+        return target.dspark
     return DSparkAssistantModel.from_pretrained(drafter, dtype=target.dtype).to(target.device).eval()
 
 
 def _check_sizes(workload: Workload, grid: Grid) -> None:
-    """Run the most rows and the widest pass once, on hardly any context."""
+    """Run a plain step, and the most rows and the widest pass once, on hardly any context."""
     rows, width = grid.rows[-1], grid.widths[-1]
+    # a target that no drafter can assist says so whatever the sizes
+    workload.verify_seconds(1, 1, 1)
     try:
         workload.verify_seconds(rows, 1, width)
     except ValueError as error:
         raise ValueError(
             f"`--rows` and `--widths` must be what the target can run, got {rows} and {width}. Lower them. ({error})"
         ) from error
+    except RuntimeError as error:
+        # what does not fit is left out when it is measured
+        if not _is_out_of_memory(error):
+            raise
 
 
 def _measure(workload: Workload, grid: Grid, repeats: int, progress: Progress) -> tuple[CostTable, list[str]]:
     """Return the costs, and what could not be measured for lack of memory."""
-    import torch
-
     from dspark_hf.generation.scheduling.profile import measure_costs
+    from dspark_hf.loading import first_line
     from dspark_hf.profiling.table import CostCurves, CostTable
 
     steps_per_shape = (repeats + 1) * (len(grid.widths) + len(grid.drafts))
@@ -177,13 +185,25 @@ def _measure(workload: Workload, grid: Grid, repeats: int, progress: Progress) -
                 repeats=repeats,
                 advance=lambda: progress.advance(task),
             )
-        except torch.OutOfMemoryError:
-            if index == 0:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
                 raise
+            if index == 0:
+                raise ValueError(
+                    f"`--contexts` must leave the smallest size enough memory, got {shape[1]:,} tokens of one row. "
+                    f"Lower it. ({first_line(error)})"
+                ) from error
             notes.append(f"Left out for lack of memory: {shape[0]} rows on {shape[1]:,} tokens.")
             continue
         table = table.merged_with(measured)
     return table, notes
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    # torch 2.13: on the CPU, an error without a class of its own
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.cli.main import app
 from dspark_hf.demo.tiny import write_tiny_pair
 from dspark_hf.generation.scheduling import Call, profile
 from dspark_hf.generation.scheduling.profile import stored_profile
 from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.workload import Workload
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
 from dspark_hf.profiling import measuring
 
@@ -138,14 +140,28 @@ def test_what_cannot_be_is_told(folder, arguments, message):
     assert message in output
 
 
+@pytest.mark.parametrize("with_drafter", [True, False])
+def test_deepseek_v4(profiles, tmp_path, monkeypatch, with_drafter):
+    """A DeepSeek-V4 checkpoint is refused, or its costs are not those that `use_dspark=True` looks for."""
+    write_tiny_checkpoint(tmp_path / "target")
+    drafter = ("--drafter", str(tmp_path / "target")) if with_drafter else ()
+    code, output = _run(tmp_path, "--contexts", "64", *drafter)
+    assert code == 0, output
+    assert "DeepseekV4DSparkForCausalLM, bfloat16" in output
+    monkeypatch.setattr(profile, "_TABLES", {})
+    target = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path / "target")
+    call = Call(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 2, 5, 30)
+    assert (stored_profile(call) is not None) == with_drafter
+
+
 def test_targets_that_cannot_be_assisted(profiles, tmp_path):
-    """A target whose cache forgets is measured, or ends in a traceback."""
-    write_tiny_checkpoint(tmp_path / "target", experts="bf16")
-    # in bf16 Transformers 5.17 cannot run this target at all
-    code, output = _run(tmp_path, "--dtype", "fp32")
+    """A target whose cache forgets is measured, ends in a traceback, or other sizes are said to help."""
+    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "target")
+    code, output = _run(tmp_path)
     assert code == 2, output
-    assert "`--rows` and `--widths` must be what the target can run, got 2 and 8. Lower them." in output
-    assert "`target` must have a cache that can be rolled back, got DeepseekV4ForCausalLM" in output
+    assert "`target` must have a cache that can be rolled back, got MambaForCausalLM" in output
+    assert "Lower" not in output
 
 
 def test_ctrl_c_writes_nothing(folder, profiles, monkeypatch):
@@ -165,21 +181,42 @@ def test_ctrl_c_writes_nothing(folder, profiles, monkeypatch):
     assert not profiles.exists()
 
 
-def test_what_does_not_fit_into_memory_is_left_out(folder, profiles, monkeypatch):
+_OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("too much"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", _OUT_OF_MEMORY, ids=["accelerator", "CPU"])
+def test_what_does_not_fit_into_memory_is_left_out(folder, profiles, monkeypatch, error):
     """One size too large loses all that was measured."""
-    from dspark_hf.generation.workload import Workload
-
-    verify = Workload.verify_seconds
-
-    def run_out(self: Workload, num_rows: int, context_length: int, width: int) -> float:
-        if num_rows == 2 and context_length == 64:
-            raise torch.OutOfMemoryError("too much")
-        return verify(self, num_rows, context_length, width)
-
-    monkeypatch.setattr(Workload, "verify_seconds", run_out)
+    _run_out_of_memory(monkeypatch, error, lambda num_rows, context: (num_rows, context) in ((2, 64), (2, 1)))
     code, output = _run(folder, "--contexts", "16,64")
     assert code == 0, output
     assert "Left out for lack of memory: 2 rows on 64 tokens." in output
     [path] = profiles.iterdir()
     curves = json.loads(path.read_text(encoding="utf-8"))["verify"]["curves"]
     assert [(curve["rows"], curve["context"]) for curve in curves] == [(1, 16), (1, 64), (2, 16)]
+
+
+@pytest.mark.parametrize("error", _OUT_OF_MEMORY, ids=["accelerator", "CPU"])
+def test_memory_for_nothing_is_told(folder, profiles, monkeypatch, error):
+    """A user whose memory does not suffice for a single size reads a traceback."""
+    _run_out_of_memory(monkeypatch, error, lambda num_rows, context: context > 1)
+    code, output = _run(folder)
+    assert code == 2, output
+    assert "`--contexts` must leave the smallest size enough memory, got 16 tokens of one row. Lower it." in output
+    assert not profiles.exists()
+
+
+def _run_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, is_too_large: Callable[[int, int], bool]
+) -> None:
+    verify = Workload.verify_seconds
+
+    def run_out(self: Workload, num_rows: int, context_length: int, width: int) -> float:
+        if is_too_large(num_rows, context_length):
+            raise error
+        return verify(self, num_rows, context_length, width)
+
+    monkeypatch.setattr(Workload, "verify_seconds", run_out)
