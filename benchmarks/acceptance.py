@@ -20,6 +20,7 @@ from dspark_hf.evaluation.loading import encode_sets, load_models, read_prompt_s
 from dspark_hf.evaluation.results import SetResult
 from dspark_hf.evaluation.run import evaluate, num_turns
 from dspark_hf.evaluation.settings import EvaluationSettings
+from dspark_hf.generation.scheduling import FixedScheduler
 
 
 def main(
@@ -32,7 +33,8 @@ def main(
 ) -> None:
     """Measure in fp32, print the table and write it to a file."""
     model = PACKAGED_MODELS["smollm2"]
-    settings = EvaluationSettings(max_new_tokens=max_new_tokens, repeats=1)
+    # tau is that of whole blocks: so shall be the texts that are compared
+    settings = EvaluationSettings(max_new_tokens=max_new_tokens, repeats=1, schedulers=(FixedScheduler.name,))
     sets = read_prompt_sets(files, num_prompts)
     target_folder = target or str(converted_target("smollm2"))
     drafter_folder = drafter or str(shipped_drafter(model))
