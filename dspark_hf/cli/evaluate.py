@@ -28,7 +28,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Also measure speed with this many rows per call.")] = 1,
     scheduler: Annotated[
         list[str] | None,
-        typer.Option(help="Measure speed with this scheduler (default: adaptive), and with whole blocks, fixed."),
+        typer.Option(
+            help="Measure speed with this scheduler, beside whole blocks (fixed); may be given several times. "
+            "Default: adaptive."
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto is the target's own; only fp32 is identical for sure.")] = (
         Dtype.auto

@@ -170,5 +170,5 @@ def way_name(drafter: str, scheduler: str) -> str:
 def _sampling_options(temperature: float) -> dict[str, Any]:
     if temperature == 0:
         return {"do_sample": False}
-    # the target's whole distribution, whatever its generation configuration prefers
+    # neither top-k nor top-p, whatever the target's generation configuration prefers
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
