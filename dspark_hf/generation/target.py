@@ -6,6 +6,7 @@ B batch, T tokens, V vocab, D hidden, M tapped layers.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 class TargetAdapter:
     """Tap a causal LM's decoder layers and lend out its embedding and its output head.
 
-    Use it as a context manager: the hooks on the tapped layers exist only inside.
+    Use it as a context manager: the hooks on the tapped layers exist only inside, and see only passes of the thread
+    that entered.
 
     Args:
         model: any decoder-only causal LM of Transformers, or the language part of a vision-language model.
@@ -33,6 +35,7 @@ class TargetAdapter:
         self._layers = _decoder_layers(model, self.config.num_hidden_layers)
         self._captured: dict[int, Tensor] = {}
         self._handles: list[Any] = []
+        self._thread: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -59,6 +62,7 @@ class TargetAdapter:
         return argument in inspect.signature(self.model.forward).parameters
 
     def __enter__(self) -> TargetAdapter:
+        self._thread = threading.get_ident()
         self._handles = [
             self._layers[layer_id].register_forward_hook(self._capture_hook(layer_id)) for layer_id in self.layer_ids
         ]
@@ -74,6 +78,9 @@ class TargetAdapter:
 
     def _capture_hook(self, layer_id: int) -> Any:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
+            # hooks are the module's, and other threads may run it
+            if threading.get_ident() != self._thread:
+                return
             states = output[0] if isinstance(output, tuple) else output
             # hyper-connections keep several streams (B, T, n, D); drafters read their mean
             self._captured[layer_id] = states.mean(2) if states.ndim == 4 else states
