@@ -8,6 +8,7 @@ from statistics import median
 from typing import Protocol
 
 from dspark_hf.generation.scheduling.interface import Batch, Outcome
+from dspark_hf.generation.scheduling.sharing import in_turns
 from dspark_hf.profiling.fitting import bend_at, find_bends, fit_line
 
 # rounds of a shape whose median counts: many, since only what they have in common with earlier ones must stay
@@ -61,8 +62,18 @@ class OnlineCosts:
         self._verify = _Times()
         self._draft = _Times()
         self._recent: deque[float] = deque(maxlen=_NUM_RECENT)
-        self._drift = 1.0
 
+    def beside(self, profile: Costs | None) -> OnlineCosts:
+        """Return these costs beside another profile; what one of them learns, both know."""
+        other = OnlineCosts(profile)
+        other._verify, other._draft, other._recent = self._verify, self._draft, self._recent
+        return other
+
+    @property
+    def _drift(self) -> float:
+        return median(self._recent) if self._recent else 1.0
+
+    @in_turns
     def knows(self, num_rows: int) -> bool:
         """Return whether there is a profile, or plain and drafting rounds of about so many rows were measured."""
         if self.profile is not None:
@@ -71,6 +82,7 @@ class OnlineCosts:
         sizes = {size for rows in near for size in self._verify.sizes(rows)}
         return 1 in sizes and len(sizes) > 1 and bool(self._draft.rows)
 
+    @in_turns
     def observe(self, outcome: Outcome) -> None:
         """Learn from a round."""
         rows, drafts, width = outcome.batch.num_rows, outcome.num_drafted, outcome.width
@@ -79,13 +91,14 @@ class OnlineCosts:
             known = self.profile.verify_seconds(rows, width, outcome.batch.context_length)
         if known is not None:
             self._recent.append(outcome.other_seconds / max(known, 1e-9))
-            self._drift = median(self._recent)
-        self._verify.add(rows, width, outcome.other_seconds / self._drift)
+        drift = self._drift
+        self._verify.add(rows, width, outcome.other_seconds / drift)
         if drafts and outcome.is_typical:
-            self._draft.add(rows, drafts, outcome.draft_seconds / self._drift)
+            self._draft.add(rows, drafts, outcome.draft_seconds / drift)
         elif drafts:
             self._draft.pass_over(drafts)
 
+    @in_turns
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
         """Return the seconds of a pass over `width` tokens of each row, with all that goes with it."""
 
@@ -96,6 +109,7 @@ class OnlineCosts:
 
         return self._drift * self._verify.bent(num_rows, width, expected)
 
+    @in_turns
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
         if (profile := self.profile) is not None:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dspark_hf.generation.scheduling.sharing import in_turns
+
 # larger margins say no more, and a single proposable token has an infinite one
 MAX_MARGIN = 12.0
 # what is believed before anything is known: bias and slope, and how firmly (1 / variance)
@@ -61,14 +63,17 @@ class AcceptanceEstimator:
         self._seen: deque[tuple[float, bool]] = deque(maxlen=_NUM_DRAFTS)
         self._num_new = 0
 
+    @in_turns
     def estimate(self, margins: Tensor) -> Tensor:
         """Return the chance of acceptance `(b, K)`, fp32, for `margins` `(b, K)`."""
         return torch.sigmoid(self.bias + self.slope * margins)
 
+    @in_turns
     def chance(self, margins: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return what `estimate` does, on the host and in fp64."""
         return 1 / (1 + np.exp(-(self.bias + self.slope * margins)))
 
+    @in_turns
     def learn(
         self, margins: Sequence[Sequence[float]], num_verified: Sequence[int], num_accepted: Sequence[int]
     ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
+from dspark_hf.generation.scheduling.sharing import in_turns
 
 # rows' blocks that count: enough to average over easy and hard places, few enough to follow the text
 _NUM_ROWS = 48
@@ -33,6 +34,7 @@ class Experience:
         # changes with every block, so that a plan knows when it is old
         self.num_blocks = 0
 
+    @in_turns
     def add(self, margins: Sequence[Sequence[float]]) -> None:
         """Add the margins `(b, K)` of a round, of rows that could use all drafts."""
         self._blocks.append(np.array(margins, dtype=np.float64))
@@ -40,11 +42,13 @@ class Experience:
         while len(self._blocks) > _FEWEST_BLOCKS and sum(map(len, self._blocks)) - len(self._blocks[0]) >= _NUM_ROWS:
             self._blocks.popleft()
 
+    @in_turns
     def forget_old(self) -> None:
         """Keep the latest few blocks."""
         while len(self._blocks) > _NUM_PARKED_BLOCKS:
             self._blocks.popleft()
 
+    @in_turns
     def gains(self, num_drafts: int, estimator: AcceptanceEstimator) -> NDArray[np.float64]:
         """Return the gains `(N, num_drafts)`; levels that were not drafted decay as those before them."""
         found = [estimator.chance(margins).cumprod(1).mean(0).tolist() for margins in self._blocks] or [[]]

@@ -12,6 +12,7 @@ from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.experience import Experience
 from dspark_hf.generation.scheduling.interface import Call
 from dspark_hf.generation.scheduling.parking import Parking
+from dspark_hf.generation.scheduling.sharing import in_turns
 
 
 @dataclass
@@ -22,6 +23,7 @@ class DrafterMemory:
     experience: Experience = field(default_factory=Experience)
     _parking: dict[int, Parking] = field(default_factory=dict)
 
+    @in_turns
     def parking(self, num_rows: int) -> Parking:
         """Return what is known of batches of about so many rows: what loses with sixteen may pay with one."""
         return self._parking.setdefault(num_rows.bit_length(), Parking())
@@ -38,6 +40,7 @@ def forget_drafters() -> None:
     _MEMORIES.clear()
 
 
+@in_turns
 def remembered(call: Call) -> DrafterMemory:
     """Return what is known of the call's drafter with its target, greedy or sampling; it is updated in place."""
     by_target: _Memories = _MEMORIES.setdefault(call.drafter, WeakKeyDictionary())

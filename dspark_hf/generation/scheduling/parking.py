@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from dspark_hf.generation.scheduling.sharing import in_turns
+
 # parked rounds before the first trial, and most between two: a trial loses about one plain step
 _FIRST_GAP = 16
 _LONGEST_GAP = 256
@@ -39,11 +41,13 @@ class Parking:
         """Return whether a drafting run should make one plain step."""
         return self._num_drafted >= _PLAIN_EVERY
 
+    @in_turns
     def count_plain(self) -> None:
         """Count a round without drafts."""
         self._num_plain += 1
         self._num_drafted = 0
 
+    @in_turns
     def count_drafted(self, num_rows: int, gain: float) -> None:
         """Count a round of drafts that were expected to pay.
 
@@ -60,6 +64,7 @@ class Parking:
             self._num_paid = 0
             self._balance = Balance()
 
+    @in_turns
     def count_trial(self, *, has_paid: bool) -> None:
         """Count a trial; after one that paid the next follows at once."""
         self._num_drafted = 0

@@ -67,8 +67,8 @@ def online_costs(call: Call) -> OnlineCosts:
     """Return what this process has seen of such a target and drafter, beside a stored profile; updated in place."""
     keys = _keys(call)
     costs = _ONLINE.setdefault(keys, OnlineCosts())
-    costs.profile = _covering_profile(call, keys)
-    return costs
+    # of this call: one with more rows, which another profile covers or none, may run at the same time
+    return costs.beside(_covering_profile(call, keys))
 
 
 def forget_costs() -> None:

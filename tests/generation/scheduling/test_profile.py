@@ -11,12 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.scheduling import Call, profile
+from dspark_hf.generation.scheduling import Batch, Call, Outcome, profile
 from dspark_hf.generation.scheduling.profile import (
     describe_costs,
     drafter_key,
     find_profile,
     measure_costs,
+    online_costs,
     profile_key,
     stored_profile,
 )
@@ -225,6 +226,24 @@ def test_the_command_is_named_where_it_helps(measured, monkeypatch, name, places
     target.config.name_or_path, target.hf_device_map = name, places
     find_profile(_call(target))
     assert ["`dspark-hf profile`" in one for one in told] == [is_told]
+
+
+def test_a_call_without_a_profile_leaves_others_theirs(measured):
+    """A stream loses its profile, and fails, when a larger batch is decoded meanwhile."""
+    target = tiny_target(max_position_embeddings=100_000)
+    call = _call(target)
+    table = find_profile(call)
+    costs = online_costs(call)
+    larger = online_costs(_call(target, drafter=call.drafter, num_rows=16))
+    assert larger.profile is None
+    assert costs.profile is table
+    assert costs.draft_seconds(1, 3, 100) > 0
+    # what one of them learns, the other knows
+    batch = Batch((BLOCK_SIZE,), 1, 100)
+    for _ in range(8):
+        costs.observe(Outcome(batch, 0, [0], [0], 0.0, 1.0))
+        costs.observe(Outcome(batch, 2, [2], [0], 1.0, 1.0))
+    assert larger.knows(1)
 
 
 def test_another_drafter_keeps_the_first(measured):
