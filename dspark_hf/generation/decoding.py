@@ -67,9 +67,14 @@ def decode(
     with adapter:
         run = _Run(adapter, drafter, knobs, input_ids, logits_processor, stopping_criteria, generation_config)
         run.start(streamer, model_kwargs)
-        while not run.is_done:
-            run.round()
-        return run.finish()
+        try:
+            run.prefill()
+            while not run.is_done:
+                run.round()
+            return run.finish()
+        finally:
+            # a round that a user's code or Ctrl-C ended leaves no drafts in the user's cache
+            run.release()
 
 
 class _Run(Rounds):
@@ -121,13 +126,12 @@ class _Run(Rounds):
         return max(self._stopped_at.values())
 
     def start(self, streamer: BaseStreamer | None, model_kwargs: dict[str, Any]) -> None:
-        """Process the prompts and commit every row's first token."""
+        """Prepare caches, drafter and schedule."""
         self._stream = OrderedStream(streamer, self._sequences)
         self._returns_cache = self._recorder.returns_dict or was_given_by_user(model_kwargs[CACHE_KEY])
         self._target = self._target_state(model_kwargs)
         self._context = DeferredContext(self._drafter.start(self._adapter, self._sequences.batch_size))
         self._schedule = self._knobs.scheduler.start(self._call())
-        self.prefill()
 
     def _target_state(self, model_kwargs: dict[str, Any]) -> TargetState:
         mask = model_kwargs.get("attention_mask")
@@ -239,3 +243,7 @@ class _Run(Rounds):
         if not self._recorder.returns_dict:
             return sequences
         return self._recorder.build(sequences, cache, self._statistics)
+
+    def release(self) -> None:
+        """Leave the user's cache without anything of a round that was not finished."""
+        self._target.release()

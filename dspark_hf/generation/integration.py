@@ -219,6 +219,14 @@ def is_placeholder_layer(layer: Any) -> bool:
     return isinstance(layer, DummyLayer)
 
 
+def stop_recording(cache: Any) -> None:
+    """Let the cache forget on update again, as before `activate_past_recording`."""
+    for layer in cache.layers:
+        # transformers 5.24: sliding and linear layers have the flag, and no method to take it back
+        if getattr(layer, "record_past", False):
+            layer.record_past = False
+
+
 def attention_implementation(model: PreTrainedModel) -> str:
     """Return the name of the attention implementation of the text decoder."""
     return str(model.config.get_text_config(decoder=True)._attn_implementation)

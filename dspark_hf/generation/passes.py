@@ -51,3 +51,7 @@ class TargetState(Protocol):
     def returned_cache(self) -> Any:
         """Return the cache in Transformers' own form."""
         ...
+
+    def release(self) -> None:
+        """Leave a cache of the user's as it was before a pass whose tokens were not kept, and ready for other uses."""
+        ...

@@ -232,6 +232,9 @@ class RaggedTarget:
         self._given.layers = padded.layers
         return self._given
 
+    def release(self) -> None:
+        """Nothing: a cache of the user's is filled only when it is returned."""
+
 
 _TEXT_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", CACHE_KEY)
 

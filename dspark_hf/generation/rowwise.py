@@ -81,13 +81,17 @@ class RowwiseTarget:
         missing: list[int] = (~self._new_mask).sum(-1).tolist()
         self._num_padded = [past - length + count for length, count in zip(self._lengths(), missing, strict=True)]
         self._width = 0
+        # tokens that are kept of every row; None before the prompts are in
+        self._kept: list[int] | None = None
 
     def _lengths(self) -> list[int]:
         return list(self._cache.lengths) or [0] * len(self._prompt_ids)
 
     def prefill(self) -> TargetPass:
         """Process the prompts, packed to their rows' front, with logits of every row's last token."""
-        return run_packed(self._run, self._prompt_ids, self._new_mask)
+        target_pass = run_packed(self._run, self._prompt_ids, self._new_mask)
+        self._kept = list(self._cache.lengths)
+        return target_pass
 
     def verify(self, token_ids: Tensor) -> TargetPass:
         """Process every row's anchor and drafts `(B, W)`."""
@@ -121,13 +125,22 @@ class RowwiseTarget:
     def keep(self, num_kept: Sequence[int]) -> None:
         """Take back every row's tokens behind the kept ones."""
         self._cache.take_back([self._width - count for count in num_kept])
+        self._kept = list(self._cache.lengths)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self._cache.select_rows(rows)
+        self._kept = list(self._cache.lengths)
+        self._num_padded = [self._num_padded[row] for row in rows.tolist()]
 
     def returned_cache(self) -> Any:
         """Return the cache; its columns are those of the left-padded output."""
         lengths = zip(self._num_padded, self._cache.lengths, strict=True)
         self._cache.num_columns = max(padded + length for padded, length in lengths)
         return self._cache
+
+    def release(self) -> None:
+        """Take back what an interrupted round left in the cache."""
+        if self._kept is not None:
+            self._cache.take_back([now - kept for now, kept in zip(self._cache.lengths, self._kept, strict=True)])
+            self.returned_cache()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.cache_utils import CacheLayerMixin
 
-from dspark_hf.generation.integration import CACHE_KEY, last_positions, mask_length
+from dspark_hf.generation.integration import CACHE_KEY, last_positions, mask_length, stop_recording
 from dspark_hf.generation.passes import TargetPass
 from dspark_hf.generation.target import TargetAdapter
 
@@ -39,8 +40,6 @@ class SingleRowTarget:
         self._adapter = adapter
         self._model: Any = adapter.model
         self._cache = model_kwargs[CACHE_KEY]
-        # sliding layers forget on update unless told to wait for a crop
-        self._cache.activate_past_recording()
         self._generation_config = generation_config
         self._kwargs = {**model_kwargs, "return_dict": True}
         self._kwargs.update(
@@ -49,11 +48,15 @@ class SingleRowTarget:
         )
         self._ids = input_ids
         self._prompt_length = 0
+        # tokens that are kept, and those of a pass behind them of which nothing is known yet
+        self._length = int(self._cache.get_seq_length())
         self._width = 0
 
     def prefill(self) -> TargetPass:
         """Process what of the prompt the cache does not hold yet."""
-        past_length = int(self._cache.get_seq_length())
+        # sliding layers forget on update unless told to wait for a crop
+        self._cache.activate_past_recording()
+        past_length = self._length
         embeds = self._kwargs.get("inputs_embeds")
         next_length = None
         if embeds is not None:
@@ -73,18 +76,18 @@ class SingleRowTarget:
                 "`assistant_model`."
             )
         self._cache.crop(0)
-        self._prompt_length = past_length + num_tokens
+        self._length = self._prompt_length = past_length + num_tokens
         return target_pass
 
     def verify(self, token_ids: Tensor) -> TargetPass:
         """Process anchor and drafts `(1, W)`."""
-        width = token_ids.shape[1]
-        past_length = int(self._cache.get_seq_length())
-        self._width = width
+        width, past_length = token_ids.shape[1], self._length
         inputs = self._model.prepare_inputs_for_generation(
             token_ids, next_sequence_length=width, is_first_iteration=False, **self._lengthened(width, past_length)
         )
-        return self._run(inputs, width, width, past_length)
+        target_pass = self._run(inputs, width, width, past_length)
+        self._width = width
+        return target_pass
 
     def _lengthened(self, width: int, past_length: int) -> dict[str, Any]:
         kwargs = dict(self._kwargs)
@@ -120,8 +123,10 @@ class SingleRowTarget:
 
     def keep(self, num_kept: Sequence[int]) -> None:
         """Crop the cache behind the kept tokens."""
+        self._length += num_kept[0]
         # even a crop of nothing is needed: it trims sliding layers to their window
         self._cache.crop(num_kept[0] - self._width)
+        self._width = 0
 
     def select_rows(self, rows: Tensor) -> None:
         """Nothing to select from."""
@@ -129,3 +134,13 @@ class SingleRowTarget:
     def returned_cache(self) -> Any:
         """Return the cache."""
         return self._cache
+
+    def release(self) -> None:
+        """Take back what an interrupted round left in the cache, and let it forget on update again."""
+        for layer in self._cache.layers:
+            # a pass that was interrupted itself has reached some layers only; convolutions do not know their length
+            is_long = isinstance(layer, CacheLayerMixin)
+            surplus = layer.get_seq_length() - self._length if is_long else self._width
+            if surplus > 0:
+                layer.crop(-surplus)
+        stop_recording(self._cache)

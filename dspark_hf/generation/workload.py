@@ -114,17 +114,18 @@ class Workload:
         def make(length: int) -> SingleRowTarget:
             return SingleRowTarget(self._adapter, self._tokens(1, length), GenerationConfig(), {CACHE_KEY: cache})
 
+        # as a prefill does
+        cache.activate_past_recording()
         missing = context_length - 1
         layers = [layer for layer in cache.layers if not is_placeholder_layer(layer)]
         if not all(type(layer) in PLAIN_LAYERS for layer in layers):
             for length in _pieces(missing, 1):
                 make(length).prefill()
             return make(1)
-        target = make(1)
         for layer in layers if missing else ():
             layer.update(*(states.expand(-1, -1, missing, -1) for states in (layer.keys, layer.values)))
         cache.crop(0)
-        return target
+        return make(1)
 
     def _context_at(self, num_rows: int, context_length: int) -> DraftContext:
         self._reset(num_rows, context_length)
