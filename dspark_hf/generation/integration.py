@@ -166,12 +166,11 @@ def _check_mode(original: Any) -> Any:
 
 def explicit_knob(generation_config: GenerationConfig, name: str) -> Any:
     """Return a run-time knob if the user set it, else None; Transformers fills in 20 tokens and a threshold of 0.4."""
-    value = getattr(generation_config, name, None)
-    explicit = getattr(generation_config, _EXPLICIT, None)
-    if explicit is None:
-        # not installed: only a value that differs from Transformers' default is known to be the user's
+    if not is_installed() and not hasattr(generation_config, _EXPLICIT):
+        # only a value that differs from Transformers' default is known to be the user's
+        value = getattr(generation_config, name, None)
         return None if value in (20, 0.4) else value
-    return value if name in explicit else None
+    return getattr(generation_config, name) if _is_set(generation_config, name) else None
 
 
 def scheduler_of_call(generation_config: GenerationConfig) -> Any:

@@ -77,8 +77,9 @@ class RaggedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, batch_size: int):
         self.lengths = RaggedLengths(batch_size, model.device)
-        template = empty_cache_like(model)
+        # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
+        template = empty_cache_like(model)
         self.windows: list[int | None] = []
         layers: list[Any] = []
         for layer in template.layers:

@@ -16,14 +16,16 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    cache_utils,
 )
 from transformers.generation import BaseStreamer
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.generation.drafting import DraftContext
 from dspark_hf.generation.request_queue import Request, RequestQueue
 from dspark_hf.generation.request_stream import generate_stream
 from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.schedulers import EveryThirdRound
 from tests.generation.test_sampling import OPTIONS, PROMPT
@@ -508,6 +510,34 @@ def test_targets_without_a_ragged_cache():
         rowwise, [Request(PROMPT, {"max_new_tokens": 4})], drafter=StreamDrafter(rowwise, [PROMPT])
     )
     assert "`target` must have full or sliding attention" in str(finished.error)
+
+
+def test_kinds_of_layers_that_transformers_does_not_know(tmp_path):
+    """A target of our own classes ends in a KeyError, unless Transformers' class of the same kind was imported."""
+    write_tiny_checkpoint(tmp_path)
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path)
+    kinds = {kind: cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(kind, None) for kind in set(model.config.layer_types)}
+    kinds = {kind: layer for kind, layer in kinds.items() if layer is not None}
+    try:
+        with pytest.raises(ValueError, match="`target` must have full or sliding attention"):
+            generate_stream(model, [], drafter=StreamDrafter(model, [PROMPT]))
+    finally:
+        cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.update(kinds)
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.6])
+def test_threshold_of_the_target(threshold):
+    """A threshold that the target's generation configuration holds fails every request."""
+    target = tiny_target("llama")
+    target.generation_config.assistant_confidence_threshold = threshold
+    drafter = _drafter("untrained", target, [])
+    drafter.scheduler = None
+    requests = _requests(((5, 20), (9, 14)))
+    for one in generate_stream(target, requests, drafter=drafter):
+        assert one.error is None
+        assert torch.equal(one.token_ids, _alone(target, one.request))
+    with pytest.raises(ValueError, match=f"must agree with the scheduler, got {threshold} with 'fixed'"):
+        generate_stream(target, [], drafter=drafter, scheduler="fixed")
 
 
 def test_max_rows(target):
