@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dspark_hf.generation.drafting import DraftedBlock, Drafter
 from dspark_hf.generation.target import TargetAdapter
@@ -120,9 +120,17 @@ class Schedule(ABC):
 
 
 class Scheduler(ABC):
-    """A way to choose how many drafts are made and verified."""
+    """A way to choose how many drafts are made and verified.
+
+    `name` is what errors call it: that of the class unless it has another.
+    """
 
     name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
 
     @abstractmethod
     def start(self, call: Call) -> Schedule:

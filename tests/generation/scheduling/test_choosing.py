@@ -110,6 +110,22 @@ def test_threshold_against_the_scheduler(chosen):
         choose_scheduler(chosen, 0.6)
 
 
+def test_threshold_against_a_scheduler_without_a_name():
+    """A scheduler of the user's own fails with an AttributeError instead of the reason."""
+
+    class Mine(FixedScheduler):
+        pass
+
+    class Nameless(Scheduler):
+        def start(self, call) -> Schedule:
+            return FixedScheduler().start(call)
+
+    for scheduler in (Mine(), Nameless()):
+        expected = rf"must agree with the scheduler, got 0\.6 with '{type(scheduler).__name__}'"
+        with pytest.raises(ValueError, match=expected):
+            choose_scheduler(scheduler, 0.6)
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.5])
 def test_threshold_that_is_no_probability(threshold):
     """A threshold in percent rejects every draft."""
