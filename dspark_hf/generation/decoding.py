@@ -173,7 +173,7 @@ class _Run(Rounds):
             device = self._sequences.device
             scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
         # an end, if there is one: what would be drafted after a token that is not allowed is of no use
-        return fill_empty(scores, self._eos_token_ids[0] if self._eos_token_ids else 0)
+        return fill_empty(scores, self._eos_token_ids)
 
     def _scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
         if self._processors.is_empty and not self._is_sampling and not self._recorder.wants_scores:

@@ -100,7 +100,7 @@ class RequestRow:
     def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Return the scores `(1, V)` of a slot's `logits`, behind the drafts `(1, k)`."""
         scores = self.scores(drafted, logits[:, None])[:, 0]
-        return fill_empty(scores, self._eos_token_ids[0] if self._eos_token_ids else 0)
+        return fill_empty(scores, self._eos_token_ids)
 
     def commit(self, tokens: Tensor, num_accepted: int, can_be_drawn: bool) -> int:
         """Append `tokens` `(n,)` up to where the row stops. Returns how many that are: none once it has failed."""

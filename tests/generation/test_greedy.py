@@ -8,7 +8,7 @@ import torch
 from dspark_hf import DSparkAssistantModel
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
-from tests.tiny import FAMILIES, SLIDING_FAMILIES, tiny_target
+from tests.tiny import FAMILIES, SLIDING_FAMILIES, VOCAB_SIZE, tiny_target
 
 NEW_TOKENS = 24
 # Gemma 2 has no sdpa: its attention is soft-capped
@@ -121,3 +121,17 @@ def test_reduced_draft_vocabulary():
     )
     assisted = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter)
     assert torch.equal(assisted, plain)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_ends_outside_the_vocabulary(num_rows):
+    """An end that the target cannot write, as of a tokenizer with more tokens, breaks off the call."""
+    target = tiny_target("llama")
+    inputs = ragged_prompts(num_rows)
+    plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    ends = [VOCAB_SIZE + 9, int(plain[0, -4])]
+    for eos_token_id in (ends[0], ends):
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": eos_token_id, "pad_token_id": 0}
+        plain = target.generate(**inputs, **options)
+        drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.7)
+        assert torch.equal(target.generate(**inputs, **options, assistant_model=drafter), plain)
