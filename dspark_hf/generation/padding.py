@@ -20,9 +20,19 @@ def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int
     """Return which columns are real, `(B, S)`, those that a cache of `past_length` columns holds included.
 
     Takes the `attention_mask` that `generate` left, and the `width` of the one that the user gave.
+
+    Raises:
+        ValueError: if a row has nothing to process.
     """
     if attention_mask is not None:
-        return attention_mask.bool()
+        mask = attention_mask.bool()
+        empty = (~mask[:, past_length:].any(-1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"`attention_mask` must leave every row a token when a drafter assists, got none in rows {empty}. "
+                "Take these rows out, or generate without `assistant_model`."
+            )
+        return mask
     # generate dropped a mask of ones; its width tells whether the ids repeat what the cache holds
     width = input_ids.shape[1] if width == input_ids.shape[1] else past_length + input_ids.shape[1]
     return torch.ones(len(input_ids), width, dtype=torch.bool, device=input_ids.device)

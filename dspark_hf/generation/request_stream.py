@@ -220,6 +220,8 @@ class RequestStream(Iterator[FinishedRequest]):
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), strings]
         input_ids = torch.as_tensor(request.input_ids, device=model.device)
+        if input_ids.numel() == 0:
+            raise ValueError("`input_ids` of a request must hold a token at least, got none. Give it a prompt.")
         prepared: dict[str, Any] = {}
         model.generate(
             input_ids[None] if input_ids.ndim == 1 else input_ids, custom_generate=_keep_in(prepared), **options

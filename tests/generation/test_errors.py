@@ -107,6 +107,15 @@ def test_attentions_of_a_batch(target, drafter, no_forward):
         _generate(target, drafter, 3, output_attentions=True, return_dict_in_generate=True)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_rows_of_padding(target, drafter, no_forward, num_rows):
+    """A row whose attention mask is all zeros fails deep inside, with words about indices."""
+    inputs = ragged_prompts(num_rows)
+    inputs["attention_mask"][-1] = 0
+    with pytest.raises(ValueError, match=rf"`attention_mask` must leave every row a token.*rows \[{num_rows - 1}\]"):
+        target.generate(**inputs, max_new_tokens=4, assistant_model=drafter)
+
+
 def test_ensemble_weight(target, drafter, no_forward):
     """A setting that trades exactness for speed is silently ignored."""
     with pytest.raises(ValueError, match=r"`assistant_ensemble_weight` must be None"):

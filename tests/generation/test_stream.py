@@ -252,6 +252,11 @@ BAD = {
     "beams": ({"num_beams": 2}, ValueError, "`num_beams` must be 1"),
     "several texts": ({"num_return_sequences": 2, "do_sample": True}, ValueError, "one prompt"),
     "too many drafts": ({"num_assistant_tokens": 9}, ValueError, "`num_assistant_tokens`"),
+    "row of padding": (
+        {"attention_mask": torch.zeros(1, 6, dtype=torch.long)},
+        ValueError,
+        "`attention_mask` must leave every row a token",
+    ),
     "own scheduler": ({"scheduler": "fixed"}, ValueError, "`options` of a request must leave out"),
     "output object": ({"return_dict_in_generate": True}, ValueError, "`return_dict_in_generate` must be False"),
     "no cache": ({"use_cache": False}, ValueError, "`use_cache` must be True"),
@@ -292,11 +297,13 @@ def test_a_failing_request_leaves_the_others_alone(target, name):
 
 def test_prompts_that_are_none(target):
     """A prompt that cannot be read ends the stream."""
-    prompts = [torch.tensor([5, VOCAB_SIZE + 7]), "text", torch.zeros(2, 3, dtype=torch.long), None]
+    prompts = [torch.tensor([5, VOCAB_SIZE + 7]), "text", torch.zeros(2, 3, dtype=torch.long), None, []]
     requests = [Request(prompt, {"max_new_tokens": 3}, key=i) for i, prompt in enumerate(prompts)]
     good = _requests(((5, 10),))[0]
     finished = list(generate_stream(target, [*requests, good], drafter=_drafter("untrained", target, []), max_rows=2))
-    assert [one.error is None for one in finished] == [False] * 4 + [True]
+    assert [one.error is None for one in finished] == [False] * 5 + [True]
+    # an easy one to send by mistake
+    assert "`input_ids` of a request must hold a token at least, got none" in str(finished[4].error)
     assert torch.equal(finished[-1].token_ids, _alone(target, good))
 
 
