@@ -153,7 +153,8 @@ class _Run(Rounds):
         )
 
     def _batch(self) -> Batch:
-        limits = tuple(min(self._knobs.num_drafts, self._room(row) - 1) for row in self._rows)
+        wanted = [min(self._knobs.num_drafts, self._room(row) - 1) for row in self._rows]
+        limits = tuple(self._room_for_drafts(index, count) for index, count in enumerate(wanted))
         num_live = sum(self._is_live(row) for row in self._rows)
         return Batch(limits, num_live, max(self._sequences.lengths[row] for row in self._rows))
 

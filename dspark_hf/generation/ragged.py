@@ -161,16 +161,17 @@ class RaggedTarget:
         """Process every row's anchor and drafts `(B, W)`."""
         width = token_ids.shape[1]
         self._width = width
-        return self._run(token_ids, [width] * len(token_ids), torch.arange(width, device=token_ids.device))
+        return self._run(token_ids, [width] * len(token_ids), torch.arange(width, device=token_ids.device), num_real=1)
 
-    def _run(self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor) -> TargetPass:
+    def _run(
+        self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, num_real: int | None = None
+    ) -> TargetPass:
+        """Run over `token_ids` `(B, T)`, of which `num_tokens` per row are kept; `num_real` are no padding for sure."""
         positions = self.cache.lengths.device[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
         keeps = self._adapter.accepts("logits_to_keep")
-        limit = getattr(self._adapter.config, "max_position_embeddings", None)
         outputs = self._model(
             input_ids=token_ids,
-            # padding behind a row's end may stand past the last position a learned embedding knows
-            position_ids=positions if limit is None else positions.clamp(max=limit - 1),
+            position_ids=self._known(positions, num_tokens if num_real is None else [num_real] * len(num_tokens)),
             attention_mask=self._masks(token_ids.shape[1]),
             use_cache=True,
             output_hidden_states=self._wants_hidden_states or None,
@@ -185,6 +186,18 @@ class RaggedTarget:
             num_tokens=num_tokens,
             hidden_states=outputs.get("hidden_states"),
         )
+
+    def _known(self, positions: Tensor, num_real: list[int]) -> Tensor:
+        """Return `positions` `(B, T)`, those of padding drawn back to the last one that a learned embedding knows."""
+        limit, lengths = getattr(self._adapter.config, "max_position_embeddings", None), self.cache.lengths.host
+        if limit is None or max(lengths) + positions.shape[1] <= limit:
+            return positions
+        # drafts end at the limit; a text that has come past it, as rotary embeddings let it, has all its positions
+        last = [
+            limit - 1 if length + count <= limit else length + positions.shape[1]
+            for length, count in zip(lengths, num_real, strict=True)
+        ]
+        return positions.minimum(torch.tensor(last, device=positions.device)[:, None])
 
     def _masks(self, num_tokens: int) -> Tensor | dict[str, Tensor]:
         kinds = {"sliding_attention" if window else "full_attention": window for window in self.cache.windows}

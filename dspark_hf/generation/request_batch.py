@@ -168,7 +168,8 @@ class RequestBatch(Rounds):
 
     def _batch(self) -> Batch:
         lengths = [row.sequences.lengths[0] for row in self.rows]
-        return Batch(tuple(row.limit for row in self.rows), len(self.rows), max(lengths))
+        limits = tuple(self._room_for_drafts(index, row.limit) for index, row in enumerate(self.rows))
+        return Batch(limits, len(self.rows), max(lengths))
 
     def _anchors(self) -> Tensor:
         return torch.cat([row.sequences.last_tokens([0]) for row in self.rows])

@@ -125,6 +125,13 @@ class Rounds(ABC):
             num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits)
         return num_accepted.tolist(), bonus
 
+    def _room_for_drafts(self, index: int, wanted: int) -> int:
+        """Return how many of `wanted` drafts stand at positions that the target knows, for the row at `index`."""
+        limit = getattr(self._adapter.config, "max_position_embeddings", None)
+        length = self._num_processed[index] + 1
+        # a text that is longer already goes on as it does without drafts
+        return wanted if limit is None or length > limit else min(wanted, limit - length)
+
     def _select_rows(self, kept: Sequence[int], device: torch.device) -> None:
         """Keep only the rows at `kept` in the caches."""
         index = torch.tensor(list(kept), device=device)
