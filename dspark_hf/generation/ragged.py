@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from dspark_hf.generation.cache import RaggedLengths, RaggedStore
@@ -166,7 +166,7 @@ class RaggedTarget:
     def _run(
         self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, num_real: int | None = None
     ) -> TargetPass:
-        """Run over `token_ids` `(B, T)`, of which `num_tokens` per row are kept; `num_real` are no padding for sure."""
+        """Run over `token_ids` `(B, T)`; `num_real` says how many of each row are no padding if `num_tokens` does not."""
         positions = self.cache.lengths.device[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
         keeps = self._adapter.accepts("logits_to_keep")
         outputs = self._model(
@@ -273,15 +273,29 @@ def _check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, m
 
 
 def _check_attention_kinds(model: PreTrainedModel) -> None:
-    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    kinds = _attention_kinds(model.config.get_text_config(decoder=True))
     implementation = attention_implementation(model)
-    if not kinds <= {"full_attention", "sliding_attention"} or implementation not in ("eager", "sdpa"):
-        raise ValueError(
-            "`assistant_model` must be left out for several rows, or padded ones, unless the target has full or "
-            f"sliding attention under 'eager' or 'sdpa', got {sorted(kinds) or 'full_attention'} under "
-            f"{implementation!r}. "
-            'Generate the rows one by one, unpadded, or load the target with `attn_implementation="sdpa"`.'
-        )
+    remedy = "Generate the rows one by one, unpadded"
+    if implementation not in ("eager", "sdpa"):
+        remedy += ', or load the target with `attn_implementation="sdpa"`'
+    elif kinds <= {"full_attention", "sliding_attention"}:
+        return
+    raise ValueError(
+        "`assistant_model` must be left out for several rows, or padded ones, unless the target has full or "
+        f"sliding attention under 'eager' or 'sdpa', got {sorted(kinds) or 'full_attention'} under "
+        f"{implementation!r}. {remedy}."
+    )
+
+
+def _attention_kinds(config: PreTrainedConfig) -> set[str]:
+    """Return what the layers' masks are made of, beyond full attention where nothing is said."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    # GPT-Neo's window, and biases by distance, are counted in columns, which are no positions here
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        kinds.add("local")
+    if getattr(config, "alibi", False):
+        kinds.add("alibi")
+    return kinds
 
 
 def _adopt(ragged: RaggedCache, given: Any, mask: Tensor) -> None:

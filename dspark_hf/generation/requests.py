@@ -78,7 +78,11 @@ def check_cache(cache: Any) -> None:
     if not isinstance(cache, Cache):
         given = None if cache is None else type(cache).__name__
         _refuse(
-            "`use_cache`", "be True when a drafter assists, with a Transformers cache", given, "Do not turn it off."
+            # MPT's configuration turns it off
+            "`use_cache`",
+            "be True when a drafter assists, with a Transformers cache",
+            given,
+            "Pass `use_cache=True`.",
         )
     if not isinstance(cache, DynamicCache) or not cache.is_croppable:
         _refuse(

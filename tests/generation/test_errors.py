@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DSparkAssistantModel, generate_stream
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
@@ -105,6 +105,47 @@ def test_attentions_of_a_batch(target, drafter, no_forward):
     """Attentions of rows that have left padding behind cannot be laid out as without a drafter."""
     with pytest.raises(ValueError, match=r"`output_attentions` must be False"):
         _generate(target, drafter, 3, output_attentions=True, return_dict_in_generate=True)
+
+
+BY_COLUMNS = {
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "num_heads": 4,
+        "window_size": 4,
+        "max_position_embeddings": 64,
+    },
+    "falcon": {"alibi": True, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", BY_COLUMNS)
+def test_attention_that_counts_columns(family):
+    """A window or a bias by distance, counted in columns, falls on the wrong tokens once rows differ in length."""
+    config = AutoConfig.for_model(family, vocab_size=64, hidden_size=32, eos_token_id=None, **BY_COLUMNS[family])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(**ragged_prompts(1), **options)
+    assert torch.equal(model.generate(**ragged_prompts(1), **options, assistant_model=drafter), plain)
+    with pytest.raises(ValueError, match=r"unless the target has full or sliding attention.*\['(local|alibi)'\].*one"):
+        model.generate(**ragged_prompts(3), **options, assistant_model=drafter)
+    with pytest.raises(ValueError, match="`target` must have full or sliding attention"):
+        generate_stream(model, [], drafter=drafter)
+
+
+def test_target_that_turns_its_cache_off():
+    """The message about a missing cache blames the user for what the target's configuration says."""
+    config = AutoConfig.for_model("mpt", vocab_size=64, d_model=32, n_layers=2, n_heads=4, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8)
+    with pytest.raises(ValueError, match=r"`use_cache` must be True.*Pass `use_cache=True`"):
+        _generate(model, drafter)
+    options = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
+    plain = model.generate(**ragged_prompts(1), **options)
+    assert torch.equal(model.generate(**ragged_prompts(1), **options, assistant_model=drafter), plain)
+    with pytest.raises(ValueError, match="unless the target takes `position_ids`"):
+        model.generate(**ragged_prompts(3), **options, assistant_model=drafter)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
