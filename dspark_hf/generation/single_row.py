@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from dspark_hf.generation.integration import CACHE_KEY, last_positions, mask_length, stop_recording
+from dspark_hf.generation.integration import (
+    CACHE_KEY,
+    empty_cache_like,
+    last_positions,
+    mask_length,
+    stop_recording,
+)
 from dspark_hf.generation.passes import TargetPass
 from dspark_hf.generation.target import TargetAdapter
 
@@ -67,6 +73,12 @@ class SingleRowTarget:
         inputs = self._model.prepare_inputs_for_generation(
             self._ids, next_sequence_length=next_length, is_first_iteration=True, **self._kwargs
         )
+        if inputs.get(CACHE_KEY) is None:
+            # Phi-3 computes a cache anew that ends before its rotary embedding switches
+            stop_recording(self._cache)
+            self._cache, self._length, past_length = empty_cache_like(self._model), 0, 0
+            self._cache.activate_past_recording()
+            self._kwargs[CACHE_KEY] = inputs[CACHE_KEY] = self._cache
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
         target_pass = self._run(inputs, num_tokens, 1, past_length)
         if not self._cache.is_croppable:
