@@ -60,7 +60,9 @@ def decode(
     Raises:
         ValueError: before any work, if the request cannot be served exactly; the message says why.
     """
-    check_request(model, generation_config, model_kwargs, synced_gpus)
+    check_request(
+        model, input_ids, generation_config, model_kwargs, num_drafts=drafter.block_size, synced_gpus=synced_gpus
+    )
     knobs = read_knobs(generation_config, drafter, model, scheduler)
     adapter = TargetAdapter(model, drafter.target_layer_ids)
     drafter.check_target(adapter)

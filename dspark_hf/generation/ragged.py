@@ -166,7 +166,7 @@ class RaggedTarget:
     def _run(
         self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, num_real: int | None = None
     ) -> TargetPass:
-        """Run over `token_ids` `(B, T)`; `num_real` says how many of each row are no padding if `num_tokens` does not."""
+        """Run over `token_ids` `(B, T)`; `num_real` of each row are no padding, if `num_tokens` does not say so."""
         positions = self.cache.lengths.device[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
         keeps = self._adapter.accepts("logits_to_keep")
         outputs = self._model(

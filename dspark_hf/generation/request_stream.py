@@ -228,7 +228,9 @@ class RequestStream(Iterator[FinishedRequest]):
         )
         input_ids, config = prepared.pop("input_ids"), prepared.pop("generation_config")
         processors, criteria = prepared.pop("logits_processor"), prepared.pop("stopping_criteria")
-        check_request(model, config, prepared, synced_gpus=False)
+        # rows that share a pass share its width
+        num_drafts = self._drafter.block_size
+        check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
         _check_options(input_ids, config)
         if isinstance(prepared[CACHE_KEY], RowwiseCache):
             raise _unfit(model)

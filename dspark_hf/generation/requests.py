@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.integration import CACHE_KEY, explicit_knob, is_stateful, scheduler_of_call
+from dspark_hf.generation.rotary import check_rotary
 from dspark_hf.generation.scheduling.choosing import choose_scheduler
 from dspark_hf.generation.scheduling.interface import Scheduler
 
@@ -54,11 +56,18 @@ def read_knobs(
 
 def check_request(
     model: PreTrainedModel,
+    input_ids: Tensor,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
-    synced_gpus: bool,
+    *,
+    num_drafts: int,
+    synced_gpus: bool = False,
+    shares_passes: bool = False,
 ) -> None:
-    """Raise a `ValueError` that names the obstacle if speculation cannot run exactly."""
+    """Raise a `ValueError` that names the obstacle if speculation cannot run exactly.
+
+    `num_drafts` are made per round at most; `shares_passes` says whether other requests run in the same passes.
+    """
     if model.config.is_encoder_decoder:
         _refuse("`assistant_model`", "assist a decoder-only target", f"the encoder-decoder {type(model).__name__}")
     if is_stateful(model):
@@ -71,6 +80,14 @@ def check_request(
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
     check_cache(model_kwargs.get(CACHE_KEY))
+    check_rotary(
+        model.config.get_text_config(decoder=True),
+        input_ids,
+        generation_config,
+        model_kwargs,
+        num_drafts=num_drafts,
+        shares_passes=shares_passes,
+    )
 
 
 def check_cache(cache: Any) -> None:
