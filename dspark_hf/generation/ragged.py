@@ -257,7 +257,11 @@ def _check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, m
     others = sorted(
         name
         for name, value in model_kwargs.items()
-        if value is not None and name not in _TEXT_INPUTS and not name.startswith("output_")
+        # transformers 5.24: mm_encoder_outputs is an empty dict where there are no images
+        if value is not None
+        and not (isinstance(value, dict) and not value)
+        and name not in _TEXT_INPUTS
+        and not name.startswith("output_")
     )
     if others or not adapter.accepts("position_ids"):
         raise ValueError(
