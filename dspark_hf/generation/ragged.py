@@ -144,16 +144,31 @@ class RaggedTarget:
         mask = full_mask(input_ids, attention_mask, past_length, mask_length(generation_config, attention_mask))
         if mask.shape[1] == input_ids.shape[1]:
             input_ids = input_ids[:, past_length:]
+        _check_positions(model_kwargs.get("position_ids"), mask, past_length)
         self._num_padded = (mask.shape[1] - mask.long().sum(-1)).tolist()
         self._new_mask = mask[:, past_length:]
         self._prompt_ids = input_ids
+        # those of the next pass, or the one of every token in it
+        self._token_types: Tensor | None = None
+        given_types = _embedded_types(adapter, model_kwargs.get("token_type_ids"))
+        if given_types is not None:
+            given_types = given_types[:, -self._new_mask.shape[1] :].expand(len(input_ids), -1)
+            self._token_types = given_types.gather(1, pack_order(self._new_mask)[0])
+            self._last_types = given_types[:, -1:]
         if past_length:
             _adopt(self.cache, cache, mask[:, :past_length])
         self._width = 0
 
+    @property
+    def has_token_types(self) -> bool:
+        """Whether tokens are embedded with a type, which rows of another run may lack."""
+        return self._token_types is not None
+
     def prefill(self) -> TargetPass:
         """Process the prompts, packed to slot 0, with logits of every row's last token."""
         target_pass = run_packed(self._run, self._prompt_ids, self._new_mask)
+        if self._token_types is not None:
+            self._token_types = self._last_types
         self.cache.lengths.add(target_pass.num_tokens)
         return target_pass
 
@@ -168,7 +183,7 @@ class RaggedTarget:
     ) -> TargetPass:
         """Run over `token_ids` `(B, T)`; `num_real` of each row are no padding, if `num_tokens` does not say so."""
         positions = self.cache.lengths.device[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
-        keeps = self._adapter.accepts("logits_to_keep")
+        keeps, types = self._adapter.accepts("logits_to_keep"), self._token_types
         outputs = self._model(
             input_ids=token_ids,
             position_ids=self._known(positions, num_tokens if num_real is None else [num_real] * len(num_tokens)),
@@ -178,6 +193,7 @@ class RaggedTarget:
             return_dict=True,
             **{CACHE_KEY: self.cache},
             **({"logits_to_keep": kept_logits} if keeps else {}),
+            **({} if types is None else {"token_type_ids": types.expand(-1, token_ids.shape[1])}),
         )
         return TargetPass(
             logits=outputs.logits if keeps else outputs.logits[:, kept_logits],
@@ -225,9 +241,11 @@ class RaggedTarget:
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self.cache.select_rows(rows)
+        if self._token_types is not None:
+            self._token_types = self._token_types[rows]
 
     def append_rows(self, other: RaggedTarget) -> None:
-        """Append the rows of another run of the same target, which ends there."""
+        """Append the rows of another run of the same target, which ends there; neither has token types."""
         self.cache.append_rows(other.cache)
 
     def returned_cache(self) -> Cache:
@@ -274,6 +292,31 @@ def _check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, m
             "`output_attentions` must be False for several rows, or padded ones, when a drafter assists, got True. "
             "Generate the rows one by one, unpadded."
         )
+
+
+def _check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int) -> None:
+    """Raise a `ValueError` unless `position_ids` count the real tokens of `mask` `(B, S)`, as positions do here."""
+    new = mask[:, past_length:]
+    implied = (mask.long().cumsum(-1) - 1)[:, past_length:]
+    # vision-language models have several planes of them
+    given = implied if position_ids is None else position_ids[..., -new.shape[1] :]
+    if given.shape[-1] != new.shape[1] or bool(((given != implied) & new).any()):
+        raise ValueError(
+            "`position_ids` must count the tokens that `attention_mask` leaves, for several rows, or padded ones, "
+            f"when a drafter assists, got {given.tolist()}. Leave them out, or generate the rows one by one, unpadded."
+        )
+
+
+def _embedded_types(adapter: TargetAdapter, token_type_ids: Tensor | None) -> Tensor | None:
+    """Return the token types that the target embeds, None if it has none or they only tell text from images."""
+    if token_type_ids is None or adapter.config is adapter.model.config:
+        return token_type_ids
+    if bool(token_type_ids.any()):
+        raise ValueError(
+            "`token_type_ids` must be 0, those of text, for several rows, or padded ones, when a drafter assists, got "
+            f"{token_type_ids.tolist()}. Generate the rows one by one, unpadded."
+        )
+    return None
 
 
 def _check_attention_kinds(model: PreTrainedModel) -> None:

@@ -236,6 +236,11 @@ class RequestStream(Iterator[FinishedRequest]):
             raise _unfit(model)
         knobs = read_knobs(config, self._drafter, model, self._scheduler)
         target = RaggedTarget(self._adapter, input_ids, config, prepared)
+        if target.has_token_types:
+            raise ValueError(
+                "`token_type_ids` must be left out in a stream, got some. Others in the pass may have none: call "
+                "`target.generate` for this one."
+            )
         if streamer is not None:
             streamer.put(input_ids.cpu())
         row = RequestRow(
