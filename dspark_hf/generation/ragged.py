@@ -300,10 +300,12 @@ def _check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int
     implied = (mask.long().cumsum(-1) - 1)[:, past_length:]
     # vision-language models have several planes of them
     given = implied if position_ids is None else position_ids[..., -new.shape[1] :]
-    if given.shape[-1] != new.shape[1] or bool(((given != implied) & new).any()):
+    is_other = (given != implied) & new
+    if bool(is_other.any()):
+        some = given.expand_as(is_other)[is_other][:8].tolist()
         raise ValueError(
             "`position_ids` must count the tokens that `attention_mask` leaves, for several rows, or padded ones, "
-            f"when a drafter assists, got {given.tolist()}. Leave them out, or generate the rows one by one, unpadded."
+            f"when a drafter assists, got {some}. Leave them out, or generate the rows one by one, unpadded."
         )
 
 
@@ -314,7 +316,7 @@ def _embedded_types(adapter: TargetAdapter, token_type_ids: Tensor | None) -> Te
     if bool(token_type_ids.any()):
         raise ValueError(
             "`token_type_ids` must be 0, those of text, for several rows, or padded ones, when a drafter assists, got "
-            f"{token_type_ids.tolist()}. Generate the rows one by one, unpadded."
+            f"{int(token_type_ids.max())}. Generate the rows one by one, unpadded."
         )
     return None
 
