@@ -15,6 +15,8 @@ from dspark_hf.profiling.fitting import bend_at, find_bends, fit_line
 _NUM_SAMPLES = 127
 # rounds whose median is the common factor: as many as a slow moment lasts
 _NUM_RECENT = 7
+# samples of a shape that are taken although no plain step was made lately
+_FEW = 3
 # batches so many times larger or smaller cost alike enough to go by
 _NEAR = 2
 # samples of a shape that count as much as what all shapes together say
@@ -51,7 +53,9 @@ class OnlineCosts:
     profile if there is one, else near a line, over tokens for a pass and over drafts for the drafter. Curves may fall:
     kernels work in tiles, and a pass over sixteen tokens can be quicker than one over twelve.
     All times are kept relative to a common factor that follows the machine, so that a shape that was last seen at
-    another load, or on a shorter context, is still comparable.
+    another load, or on a shorter context, is still comparable. What decisions hang on is how rounds compare with plain
+    steps: but for the first few, rounds count only close behind plain steps of as many rows, and by what those took.
+    Rounds that were compared with their like alone would keep a wrong ratio, as from a slow moment, for ever.
 
     Args:
         profile: what was measured beforehand, if anything.
@@ -61,7 +65,8 @@ class OnlineCosts:
         self.profile = profile
         self._verify = _Times()
         self._draft = _Times()
-        self._recent: deque[float] = deque(maxlen=_NUM_RECENT)
+        # rows, width, and the time against the known one
+        self._recent: deque[tuple[int, int, float]] = deque(maxlen=_NUM_RECENT)
 
     def beside(self, profile: Costs | None) -> OnlineCosts:
         """Return these costs beside another profile; what one of them learns, both know."""
@@ -71,7 +76,7 @@ class OnlineCosts:
 
     @property
     def _drift(self) -> float:
-        return median(self._recent) if self._recent else 1.0
+        return median(factor for _, _, factor in self._recent) if self._recent else 1.0
 
     @in_turns
     def knows(self, num_rows: int) -> bool:
@@ -89,14 +94,18 @@ class OnlineCosts:
         known = self._verify.median(rows, width)
         if known is None and self.profile is not None:
             known = self.profile.verify_seconds(rows, width, outcome.batch.context_length)
+        plain = [factor for *shape, factor in self._recent if shape == [rows, 1]]
         if known is not None:
-            self._recent.append(outcome.other_seconds / max(known, 1e-9))
-        drift = self._drift
-        self._verify.add(rows, width, outcome.other_seconds / drift)
-        if drafts and outcome.is_typical:
-            self._draft.add(rows, drafts, outcome.draft_seconds / drift)
-        elif drafts:
+            self._recent.append((rows, width, outcome.other_seconds / max(known, 1e-9)))
+        if known is not None and width == 1:
+            # the measure of all others
+            self._verify.add(rows, width, known)
+        elif plain or self._verify.count(rows, width) < _FEW:
+            self._verify.add(rows, width, outcome.other_seconds / (median(plain) if plain else self._drift))
+        if drafts and not outcome.is_typical:
             self._draft.pass_over(drafts)
+        elif drafts and (plain or self._draft.count(rows, drafts) < _FEW):
+            self._draft.add(rows, drafts, outcome.draft_seconds / (median(plain) if plain else self._drift))
 
     @in_turns
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
@@ -155,6 +164,10 @@ class _Times:
     def pass_over(self, size: int) -> None:
         """Note that a step of that size was made, and do not count it."""
         self._seen.add(size)
+
+    def count(self, rows: int, size: int) -> int:
+        """Return the number of samples."""
+        return len(self._samples.get(rows, {}).get(size, ()))
 
     def median(self, rows: int, size: int) -> float | None:
         """Return the median, or None if there is no sample."""

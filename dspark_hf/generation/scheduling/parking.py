@@ -12,8 +12,13 @@ _FIRST_GAP = 16
 _LONGEST_GAP = 256
 # trials in a row that must pay before drafting is taken up again: one may be luck
 _NUM_PAID = 2
-# drafting rounds between two plain ones, which keep the price of a plain step up to date
-_PLAIN_EVERY = 64
+# drafted rounds before the first plain steps, which tell what the others cost beside them; how many times more before
+# the next ones, and most between two
+_FIRST_PLAIN_GAP = 4
+_PLAIN_GAP_GROWTH = 4
+_LONGEST_PLAIN_GAP = 64
+# of which a single one may have been disturbed
+_NUM_PLAIN = 2
 # standard errors by which the mean gain must lie below zero before drafting is given up
 _DOUBT = 1.5
 
@@ -29,6 +34,7 @@ class Parking:
         self.is_parked = False
         self._balance = Balance()
         self._gap = _FIRST_GAP
+        self._plain_gap = _FIRST_PLAIN_GAP
         self._num_plain = 0
         self._num_drafted = 0
         self._num_paid = 0
@@ -38,14 +44,17 @@ class Parking:
         return self._num_plain >= self._gap
 
     def is_plain_step_due(self) -> bool:
-        """Return whether a drafting run should make one plain step."""
-        return self._num_drafted >= _PLAIN_EVERY
+        """Return whether a drafting run should make a plain step."""
+        return self._num_drafted >= self._plain_gap
 
     @in_turns
     def count_plain(self) -> None:
         """Count a round without drafts."""
         self._num_plain += 1
-        self._num_drafted = 0
+        if self._num_plain >= _NUM_PLAIN:
+            if self.is_plain_step_due():
+                self._plain_gap = min(_PLAIN_GAP_GROWTH * self._plain_gap, _LONGEST_PLAIN_GAP)
+            self._num_drafted = 0
 
     @in_turns
     def count_drafted(self, num_rows: int, gain: float) -> None:

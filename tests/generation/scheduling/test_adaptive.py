@@ -30,6 +30,10 @@ def _wrong(margin: float) -> float:
     return 0.0
 
 
+def _poor(margin: float) -> float:
+    return 0.25
+
+
 def _good(margin: float) -> float:
     return 1 / (1 + math.exp(-(0.5 + margin)))
 
@@ -160,6 +164,19 @@ def test_disturbed_rounds_do_not_turn_drafting_off(seed):
     machine = Machine(0.02, 0.002, 0.004, 0.0005, disturbed=0.15, draw=random.Random(seed))
     text = write(_start(machine, costs=OnlineCosts(), num_rows=4), machine, _good, 300, num_rows=4, seed=seed)
     assert text.share_drafted(50) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_slow_start_is_not_believed_for_long(seed):
+    """The first plain steps are disturbed, and whatever is drafted seems quick beside them from then on."""
+    machine = Machine(0.077, 0.0077, 0.02, 0.004, noise=0.05, draw=random.Random(seed))
+    schedule = _start(machine, costs=OnlineCosts(), num_rows=4)
+    machine.mood = 2.5
+    write(schedule, machine, _poor, 2, num_rows=4)
+    machine.mood = 1.0
+    first, later = (write(schedule, machine, _poor, 60, num_rows=4, seed=seed) for _ in range(2))
+    assert first.rate > 0.75 * _plain_rate(machine, 4)
+    assert later.rate > 0.95 * _plain_rate(machine, 4)
 
 
 def test_a_slower_machine_changes_nothing():
