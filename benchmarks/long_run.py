@@ -1,10 +1,10 @@
 """Whether rounds of a long batch stay as quick as they were, apart from attention's own growth.
 
-    python -m benchmarks.long_run
+    python -m benchmarks.long_run                  # minutes: random weights of a small shape
+    python -m benchmarks.long_run --model smollm2  # more than an hour on one core
 
 Rows that never end write on while rejected drafts are rolled back again and again. If those left anything behind,
-rounds would slow down against plain steps at the same context. Both are timed piece by piece of the text. At full
-length this takes most of an hour on one core.
+rounds would slow down against plain steps at the same context. Both are timed piece by piece of the text.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from benchmarks.loads import Load, make_load, random_prompts
 from benchmarks.overhead import DTYPES, FOLDER
 from benchmarks.provenance import describe_run
+from benchmarks.simulation import SHAPES, random_target
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.generation.drafting import DraftedBlock
 from dspark_hf.generation.scheduling import Batch, Call, FixedScheduler, Outcome, Schedule, Scheduler
+
+# of the untrained drafter
+BLOCK_SIZE = 7
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,24 @@ def by_piece(steps: list[Step], start: int, piece: int, width: int) -> dict[int,
     return {index: median(times) for index, times in sorted(grouped.items()) if len(times) >= 8}
 
 
+def load(model: str | None, shape: str, dtype: torch.dtype) -> tuple[str, Any, DSparkAssistantModel]:
+    """Return a title, the target, and its drafter: the shipped one, or an untrained one for random weights."""
+    if model is None:
+        target = random_target(shape, dtype, "cpu")
+        fresh: Any = DSparkAssistantModel.from_target(
+            target, num_hidden_layers=1, markov_rank=64, block_size=BLOCK_SIZE
+        )
+        return f"random weights in the shape of {shape}", target, fresh.to(dtype)
+    target = AutoModelForCausalLM.from_pretrained(converted_target(model), dtype=dtype)
+    drafter = DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[model]), dtype=dtype)
+    return PACKAGED_MODELS[model].title, target, drafter
+
+
 def main(
-    model: Annotated[str, typer.Option(help=f"A packaged target: {', '.join(PACKAGED_MODELS)}.")] = "smollm2",
+    model: Annotated[str | None, typer.Option(help=f"A packaged target: {', '.join(PACKAGED_MODELS)}.")] = None,
+    shape: Annotated[
+        str, typer.Option(help=f"Without --model: random weights of that shape: {', '.join(SHAPES)}.")
+    ] = "small",
     rows: Annotated[int, typer.Option(min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=16)] = 2000,
     num_drafts: Annotated[int, typer.Option(min=1)] = 3,
@@ -140,18 +160,17 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the table goes.")] = FOLDER / "results" / "long_run.md",
 ) -> None:
     """Measure, print the table and write it to a file."""
-    target = AutoModelForCausalLM.from_pretrained(converted_target(model), dtype=DTYPES[dtype])
-    drafter = DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[model]), dtype=DTYPES[dtype])
+    title, target, drafter = load(model, shape, DTYPES[dtype])
     prompts = random_prompts(rows, target.config.get_text_config().vocab_size, seed=0)
-    load = make_load(prompts, 0, torch.device("cpu"), {"do_sample": False, "eos_token_id": None})
+    batch = make_load(prompts, 0, torch.device("cpu"), {"do_sample": False, "eos_token_id": None})
     console = Console()
     with console.status("plain"):
-        plain = by_piece(run_plain(target, load, max_new_tokens), load.token_ids.shape[1], piece, 1)
+        plain = by_piece(run_plain(target, batch, max_new_tokens), batch.token_ids.shape[1], piece, 1)
     with console.status("drafting"):
-        steps, num_rejected = run_drafting(target, drafter, load, max_new_tokens, num_drafts)
-        rounds = by_piece(steps, load.token_ids.shape[1], piece, 1 + num_drafts)
+        steps, num_rejected = run_drafting(target, drafter, batch, max_new_tokens, num_drafts)
+        rounds = by_piece(steps, batch.token_ids.shape[1], piece, 1 + num_drafts)
     lines = [
-        f"# A long run: {PACKAGED_MODELS[model].title}, {rows} rows, {max_new_tokens} new tokens",
+        f"# A long run: {title}, {rows} rows, {max_new_tokens} new tokens",
         "",
         f"{dtype}, greedy after random prompts, {num_drafts} drafts in every round. Times are medians of a piece.",
         "",

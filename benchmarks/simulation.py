@@ -32,6 +32,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "tie_word_embeddings": True,
     },
+    # long texts in minutes, on a processor
+    "small": {
+        "model_type": "qwen3",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
     # to try the benchmark itself
     "tiny": {
         "model_type": "qwen3",
