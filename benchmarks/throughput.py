@@ -1,4 +1,4 @@
-"""Tokens per second of batches: plain `generate`, fixed blocks, and every scheduler.
+"""Tokens per second of batches: plain `generate`, fixed blocks, and the schedulers that weigh costs.
 
     python -m benchmarks.throughput --model smollm2 --prompts questions.jsonl
     python -m benchmarks.throughput --shape qwen3-4b --device cuda --dtype bf16 --rates 0.8,0.8,0.75,0.75,0.7,0.7,0.65
