@@ -103,14 +103,14 @@ def test_numbers_of_two_machines_are_told_apart(tmp_path, monkeypatch):
 def test_the_default_has_no_profile(app, tmp_path, monkeypatch):
     """The default is measured with what other schedulers have found out, which users do not have."""
     has_profile = []
-    stored_profile = profile.stored_profile
+    covering_profile = profile._covering_profile
 
-    def recorded(call):
-        found = stored_profile(call)
+    def recorded(*args):
+        found = covering_profile(*args)
         has_profile.append(found is not None)
         return found
 
-    monkeypatch.setattr(profile, "stored_profile", recorded)
+    monkeypatch.setattr(profile, "_covering_profile", recorded)
     arguments = [*ARGUMENTS, "--rows", "1", "--output", str(tmp_path / "results")]
     CliRunner().invoke(app, arguments, catch_exceptions=False)
     # hardware_aware, which measures at first, asynchronous and the default: while warming up, and in the run

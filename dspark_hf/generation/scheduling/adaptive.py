@@ -95,11 +95,14 @@ class _Adaptive(Schedule):
         if self._plan is None or self._plan_is_for != is_for:
             rows, length = batch.num_rows, batch.context_length
             counts = range(1, batch.max_drafts + 1)
+            passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in (0, *counts)]
+            # a plain step costs no more than a pass over drafts, whatever noise may say
+            passes[0] = min(passes)
             self._plan = make_plan(
                 batch.num_live * experience.gains(batch.max_drafts, self._memory.estimator),
                 batch.num_live,
                 [self._costs.draft_seconds(rows, count, length) for count in counts],
-                [self._costs.verify_seconds(rows, 1 + level, length) for level in (0, *counts)],
+                passes,
             )
             self._plan_is_for = is_for
         return self._plan
@@ -146,8 +149,9 @@ def _gain(outcome: Outcome, costs: Costs) -> float:
     median: the time of a round counts only as far as it is near what such rounds take.
     """
     rows, length = outcome.batch.num_rows, outcome.batch.context_length
-    usual = costs.verify_seconds(rows, outcome.width, length) + costs.draft_seconds(rows, outcome.num_drafted, length)
+    verifying = costs.verify_seconds(rows, outcome.width, length)
+    usual = verifying + costs.draft_seconds(rows, outcome.num_drafted, length)
     seconds = outcome.draft_seconds + outcome.other_seconds
     seconds = min(max(seconds, usual / _MOST_SURPRISE), usual * _MOST_SURPRISE)
     tokens_per_row = 1 + sum(outcome.num_accepted) / max(outcome.batch.num_live, 1)
-    return tokens_per_row - seconds / costs.verify_seconds(rows, 1, length)
+    return tokens_per_row - seconds / min(costs.verify_seconds(rows, 1, length), verifying)
