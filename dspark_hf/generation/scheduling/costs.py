@@ -140,6 +140,7 @@ class _Times:
         self._medians: dict[tuple[int, int], float] = {}
         self._line: tuple[float, float] | None = None
         self._other_bends: dict[int, dict[int, float]] = {}
+        self._floor: float | None = None
         self._seen: set[int] = set()
 
     @property
@@ -159,6 +160,7 @@ class _Times:
             # a plan asks for these once per width
             self._line = None
             self._other_bends.clear()
+            self._floor = None
         self.pass_over(size)
 
     def pass_over(self, size: int) -> None:
@@ -201,8 +203,10 @@ class _Times:
         return max(value, self._least())
 
     def _least(self) -> float:
-        medians = [self._curve(rows)[0].values() for rows in self._samples]
-        return _LEAST_SHARE * min((seconds for of_rows in medians for seconds in of_rows), default=0.0)
+        if self._floor is None:
+            medians = [self._curve(rows)[0].values() for rows in self._samples]
+            self._floor = _LEAST_SHARE * min((seconds for of_rows in medians for seconds in of_rows), default=0.0)
+        return self._floor
 
     def _over_products(self, chosen: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
         """Return the medians of the chosen numbers of rows by rows times size, and their weights."""
