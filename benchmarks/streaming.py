@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.loads import make_load
 from benchmarks.overhead import DTYPES, FOLDER
+from benchmarks.pages import write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import DSparkAssistantModel, Request, generate_stream
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+from dspark_hf.evaluation.measuring import until_end
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.prompts import encode_prompt, read_prompts
 
@@ -82,6 +84,7 @@ class Ways:
     def _batches(
         self, requests: list[Request], clock: Callable[[], float], num_rows: int, options: dict[str, Any]
     ) -> Run:
+        ends = self._target.generation_config.eos_token_id
         run, start = Run(), clock()
         for batch in (requests[first : first + num_rows] for first in range(0, len(requests), num_rows)):
             lengths = [request.options["max_new_tokens"] for request in batch]
@@ -95,7 +98,7 @@ class Ways:
                 **options,
             )
             rows = output[:, load.token_ids.shape[1] :].tolist()
-            run.texts += [self._until_end(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+            run.texts += [list(until_end(row[:length], ends)) for row, length in zip(rows, lengths, strict=True)]
             run.times += [clock() - start] * len(batch)
         return run
 
@@ -111,12 +114,6 @@ class Ways:
             assert finished.token_ids is not None
             texts[key] = finished.token_ids[len(finished.request.input_ids) :].tolist()
         return Run([texts[one.key] for one in requests], [times[one.key] for one in requests])
-
-    def _until_end(self, row: Text) -> Text:
-        ends = self._target.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        length = next((index for index, token in enumerate(row, start=1) if token in ends), len(row))
-        return row[:length]
 
 
 def make_requests(prompts: Sequence[Sequence[int]], longest: int, seed: int) -> list[Request]:
@@ -199,10 +196,7 @@ def main(
         "",
         *table(measured, "batches"),
     ]
-    text = "\n".join(lines) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(write_page(lines, output), markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,12 @@ class Measuring:
             # on an accelerator this waits for the last token
             new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
             seconds = perf_counter() - start
-        is_counted = chosen is not None and chosen[1] == WHOLE_BLOCKS and len(prompts) == 1
-        statistics = chosen[0].last_statistics if chosen is not None and is_counted else None
+        statistics = None
+        if chosen is not None and chosen[1] == WHOLE_BLOCKS and len(prompts) == 1:
+            statistics = chosen[0].last_statistics
+        ends = self._target.generation_config.eos_token_id
         return Answer(
-            token_ids=tuple(self._until_end(row) for row in new_tokens),
+            token_ids=tuple(until_end(row, ends) for row in new_tokens),
             seconds=seconds,
             rounds=None if statistics is None else round_records(statistics),
         )
@@ -149,12 +151,12 @@ class Measuring:
             options["num_assistant_tokens"] = self._settings.num_drafts
         return options
 
-    def _until_end(self, token_ids: list[int]) -> tuple[int, ...]:
-        """Return a row's tokens without the padding after its end."""
-        ends = self._target.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        length = next((index for index, token in enumerate(token_ids, start=1) if token in ends), len(token_ids))
-        return tuple(token_ids[:length])
+
+def until_end(token_ids: Sequence[int], eos_token_id: int | list[int] | None) -> tuple[int, ...]:
+    """Return a row's tokens without the padding after its end."""
+    ends = set(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id])
+    length = next((index for index, token in enumerate(token_ids, start=1) if token in ends), len(token_ids))
+    return tuple(token_ids[:length])
 
 
 def all_schedulers(settings: EvaluationSettings) -> list[str]:
