@@ -14,6 +14,7 @@ import typer
 from rich.progress import Progress
 
 from benchmarks.overhead import FOLDER
+from benchmarks.pages import write_page
 from benchmarks.provenance import describe_run
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.evaluation.loading import encode_sets, load_models, read_prompt_sets
@@ -60,10 +61,7 @@ def main(
         "| --- | ---: | --- | ---: |",
         *(_row(one) for one in evaluation.sets),
     ]
-    text = "\n".join(lines) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
-    print(text)
+    print(write_page(lines, output))
 
 
 def _row(one_set: SetResult) -> str:

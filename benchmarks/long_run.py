@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from benchmarks.loads import Load, make_load, random_prompts
 from benchmarks.overhead import DTYPES, FOLDER
+from benchmarks.pages import write_page
 from benchmarks.provenance import describe_run
 from benchmarks.simulation import SHAPES, random_target
 from dspark_hf import DSparkAssistantModel
@@ -186,10 +187,7 @@ def main(
             for index in sorted(set(plain) & set(rounds))
         ),
     ]
-    text = "\n".join(lines) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(write_page(lines, output), markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
+from benchmarks.pages import write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.comparison import Answer, answer, encode_prompt
@@ -165,10 +166,7 @@ def main(
         ways = build_ways(loaded_drafter)
         measure(loaded_target, ways, inputs, runs, max_new_tokens)
         lines += ["", f"## {name}", "", *table(ways)]
-    text = "\n".join(lines) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
-    print(text)
+    print(write_page(lines, output))
 
 
 if __name__ == "__main__":
