@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from dspark_hf.generation.drafting import Drafter
@@ -34,15 +35,20 @@ _WITHOUT_COST = ("architectures", "label2id", "token_id", "position", "rope_")
 _QUICK_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _QUICK_REPEATS = 3
 _QUICK_CONTEXT = 128
+# weights that every call looks at, to see whether layers were replaced: all of them would take a third of a second for
+# DeepSeek-V4-Flash, and who quantises a model replaces most
+_NUM_WATCHED = 64
 
 # when and how large a profile's file was; None if there is none
 _Stamp = tuple[str, int, int] | None
 # what holds a weight, its dtype and its size
 _Weight = tuple[str, torch.dtype, torch.Size]
+# weights by name, of a model as it was when its fingerprint was taken
+_Watched = dict[str, _Weight]
 
 _TABLES: dict[tuple[ProfileKey, str], tuple[_Stamp, CostTable | None]] = {}
 _ONLINE: dict[tuple[ProfileKey, str], OnlineCosts] = {}
-_FINGERPRINTS: WeakKeyDictionary[Any, tuple[Counter[_Weight], str]] = WeakKeyDictionary()
+_FINGERPRINTS: WeakKeyDictionary[Any, tuple[_Watched, str]] = WeakKeyDictionary()
 
 
 def profile_key(target: TargetAdapter) -> ProfileKey:
@@ -184,22 +190,36 @@ def _quick_context(call: Call) -> int:
 
 def _fingerprint(model: Any) -> str:
     """Return a short text that is the same for models whose passes do the same work."""
-    weights = Counter(
-        (type(weight).__name__, weight.dtype, weight.shape)
-        for weight in (model.parameters() if isinstance(model, nn.Module) else ())
-    )
     known = _FINGERPRINTS.get(model)
     # layers may have been replaced meanwhile, as by quantising
-    if known is None or known[0] != weights:
-        known = _FINGERPRINTS[model] = weights, _hash_shape(model, weights)
+    if known is None or not _still_has(model, known[0]):
+        weights = _weights(model)
+        watched = dict(list(weights.items())[:: math.ceil(len(weights) / _NUM_WATCHED) or 1])
+        known = _FINGERPRINTS[model] = watched, _hash_shape(model, weights)
     return known[1]
 
 
-def _hash_shape(model: Any, weights: Counter[_Weight]) -> str:
+def _weights(model: Any) -> _Watched:
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
+    return {name: _describe(weight) for name, weight in named}
+
+
+def _still_has(model: Any, weights: _Watched) -> bool:
+    try:
+        return all(_describe(model.get_parameter(name)) == weight for name, weight in weights.items())
+    except AttributeError:
+        return False
+
+
+def _describe(weight: Tensor) -> _Weight:
+    return type(weight).__name__, weight.dtype, weight.shape
+
+
+def _hash_shape(model: Any, weights: _Watched) -> str:
     config = getattr(model, "config", None)
     fields = {} if config is None else _shaping(config.to_dict())
     modules = Counter(type(module).__name__ for module in (model.modules() if isinstance(model, nn.Module) else ()))
-    kinds = sorted(map(str, [*modules.items(), *weights.items()]))
+    kinds = sorted(map(str, [*modules.items(), *Counter(weights.values()).items()]))
     return hashlib.sha256(json.dumps([fields, kinds], sort_keys=True).encode()).hexdigest()[:10]
 
 

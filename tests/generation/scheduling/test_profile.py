@@ -134,6 +134,23 @@ def test_quantised_weights_are_told_apart(keeps_parameters):
     assert drafter_key(drafter) != keys[1]
 
 
+def test_later_calls_look_at_few_weights(monkeypatch):
+    """Every call of `generate` walks over all weights of a model with ten thousand experts."""
+    experts: Any = nn.ModuleList(nn.Linear(1, 1) for _ in range(500))
+    key = drafter_key(experts)
+    looks: list[str] = []
+    get = nn.Module.get_parameter
+
+    def look(module: nn.Module, name: str) -> nn.Parameter:
+        looks.append(name)
+        return get(module, name)
+
+    monkeypatch.setattr(nn.Module, "get_parameter", look)
+    assert drafter_key(experts) == key
+    assert 32 <= len(looks) <= 64
+    assert drafter_key(experts.half()) != key
+
+
 def test_a_drafter_elsewhere_is_another():
     """A drafter that was moved to another device keeps the costs it had."""
     drafter = _drafter(tiny_target())
