@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from benchmarks.overhead import FOLDER
-from benchmarks.pages import write_page
+from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.evaluation.loading import encode_sets, load_models, read_prompt_sets

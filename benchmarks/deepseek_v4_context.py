@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from benchmarks.overhead import FOLDER
+from benchmarks.pages import FOLDER
 from benchmarks.provenance import describe_run
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.estimation.formats import CacheFormat

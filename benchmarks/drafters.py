@@ -16,7 +16,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.overhead import FOLDER
+from benchmarks.pages import FOLDER
 from benchmarks.provenance import describe_run
 from dspark_hf.demo.packaged import converted_target
 from dspark_hf.evaluation.loading import encode_sets, load_models, read_prompt_sets

@@ -20,15 +20,15 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from benchmarks.loading import DTYPES, DtypeName, load_packaged
 from benchmarks.loads import Load, make_load, random_prompts
-from benchmarks.overhead import DTYPES, FOLDER
-from benchmarks.pages import write_page
+from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from benchmarks.simulation import SHAPES, random_target
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+from dspark_hf.demo.packaged import PACKAGED_MODELS
 from dspark_hf.generation.drafting import DraftedBlock
 from dspark_hf.generation.scheduling import Batch, Call, FixedScheduler, Outcome, Schedule, Scheduler
 
@@ -143,9 +143,8 @@ def load(model: str | None, shape: str, dtype: torch.dtype) -> tuple[str, Any, D
             target, num_hidden_layers=1, markov_rank=64, block_size=BLOCK_SIZE
         )
         return f"random weights in the shape of {shape}", target, fresh.to(dtype)
-    target = AutoModelForCausalLM.from_pretrained(converted_target(model), dtype=dtype)
-    drafter = DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[model]), dtype=dtype)
-    return PACKAGED_MODELS[model].title, target, drafter
+    packaged = load_packaged(model, dtype)
+    return packaged.title, packaged.target, packaged.drafter
 
 
 def main(
@@ -157,7 +156,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=16)] = 2000,
     num_drafts: Annotated[int, typer.Option(min=1)] = 3,
     piece: Annotated[int, typer.Option(min=8, help="Tokens of a piece of the text.")] = 250,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
+    dtype: DtypeName = "fp32",
     output: Annotated[Path, typer.Option(help="Where the table goes.")] = FOLDER / "results" / "long_run.md",
 ) -> None:
     """Measure, print the table and write it to a file."""

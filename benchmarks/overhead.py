@@ -15,19 +15,17 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
-from benchmarks.pages import write_page
+from benchmarks.loading import DTYPES
+from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.comparison import Answer, answer, encode_prompt
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 
-FOLDER = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUM_DRAFTS = (2, 3, 5, 7)
 PROMPT_LOOKUP_TOKENS = 5
 

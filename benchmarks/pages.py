@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+# the benchmarks, their prompts and what they write
+FOLDER = Path(__file__).parent
+
 
 def write_page(lines: Sequence[str], path: Path) -> str:
     """Write the lines to a file, whose folder is made if need be, and return them as one text."""

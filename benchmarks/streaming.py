@@ -13,20 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter, process_time
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.loading import DTYPES, DtypeName, PackagedName, ProcessorTime, choose_clock, load_packaged
 from benchmarks.loads import make_load
-from benchmarks.overhead import DTYPES, FOLDER
-from benchmarks.pages import write_page
+from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
-from dspark_hf import DSparkAssistantModel, Request, generate_stream
-from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+from dspark_hf import Request, generate_stream
 from dspark_hf.evaluation.measuring import until_end
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.prompts import encode_prompt, read_prompts
@@ -147,30 +144,20 @@ def table(runs: dict[str, list[Run]], reference: str) -> list[str]:
 
 def main(
     prompts: Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')] = FOLDER / "prompts.jsonl",
-    model: Annotated[str, typer.Option(help=f"A packaged target: {', '.join(PACKAGED_MODELS)}.")] = "smollm2",
+    model: PackagedName = "smollm2",
     num_requests: Annotated[int, typer.Option(min=2, help="Requests of a run.")] = 24,
     max_rows: Annotated[int, typer.Option(min=2, help="Rows of a batch, and of the stream.")] = 8,
     longest: Annotated[int, typer.Option(min=SHORTEST, help="New tokens of a request at most.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Runs whose median counts.")] = 3,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
-    processor_time: Annotated[
-        bool, typer.Option("--processor-time", help="For a busy machine: seconds of the processor, on one thread.")
-    ] = False,
+    dtype: DtypeName = "fp32",
+    processor_time: ProcessorTime = False,
     output: Annotated[Path, typer.Option(help="Where the table goes.")] = FOLDER / "results" / "streaming.md",
 ) -> None:
     """Measure, print the table and write it to a file."""
-    clock = perf_counter
-    if processor_time:
-        torch.set_num_threads(1)
-        clock = process_time
-    folder = converted_target(model)
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    drafter: Drafter = DSparkAssistantModel.from_pretrained(
-        shipped_drafter(PACKAGED_MODELS[model]), dtype=DTYPES[dtype]
-    )
-    encoded = [encode_prompt(prompt, tokenizer).flatten().tolist() for prompt in read_prompts(prompts)]
-    ways = Ways(target, drafter, max_rows).by_name()
+    clock = choose_clock(processor_time=processor_time)
+    packaged = load_packaged(model, DTYPES[dtype])
+    encoded = [encode_prompt(prompt, packaged.tokenizer).flatten().tolist() for prompt in read_prompts(prompts)]
+    ways = Ways(packaged.target, packaged.drafter, max_rows).by_name()
     measured: dict[str, list[Run]] = {way: [] for way in ways}
     console = Console()
     for run in range(-1, runs):
@@ -186,7 +173,7 @@ def main(
                 measured[way].append(answered)
     seconds = "processor time of one thread" if processor_time else "time"
     lines = [
-        f"# Requests of different lengths: {PACKAGED_MODELS[model].title}, {dtype}",
+        f"# Requests of different lengths: {packaged.title}, {dtype}",
         "",
         f"{num_requests} greedy requests of {SHORTEST} to {longest} new tokens, all there from the start, {max_rows} "
         f"rows; medians of {runs} interleaved runs; {seconds}. A batch is over when its longest row is; the stream "

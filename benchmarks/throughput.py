@@ -17,22 +17,21 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.loading import DTYPES, DtypeName, Packaged, PackagedName, ProcessorTime, choose_clock, load_packaged
 from benchmarks.loads import DEFAULT, PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
-from benchmarks.overhead import DTYPES, FOLDER
+from benchmarks.pages import FOLDER
 from benchmarks.simulation import SHAPES, SimulatedDrafter, random_target
 from benchmarks.throughput_report import draw, speculation_table, speed_table, summary
 from benchmarks.throughput_store import Store
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.generation.drafting import Drafter
 from dspark_hf.generation.scheduling import forget
 from dspark_hf.profiling.storing import FOLDER_VARIABLE
@@ -62,12 +61,9 @@ class Case:
     ways: tuple[str, ...] = tuple(WAYS)
 
 
-def packaged_cases(model: str, prompts: Path, dtype: torch.dtype) -> list[Case]:
+def packaged_cases(packaged: Packaged, prompts: Path) -> list[Case]:
     """Return real prompts with the shipped drafter, and the worst that may come."""
-    folder = converted_target(model)
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    drafter: Drafter = DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[model]), dtype=dtype)
+    target, tokenizer, drafter = packaged.target, packaged.tokenizer, packaged.drafter
     torch.manual_seed(0)
     untrained = _untrained(target, num_hidden_layers=2, markov_rank=64)
     encoded = [encode_prompt(prompt, tokenizer).flatten() for prompt in read_prompts(prompts)]
@@ -183,7 +179,7 @@ def write_report(store: Store, title: str, description: str, path: Path) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"A packaged target: {', '.join(PACKAGED_MODELS)}.")] = "smollm2",
+    model: PackagedName = "smollm2",
     prompts: Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')] = FOLDER / "prompts.jsonl",
     shape: Annotated[str | None, typer.Option(help="A random target of that shape instead.")] = None,
     rates: Annotated[
@@ -192,30 +188,26 @@ def main(
     rows: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16",
     runs: Annotated[int, typer.Option(min=1, help="Runs whose median counts.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "fp32",
+    dtype: DtypeName = "fp32",
     device: Annotated[str, typer.Option(help="With --shape.")] = "cpu",
     cases: Annotated[
         str | None, typer.Option(help=f"Comma-separated; default: all; {NO_CASE!r} writes the page anew.")
     ] = None,
-    processor_time: Annotated[
-        bool, typer.Option("--processor-time", help="For a busy machine: seconds of the processor, on one thread.")
-    ] = False,
+    processor_time: ProcessorTime = False,
     output: Annotated[Path, typer.Option(help="Folder of the page, figures and numbers.")] = FOLDER / "results",
 ) -> None:
     """Measure, and write a page with tables and figures."""
     console = Console()
-    clock = perf_counter
-    if processor_time:
-        torch.set_num_threads(1)
-        clock = process_time
+    clock = choose_clock(processor_time=processor_time)
     chances = [float(rate) for rate in rates.split(",")]
     if len(chances) != BLOCK_SIZE or not all(0 < chance < 1 for chance in chances):
         raise typer.BadParameter(f"`--rates` must be {BLOCK_SIZE} chances between 0 and 1, got {rates!r}. Correct it.")
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"`--shape` must be one of {', '.join(SHAPES)}, got {shape!r}. Correct the name.")
     if shape is None:
-        found = packaged_cases(model, prompts, DTYPES[dtype])
-        title, stem = f"{PACKAGED_MODELS[model].title}, {dtype}", f"throughput-{model}-{dtype}"
+        packaged = load_packaged(model, DTYPES[dtype])
+        found = packaged_cases(packaged, prompts)
+        title, stem = f"{packaged.title}, {dtype}", f"throughput-{model}-{dtype}"
         text = f"the prompts of `{prompts.name}`"
     else:
         found = simulated_cases(shape, chances, DTYPES[dtype], device)

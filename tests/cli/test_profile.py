@@ -15,7 +15,7 @@ from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.cli.main import app
 from dspark_hf.demo.tiny import write_tiny_pair
 from dspark_hf.generation.scheduling import Call, profile
-from dspark_hf.generation.scheduling.profile import stored_profile
+from dspark_hf.generation.scheduling.profile import online_costs
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.generation.workload import Workload
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
@@ -65,7 +65,7 @@ def test_generate_finds_what_was_measured(folder, profiles, tmp_path, monkeypatc
     target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype="auto")
     drafter = DSparkAssistantModel.from_pretrained(folder / "drafter", dtype="auto")
     call = Call(TargetAdapter(target, drafter.target_layer_ids), drafter, 2, 7, 30)
-    assert stored_profile(call) is not None
+    assert online_costs(call).profile is not None
 
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("measured again")
@@ -151,7 +151,7 @@ def test_deepseek_v4(profiles, tmp_path, monkeypatch, with_drafter):
     monkeypatch.setattr(profile, "_TABLES", {})
     target = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path / "target")
     call = Call(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 2, 5, 30)
-    assert (stored_profile(call) is not None) == with_drafter
+    assert (online_costs(call).profile is not None) == with_drafter
 
 
 def test_targets_that_cannot_be_assisted(profiles, tmp_path):

@@ -82,11 +82,6 @@ def forget_costs() -> None:
     _ONLINE.clear()
 
 
-def stored_profile(call: Call) -> CostTable | None:
-    """Return the profile of the target and the drafter if there is one that covers the call, else None."""
-    return _covering_profile(call, _keys(call))
-
-
 def find_profile(call: Call) -> CostTable:
     """Return the profile of the target and the drafter; what is missing is measured, stored, and said once.
 

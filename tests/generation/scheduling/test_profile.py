@@ -19,7 +19,6 @@ from dspark_hf.generation.scheduling.profile import (
     measure_costs,
     online_costs,
     profile_key,
-    stored_profile,
 )
 from dspark_hf.generation.target import TargetAdapter
 from dspark_hf.generation.workload import Workload
@@ -185,10 +184,10 @@ def test_models_on_several_devices(monkeypatch):
 def test_measured_once(measured, profiles, monkeypatch):
     """Every call measures, or another process does again."""
     call = _call()
-    assert stored_profile(call) is None
+    assert online_costs(call).profile is None
     table = find_profile(call)
     assert find_profile(call) is table
-    assert stored_profile(_call(num_rows=1, prompt_length=300)) is table
+    assert online_costs(_call(num_rows=1, prompt_length=300)).profile is table
     assert len(measured) == 1
     # another process
     monkeypatch.setattr(profile, "_TABLES", {})
@@ -224,7 +223,7 @@ def test_what_was_stored_stays(measured):
         found = find_profile(lacking).verify.points
         assert {point: found[point] for point in thorough} == thorough
     assert len(measured) == 3
-    assert stored_profile(call).draft.points[1, 128, 1] == 0.25
+    assert online_costs(call).profile.draft.points[1, 128, 1] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -270,8 +269,8 @@ def test_another_drafter_keeps_the_first(measured):
     find_profile(first)
     find_profile(second)
     assert len(measured) == 2
-    assert stored_profile(first) is not None
-    assert stored_profile(second) is not None
+    assert online_costs(first).profile is not None
+    assert online_costs(second).profile is not None
 
 
 def test_a_new_profile_is_noticed(measured):
@@ -314,14 +313,14 @@ def test_contexts_stay_within_the_targets_positions(measured):
 def test_absent_profiles_cost_a_look(measured, monkeypatch):
     """Every call of `generate` reads a file or writes out a configuration."""
     call = _call()
-    stored_profile(call)
+    online_costs(call)
 
     def fail(*args: object) -> None:
         raise AssertionError("too much work")
 
     monkeypatch.setattr(profile, "load_profile", fail)
     monkeypatch.setattr(type(call.target.model.config), "to_dict", fail)
-    assert stored_profile(call) is None
+    assert online_costs(call).profile is None
     monkeypatch.undo()
 
 

@@ -1,0 +1,51 @@
+"""What several benchmarks load, and the clock that they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter, process_time
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PackagedName = Annotated[str, typer.Option(help=f"A packaged target: {', '.join(PACKAGED_MODELS)}.")]
+DtypeName = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+ProcessorTime = Annotated[
+    bool, typer.Option("--processor-time", help="For a busy machine: seconds of the processor, on one thread.")
+]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A packaged target, its tokenizer and the drafter that is shipped for it."""
+
+    title: str
+    target: Any
+    tokenizer: Any
+    drafter: DSparkAssistantModel
+
+
+def load_packaged(name: str, dtype: torch.dtype) -> Packaged:
+    """Return a packaged target and what belongs to it."""
+    folder = converted_target(name)
+    return Packaged(
+        PACKAGED_MODELS[name].title,
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        AutoTokenizer.from_pretrained(folder),
+        DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[name]), dtype=dtype),
+    )
+
+
+def choose_clock(*, processor_time: bool) -> Callable[[], float]:
+    """Return a clock in seconds; for the processor's own time Torch keeps to one thread from now on."""
+    if not processor_time:
+        return perf_counter
+    torch.set_num_threads(1)
+    return process_time
