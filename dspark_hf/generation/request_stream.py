@@ -94,7 +94,7 @@ class RequestStream(Iterator[FinishedRequest]):
         try:
             RaggedCache(target, 1)
         except ValueError as error:
-            raise _unfit(target) from error
+            raise _unfit(target, "Call `target.generate` for each, unpadded.") from error
         self._drafter = drafter
         self._scheduler = read_knobs(target.generation_config, drafter, target, scheduler).scheduler
         self._max_rows = max_rows
@@ -219,13 +219,19 @@ class RequestStream(Iterator[FinishedRequest]):
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), strings]
-        input_ids = torch.as_tensor(request.input_ids, device=model.device)
+        input_ids = _as_row(request.input_ids, model.device)
         if input_ids.numel() == 0:
             raise ValueError("`input_ids` of a request must hold a token at least, got none. Give it a prompt.")
+        if options.get("attention_mask") is not None:
+            # a tokenizer without `return_tensors` gives lists
+            options["attention_mask"] = mask = _as_row(options["attention_mask"], model.device)
+            if mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"`attention_mask` of a request must have the shape of its `input_ids`, {tuple(input_ids.shape)}, "
+                    f"got {tuple(mask.shape)}. Pass both as the tokenizer gives them, or leave the mask out."
+                )
         prepared: dict[str, Any] = {}
-        model.generate(
-            input_ids[None] if input_ids.ndim == 1 else input_ids, custom_generate=_keep_in(prepared), **options
-        )
+        model.generate(input_ids, custom_generate=_keep_in(prepared), **options)
         input_ids, config = prepared.pop("input_ids"), prepared.pop("generation_config")
         processors, criteria = prepared.pop("logits_processor"), prepared.pop("stopping_criteria")
         # rows that share a pass share its width
@@ -233,7 +239,7 @@ class RequestStream(Iterator[FinishedRequest]):
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
         _check_options(input_ids, config)
         if isinstance(prepared[CACHE_KEY], RowwiseCache):
-            raise _unfit(model)
+            raise _unfit(model, "Call `target.generate` for each, or for batches.")
         knobs = read_knobs(config, self._drafter, model, self._scheduler)
         target = RaggedTarget(self._adapter, input_ids, config, prepared)
         if target.has_token_types:
@@ -322,8 +328,14 @@ def _check_options(input_ids: Tensor, generation_config: Any) -> None:
         )
 
 
-def _unfit(target: PreTrainedModel) -> ValueError:
+def _as_row(values: Any, device: torch.device) -> Tensor:
+    """Return what a request holds, `(T,)`, `(1, T)` or a list, as `(1, T)`."""
+    tensor = torch.as_tensor(values, device=device)
+    return tensor[None] if tensor.ndim == 1 else tensor
+
+
+def _unfit(target: PreTrainedModel, remedy: str) -> ValueError:
     return ValueError(
-        "`target` must have full or sliding attention under 'eager' or 'sdpa', and a cache of Transformers, to decode "
-        f"requests that come and go, got {type(target).__name__}. Call `target.generate` for each, or for batches."
+        "`target` must have full or sliding attention under 'eager' or 'sdpa', without ALiBi, and a cache of "
+        f"Transformers, to decode requests that come and go, got {type(target).__name__}. {remedy}"
     )

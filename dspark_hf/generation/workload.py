@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from dspark_hf.generation.drafting import DraftContext, Drafter
@@ -45,6 +45,12 @@ class Workload:
         self._shape: tuple[int, int] = (0, 0)
         self._target: TargetState | None = None
         self._context: DraftContext | None = None
+
+    @property
+    def draws_at_random(self) -> bool:
+        """Whether some module is in training mode, where dropout draws."""
+        wholes = [whole for whole in (self._adapter.model, self._drafter) if isinstance(whole, nn.Module)]
+        return any(module.training for whole in wholes for module in whole.modules())
 
     @torch.no_grad()
     def verify_seconds(self, num_rows: int, context_length: int, width: int) -> float:

@@ -210,13 +210,18 @@ def test_each_request_has_its_own_rules(target):
 def test_padded_prompts_and_lists(target):
     """A prompt with left padding, or given as a list, is read as other tokens."""
     ids, mask = torch.tensor([[0, 0, 5, 9, 11]]), torch.tensor([[0, 0, 1, 1, 1]])
+    options = {"max_new_tokens": 12, "do_sample": False}
     requests = [
-        Request(ids, {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}),
-        Request([5, 9, 11], {"max_new_tokens": 12, "do_sample": False}),
+        Request(ids, {"attention_mask": mask, **options}),
+        Request([5, 9, 11], options),
+        # as tokenizers give them
+        Request(ids[0].tolist(), {"attention_mask": mask[0].tolist(), **options}),
     ]
     drafter = _drafter("untrained", target, [])
-    padded, plain = (one.token_ids for one in generate_stream(target, requests, drafter=drafter))
+    finished = {one.request: one for one in generate_stream(target, requests, drafter=drafter)}
+    padded, plain, listed = (finished[request].token_ids for request in requests)
     assert torch.equal(padded[2:], plain)
+    assert torch.equal(listed, padded)
     assert torch.equal(padded, target.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[0])
 
 
@@ -257,6 +262,7 @@ BAD = {
         ValueError,
         "`attention_mask` must leave every row a token",
     ),
+    "another mask": ({"attention_mask": [1, 1]}, ValueError, "must have the shape of its `input_ids`, (1, 6)"),
     "own scheduler": ({"scheduler": "fixed"}, ValueError, "`options` of a request must leave out"),
     "output object": ({"return_dict_in_generate": True}, ValueError, "`return_dict_in_generate` must be False"),
     "no cache": ({"use_cache": False}, ValueError, "`use_cache` must be True"),

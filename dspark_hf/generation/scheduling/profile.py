@@ -142,8 +142,8 @@ def measure_costs(
         steps: list[tuple[Callable[[int, int, int], float], Point]]
         steps = [(workload.verify_seconds, point) for point in passes if point[:2] == shape]
         steps += [(workload.draft_seconds, point) for point in drafts if point[:2] == shape]
-        # a target in training mode draws at random: what the caller samples must not depend on what was measured
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        # what the caller samples must not depend on what was measured; what is put back was taken from other threads
+        with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=workload.draws_at_random):
             times = measure(steps, lambda step: step[0](*step[1]), repeats=repeats, advance=advance)
         for (run, point), seconds in times.items():
             (verify if run == workload.verify_seconds else draft)[point] = seconds

@@ -346,6 +346,23 @@ def test_measuring_changes_no_text(name, num_rows, profiles):
     assert torch.equal(target.generate(**options, assistant_model=drafter, scheduler=name), plain)
 
 
+def test_measuring_leaves_other_threads_draws_alone(monkeypatch):
+    """While one thread measures, another samples; when the generator is put back, it draws the same once more."""
+    target = tiny_target()
+    drafter = _drafter(target)
+    forward = type(target).forward
+
+    def sample_meanwhile(*args: Any, **options: Any) -> Any:
+        torch.rand(())
+        return forward(*args, **options)
+
+    monkeypatch.setattr(type(target), "forward", sample_meanwhile)
+    generator = torch.get_rng_state()
+    with TargetAdapter(target, drafter.target_layer_ids) as adapter:
+        measure_costs(Workload(adapter, drafter), [(1, 16, 1)], [], repeats=1)
+    assert not torch.equal(torch.get_rng_state(), generator)
+
+
 def test_measuring_draws_nothing():
     """A target in training mode draws dropout while it is measured, and the caller's next sample is another."""
     target = tiny_target(attention_dropout=0.5).train()
