@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
-
 from dspark_hf.generation.scheduling.sharing import in_turns
 
 # parked rounds before the first trial, and most between two: a trial loses about one plain step
@@ -19,8 +16,10 @@ _PLAIN_GAP_GROWTH = 4
 _LONGEST_PLAIN_GAP = 64
 # of which a single one may have been disturbed
 _NUM_PLAIN = 2
-# standard errors by which the mean gain must lie below zero before drafting is given up
-_DOUBT = 1.5
+# plain steps that drafting may lose before it is given up, for a single row, and at least: gains of one row vary most,
+# and limits lower than these are reached by bad luck
+_MOST_LOSS = 12.0
+_LEAST_LOSS = 2.0
 
 
 class Parking:
@@ -85,31 +84,21 @@ class Parking:
 
 
 class Balance:
-    """What the latest drafting rounds have really gained, whatever was expected of them."""
+    """What the latest drafting rounds have really lost, whatever was expected of them (Page's cumulative sum).
 
-    # rows' rounds that count, and the fewest that allow a verdict
-    _NUM_ROWS = 48
-    _FEWEST_ROWS = 16
-    _FEWEST_ROUNDS = 4
+    Losses add up, and gains make up for them, but are not saved: a drafter that was good for one text may be given up
+    in the next. One that gains on the whole hardly ever comes so low.
+    """
 
     def __init__(self) -> None:
-        self._rounds: deque[tuple[int, float]] = deque()
+        self._loss = 0.0
+        self._limit = _MOST_LOSS
 
     def add(self, num_rows: int, gain: float) -> None:
         """Add a round in which every row gained `gain` tokens on average."""
-        self._rounds.append((num_rows, gain))
-        while len(self._rounds) > self._FEWEST_ROUNDS and self._num_rows() - self._rounds[0][0] >= self._NUM_ROWS:
-            self._rounds.popleft()
+        self._loss = max(self._loss - gain, 0.0)
+        self._limit = max(_MOST_LOSS / num_rows, _LEAST_LOSS)
 
     def is_losing(self) -> bool:
-        """Return whether the mean gain is clearly below zero."""
-        count = len(self._rounds)
-        if count < self._FEWEST_ROUNDS or self._num_rows() < self._FEWEST_ROWS:
-            return False
-        gains = [gain for _, gain in self._rounds]
-        mean = sum(gains) / count
-        variance = sum((gain - mean) ** 2 for gain in gains) / (count - 1)
-        return mean + _DOUBT * math.sqrt(variance / count) < 0
-
-    def _num_rows(self) -> int:
-        return sum(rows for rows, _ in self._rounds)
+        """Return whether more plain steps were lost than so many rows lose by bad luck."""
+        return self._loss > self._limit

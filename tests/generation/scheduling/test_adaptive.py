@@ -182,7 +182,8 @@ def test_a_slow_start_is_not_believed_for_long(seed):
 def test_no_pass_over_drafts_beats_a_plain_step_by_itself():
     """Noise makes wide passes look quicker than plain steps, and hopeless drafts are made for their sake."""
     machine = Machine(1.0, -0.05, 0.01, 0.0)
-    assert write(_start(machine), machine, _wrong, 300).share_drafted(100) < 0.05
+    # little is lost in a round, and it takes long to be sure of it
+    assert write(_start(machine), machine, _wrong, 1500).share_drafted(1000) < 0.05
 
 
 def test_a_slower_machine_changes_nothing():

@@ -123,3 +123,14 @@ def test_a_drafting_run_makes_plain_steps():
     assert 0 < len(plain) < 0.04 * 1000
     # no plain step is due in a parked run
     assert not parking.is_plain_step_due()
+
+
+def test_a_few_rows_have_bad_luck_too():
+    """Drafting that gains a quarter of a token per round with four rows is given up most of the time."""
+    draw = random.Random(1)
+    num_lost = 0
+    for _ in range(200):
+        # a round costs half a plain step more than one, and a row in four wins three tokens
+        gains = [sum(3.0 * (draw.random() < 0.25) for _ in range(4)) / 4 - 0.5 for _ in range(100)]
+        num_lost += _lose(Parking(), gains, num_rows=4) is not None
+    assert num_lost < 50
