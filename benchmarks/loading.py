@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import Annotated, Any
 
@@ -11,10 +12,13 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.pages import FOLDER
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 
+PROMPTS = FOLDER / "prompts.jsonl"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PromptsFile = Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')]
 PackagedName = Annotated[str, typer.Option(help=f"A packaged target: {', '.join(PACKAGED_MODELS)}.")]
 DtypeName = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 ProcessorTime = Annotated[

@@ -19,7 +19,7 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
-from benchmarks.loading import DTYPES
+from benchmarks.loading import DTYPES, PROMPTS, PromptsFile
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import DSparkAssistantModel
@@ -135,7 +135,7 @@ def table(ways: Sequence[Way]) -> list[str]:
 
 
 def main(
-    prompts: Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')] = FOLDER / "prompts.jsonl",
+    prompts: PromptsFile = PROMPTS,
     num_prompts: Annotated[int, typer.Option(min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Runs whose median counts.")] = 3,

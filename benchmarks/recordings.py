@@ -123,33 +123,26 @@ class Written:
     seconds: float = 0.0
     rounds: list[tuple[int, int]] = field(default_factory=list)
 
-    @property
-    def speed(self) -> float:
-        """Tokens per second."""
-        return self.num_tokens / self.seconds
 
-
-def replay(schedule: Schedule | None, texts: Sequence[Text], length: int, clock: Clock, max_drafts: int) -> Written:
-    """Return what a batch of `length` tokens a row takes; without a schedule nothing is drafted."""
+def replay(schedule: Schedule, texts: Sequence[Text], length: int, clock: Clock, max_drafts: int) -> Written:
+    """Return what a batch of `length` tokens a row takes."""
     written = Written(len(texts))
     places = [(text, 0) for text in texts]
     is_behind = True
     while places:
         limits = tuple(max(min(max_drafts, length - place - 2), 0) for _, place in places)
         batch = Batch(limits, len(places), CONTEXT)
-        num_drafts = schedule.num_drafts(batch) if schedule is not None and batch.max_drafts else 0
+        num_drafts = schedule.num_drafts(batch)
         num_verified = [0] * len(places)
-        if schedule is not None and num_drafts:
+        if num_drafts:
             margins = torch.tensor([text[place].margins[:num_drafts] for text, place in places])
             drafted = DraftedBlock(torch.zeros(margins.shape, dtype=torch.long), None, None, margins)
             num_verified = schedule.admit(drafted, batch)
         accepted = [min(text[place].num_right, n) for (text, place), n in zip(places, num_verified, strict=True)]
         drafting = clock.draft_seconds(len(places), num_drafts)
         verifying = clock.verify_seconds(len(places), 1 + max(num_verified))
-        if schedule is not None:
-            is_typical = not (num_drafts and is_behind)
-            outcome = Outcome(batch, num_drafts, num_verified, accepted, drafting, verifying, is_typical)
-            schedule.observe(outcome)
+        is_typical = not (num_drafts and is_behind)
+        schedule.observe(Outcome(batch, num_drafts, num_verified, accepted, drafting, verifying, is_typical))
         is_behind = not num_drafts
         written.num_tokens += len(places) + sum(accepted)
         written.seconds += drafting + verifying

@@ -9,7 +9,7 @@ these, under noise that is the same in every run: **times are simulated**, what 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.loading import DTYPES, DtypeName, PackagedName, load_packaged
+from benchmarks.loading import DTYPES, PROMPTS, DtypeName, PackagedName, PromptsFile, load_packaged
+from benchmarks.loads import DEFAULT
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from benchmarks.recordings import CONTEXT, DISTURBANCE, DISTURBED, Clock, Text, Written, fewer_right, record, replay
 from dspark_hf.generation.drafting import Drafter
-from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, FixedScheduler, Schedule, Scheduler, forget
+from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, FixedScheduler, Scheduler, forget
 from dspark_hf.generation.scheduling.costs import OnlineCosts
 from dspark_hf.generation.scheduling.profile import measure_costs
 from dspark_hf.generation.target import TargetAdapter
@@ -32,7 +33,7 @@ from dspark_hf.generation.workload import Workload
 from dspark_hf.profiling.table import CostTable
 from dspark_hf.prompts import encode_prompt, read_prompts
 
-DEFAULT, FIRST = "default", "first batch"
+FIRST = "first batch"
 # fixed blocks that `benchmarks.throughput` measures
 USUAL = (3, 5, 7)
 # of every measured step
@@ -42,8 +43,10 @@ Ratios = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Session:
-    """What a process decodes: batches of `num_rows` texts, one after the other, none learnt from beforehand."""
+    """What a process decodes: batches of `num_rows` texts, one after the other, nothing learnt beforehand."""
 
+    target: TargetAdapter
+    drafter: Drafter
     texts: Sequence[Text]
     num_rows: int
     num_batches: int
@@ -51,39 +54,31 @@ class Session:
     costs: CostTable
     noise: float
 
-    def run(self, start: Callable[[], Schedule] | None, seed: int, max_drafts: int) -> list[Written]:
+    def run(self, scheduler: Scheduler, seed: int, max_drafts: int) -> list[Written]:
         """Return what the batches took, whose texts depend on the seed as the noise does."""
         forget()
         clock = Clock(self.costs, self.noise, random.Random(seed))
+        call = Call(self.target, self.drafter, self.num_rows, max_drafts, CONTEXT)
         chosen = random.Random(seed).sample(range(len(self.texts)), len(self.texts))
         batches = [
             [self.texts[chosen[(number * self.num_rows + row) % len(chosen)]] for row in range(self.num_rows)]
             for number in range(self.num_batches)
         ]
-        return [replay(start and start(), batch, self.length, clock, max_drafts) for batch in batches]
+        return [replay(scheduler.start(call), batch, self.length, clock, max_drafts) for batch in batches]
 
 
-def compare(session: Session, target: TargetAdapter, drafter: Drafter, num_sessions: int) -> Ratios:
-    """Return the speed of every way against plain decoding, by session; and that of the first batch."""
-
-    def starter(scheduler: Scheduler, max_drafts: int) -> Callable[[], Schedule]:
-        return lambda: scheduler.start(Call(target, drafter, session.num_rows, max_drafts, CONTEXT))
-
+def compare(session: Session, num_sessions: int) -> Ratios:
+    """Return the speed of every way against plain decoding, by session; and that of the default's first batch."""
+    block_size = session.drafter.block_size
     ratios: Ratios = {}
     for seed in range(num_sessions):
-        plain = session.run(None, seed, 0)
-
-        def add(name: str, ours: Sequence[Written], plain: Sequence[Written] = plain) -> None:
-            ratios.setdefault(name, []).append(_speed(ours) / _speed(plain[: len(ours)]))
-
-        for count in range(1, drafter.block_size + 1):
-            add(f"fixed {count}", session.run(starter(FixedScheduler(), count), seed, count))
+        plain, *fixed = (session.run(FixedScheduler(), seed, count) for count in range(block_size + 1))
         # one for the session: it keeps what it has seen of costs
-        default = session.run(
-            starter(AdaptiveScheduler(costs=OnlineCosts()), drafter.block_size), seed, drafter.block_size
-        )
-        add(DEFAULT, default)
-        add(FIRST, default[:1])
+        default = session.run(AdaptiveScheduler(costs=OnlineCosts()), seed, block_size)
+        speeds = {f"fixed {count}": _speed(batches) for count, batches in enumerate(fixed, start=1)}
+        for name, speed in {**speeds, DEFAULT: _speed(default)}.items():
+            ratios.setdefault(name, []).append(speed / _speed(plain))
+        ratios.setdefault(FIRST, []).append(_speed(default[:1]) / _speed(plain[:1]))
     return ratios
 
 
@@ -134,7 +129,7 @@ def cost_lines(costs: CostTable, rows: Sequence[int], block_size: int) -> list[s
 
 
 def main(
-    prompts: Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')] = FOLDER / "prompts.jsonl",
+    prompts: PromptsFile = PROMPTS,
     model: PackagedName = "smollm2",
     rows: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16",
     num_prompts: Annotated[int, typer.Option(min=1, help="Texts that are recorded.")] = 48,
@@ -182,8 +177,8 @@ def main(
         lines.append(f"| ---: | {' | '.join('---:' for _ in usual)} | ---: | ---: | ---: | ---: |")
         for count in counts:
             with console.status(f"{name}, {count} rows"):
-                session = Session(chosen, count, batches, length, costs, noise)
-                lines.append(row_of(count, compare(session, target, drafter, sessions)))
+                session = Session(target, drafter, chosen, count, batches, length, costs, noise)
+                lines.append(row_of(count, compare(session, sessions)))
     lines += ["", "## Costs", "", "A plain step of one row = 1.", "", *cost_lines(costs, counts, drafter.block_size)]
     path = output or FOLDER / "results" / f"replay-{model}-{dtype}.md"
     console.print(write_page(lines, path), markup=False, soft_wrap=True)

@@ -19,7 +19,16 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.loading import DTYPES, DtypeName, PackagedName, ProcessorTime, choose_clock, load_packaged
+from benchmarks.loading import (
+    DTYPES,
+    PROMPTS,
+    DtypeName,
+    PackagedName,
+    ProcessorTime,
+    PromptsFile,
+    choose_clock,
+    load_packaged,
+)
 from benchmarks.loads import make_load
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
@@ -143,7 +152,7 @@ def table(runs: dict[str, list[Run]], reference: str) -> list[str]:
 
 
 def main(
-    prompts: Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')] = FOLDER / "prompts.jsonl",
+    prompts: PromptsFile = PROMPTS,
     model: PackagedName = "smollm2",
     num_requests: Annotated[int, typer.Option(min=2, help="Requests of a run.")] = 24,
     max_rows: Annotated[int, typer.Option(min=2, help="Rows of a batch, and of the stream.")] = 8,

@@ -25,7 +25,17 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.loading import DTYPES, DtypeName, Packaged, PackagedName, ProcessorTime, choose_clock, load_packaged
+from benchmarks.loading import (
+    DTYPES,
+    PROMPTS,
+    DtypeName,
+    Packaged,
+    PackagedName,
+    ProcessorTime,
+    PromptsFile,
+    choose_clock,
+    load_packaged,
+)
 from benchmarks.loads import DEFAULT, PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
 from benchmarks.pages import FOLDER
 from benchmarks.simulation import SHAPES, SimulatedDrafter, random_target
@@ -180,7 +190,7 @@ def write_report(store: Store, title: str, description: str, path: Path) -> str:
 
 def main(
     model: PackagedName = "smollm2",
-    prompts: Annotated[Path, typer.Option(help='JSON Lines, each {"turns": [...]}.')] = FOLDER / "prompts.jsonl",
+    prompts: PromptsFile = PROMPTS,
     shape: Annotated[str | None, typer.Option(help="A random target of that shape instead.")] = None,
     rates: Annotated[
         str, typer.Option(help="Simulated chance of each draft, with --shape.")

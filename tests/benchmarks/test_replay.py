@@ -92,7 +92,7 @@ def test_rounds_cost_what_the_table_says():
     # both rows, then the second alone, with room for one draft, and then for none
     assert written.rounds == [(2, 2), (1, 1), (0, 0)]
     assert written.seconds == pytest.approx(0.2 + (1 + 0.1 * 6) + 0.2 + (1 + 0.1 * 2) + (1 + 0.1))
-    assert replay(None, texts, 4, Clock(_costs(), 0.0, random.Random(0)), 0) == Written(
+    assert replay(schedule, texts, 4, Clock(_costs(), 0.0, random.Random(0)), 0) == Written(
         8, pytest.approx(3.6), [(0, 0)] * 3
     )
 
