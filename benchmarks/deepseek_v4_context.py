@@ -27,11 +27,11 @@ from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausa
 from benchmarks.pages import FOLDER
 from benchmarks.provenance import describe_run
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, DSparkAssistantModel
-from dspark_hf.estimation.formats import CacheFormat
-from dspark_hf.estimation.kv_cache import count_kv_cache
-from dspark_hf.estimation.reading import model_from_fields
-from dspark_hf.generation.integration import CACHE_KEY
+from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
+from dspark_hf.modeling.deepseek_v4.estimation.formats import CacheFormat
+from dspark_hf.modeling.deepseek_v4.estimation.kv_cache import count_kv_cache
+from dspark_hf.modeling.deepseek_v4.estimation.reading import model_from_fields
 
 CONTEXTS = "4096,32768,131072,524288,1048576"
 NUM_DRAFTS = 7

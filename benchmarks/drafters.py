@@ -24,7 +24,7 @@ from dspark_hf.evaluation.results import Evaluation
 from dspark_hf.evaluation.run import evaluate
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.data import Conversation, read_conversations, split_held_out
+from dspark_hf.training.conversations import Conversation, read_conversations, split_held_out
 from dspark_hf.training.recipe import build_drafter, save_trained
 from dspark_hf.training.trainer import DSparkTrainer
 

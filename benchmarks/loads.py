@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.prompts import pad_left
 
 PLAIN = "plain"

@@ -29,7 +29,7 @@ from benchmarks.provenance import describe_run
 from benchmarks.simulation import SHAPES, random_target
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.packaged import PACKAGED_MODELS
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling import Batch, Call, FixedScheduler, Outcome, Schedule, Scheduler
 
 # of the untrained drafter

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.loads import make_load
-from dspark_hf.generation.drafting import DraftedBlock, Drafter
+from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.scheduling import Batch, Call, Outcome, Schedule, Scheduler
-from dspark_hf.profiling.table import CostTable
+from dspark_hf.generation.scheduling.costs.table import CostTable
 
 # rows of a batch that is recorded, and the context whose costs count
 RECORDED_ROWS = 8

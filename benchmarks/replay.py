@@ -24,13 +24,13 @@ from benchmarks.loads import DEFAULT
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from benchmarks.recordings import CONTEXT, DISTURBANCE, DISTURBED, Clock, Text, Written, fewer_right, record, replay
-from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, FixedScheduler, Scheduler, forget
-from dspark_hf.generation.scheduling.costs import OnlineCosts
-from dspark_hf.generation.scheduling.profile import measure_costs
-from dspark_hf.generation.target import TargetAdapter
-from dspark_hf.generation.workload import Workload
-from dspark_hf.profiling.table import CostTable
+from dspark_hf.generation.scheduling.costs.online import OnlineCosts
+from dspark_hf.generation.scheduling.costs.profile import measure_costs
+from dspark_hf.generation.scheduling.costs.table import CostTable
+from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.prompts import encode_prompt, read_prompts
 
 FIRST = "first batch"

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
+from dspark_hf.generation.targets.adapter import TargetAdapter
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": {

@@ -34,7 +34,7 @@ from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import Request, generate_stream
 from dspark_hf.evaluation.measuring import until_end
-from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.prompts import encode_prompt, read_prompts
 
 # new tokens of the shortest requests

@@ -42,9 +42,9 @@ from benchmarks.simulation import SHAPES, SimulatedDrafter, random_target
 from benchmarks.throughput_report import draw, speculation_table, speed_table, summary
 from benchmarks.throughput_store import Store
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.drafting import Drafter
+from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling import forget
-from dspark_hf.profiling.storing import FOLDER_VARIABLE
+from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 from dspark_hf.prompts import encode_prompt, read_prompts
 
 # a case that measures nothing

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dspark_hf import DSparkAssistantModel, DSparkConfig
 from dspark_hf.demo.packaged import converted_target
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.data import read_conversations, split_held_out
+from dspark_hf.training.conversations import read_conversations, split_held_out
 from dspark_hf.training.trainer import DSparkTrainer
 
 NUM_HELD_OUT = 40

@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from dspark_hf.generation.call.outputs import DSparkGenerateOutput
 from dspark_hf.generation.integration import install, install_unless_refused, uninstall
-from dspark_hf.generation.outputs import DSparkGenerateOutput
-from dspark_hf.generation.request_queue import FinishedRequest, Request, RequestQueue
-from dspark_hf.generation.request_stream import generate_stream
+from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
+from dspark_hf.generation.requests.stream import generate_stream
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig

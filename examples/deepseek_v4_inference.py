@@ -17,8 +17,8 @@ from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from dspark_hf import DeepseekV4DSparkForCausalLM
-from dspark_hf.chat import parse_response, set_chat_template
 from dspark_hf.loading import load_tokenizer
+from dspark_hf.modeling.deepseek_v4.chat import parse_response, set_chat_template
 
 # the preview's names of its efforts
 MODES = {"non-think": "none", "think-high": "high", "think-max": "max"}

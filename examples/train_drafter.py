@@ -13,10 +13,10 @@ from pathlib import Path
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.calibration.observations import collect_observations
 from dspark_hf.calibration.report import calibrate
+from dspark_hf.data.session import DataOptions, collect
 from dspark_hf.loading import load_target, load_tokenizer
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.collecting import DataOptions, collect
-from dspark_hf.training.data import read_conversations, split_held_out
+from dspark_hf.training.conversations import read_conversations, split_held_out
 from dspark_hf.training.recipe import build_drafter, save_trained
 from dspark_hf.training.trainer import DSparkTrainer
 

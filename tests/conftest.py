@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dspark_hf.generation.scheduling import forget
-from dspark_hf.profiling.storing import FOLDER_VARIABLE
+from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dspark_hf.chat import encode_messages
 from dspark_hf.cli.main import app
+from dspark_hf.modeling.deepseek_v4.chat import encode_messages
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "deepseek_v4_inference.py"
 LENGTH = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import doctest
 
 import dspark_hf
-from dspark_hf.generation import request_stream
+from dspark_hf.generation.requests import stream as request_stream
 from dspark_hf.modeling import configuration_dspark, modeling_dspark
 from dspark_hf.modeling.deepseek_v4 import cache, configuration, modeling
 

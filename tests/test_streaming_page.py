@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.request_queue import Request
-from tests.generation.test_stopping import character_tokenizer
+from dspark_hf.generation.requests.request import Request
+from tests.generation.call.test_criteria import character_tokenizer
 from tests.tiny import tiny_target
 
 PAGE = Path(__file__).parent.parent / "docs" / "streaming.md"

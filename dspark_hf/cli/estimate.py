@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dspark_hf.estimation.formats import CacheFormat, WeightFormat
+from dspark_hf.modeling.deepseek_v4.estimation.formats import CacheFormat, WeightFormat
 
 
 def estimate(
@@ -31,9 +31,9 @@ def estimate(
 ) -> None:
     """Estimate memory and FLOPs from the configuration alone, beside DeepSeek-V3.2; which devices suffice."""
     # imported here, so that the help is instant
-    from dspark_hf.estimation.display import print_report
-    from dspark_hf.estimation.report import EstimationSettings, make_report, to_json
     from dspark_hf.files import write_whole
+    from dspark_hf.modeling.deepseek_v4.estimation.display import print_report
+    from dspark_hf.modeling.deepseek_v4.estimation.report import EstimationSettings, make_report, to_json
 
     console = Console()
     try:

@@ -15,9 +15,9 @@ from dspark_hf.cli.options import Attention, Dtype
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dspark_hf.generation.workload import Workload
+    from dspark_hf.generation.scheduling.costs.table import CostTable
+    from dspark_hf.generation.scheduling.costs.workload import Workload
     from dspark_hf.profiling.grid import Grid
-    from dspark_hf.profiling.table import CostTable
 
 
 def profile(
@@ -47,13 +47,14 @@ def profile(
     """Measure what passes and drafts cost here, for schedulers; Ctrl-C writes nothing."""
     # imported here, so that the help is instant
     from dspark_hf.files import write_whole
-    from dspark_hf.generation.scheduling.profile import describe_costs, drafter_key, profile_key
-    from dspark_hf.generation.target import TargetAdapter
-    from dspark_hf.generation.workload import Workload
+    from dspark_hf.generation.scheduling.costs.keys import drafter_key, profile_key
+    from dspark_hf.generation.scheduling.costs.profile import describe_costs
+    from dspark_hf.generation.scheduling.costs.storing import save_profile
+    from dspark_hf.generation.scheduling.costs.workload import Workload
+    from dspark_hf.generation.targets.adapter import TargetAdapter
     from dspark_hf.loading import load_target
     from dspark_hf.profiling.display import print_costs
     from dspark_hf.profiling.plots import draw_costs
-    from dspark_hf.profiling.storing import save_profile
 
     console = Console()
     try:
@@ -167,9 +168,9 @@ def _check_sizes(workload: Workload, grid: Grid) -> None:
 
 def _measure(workload: Workload, grid: Grid, repeats: int, progress: Progress) -> tuple[CostTable, list[str]]:
     """Return the costs, and what could not be measured for lack of memory."""
-    from dspark_hf.generation.scheduling.profile import measure_costs
+    from dspark_hf.generation.scheduling.costs.profile import measure_costs
+    from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
     from dspark_hf.loading import first_line
-    from dspark_hf.profiling.table import CostCurves, CostTable
 
     steps_per_shape = (repeats + 1) * (len(grid.widths) + len(grid.drafts))
     task = progress.add_task("measuring", total=len(grid.shapes) * steps_per_shape)

@@ -11,7 +11,7 @@ import typer
 from dspark_hf.cli.options import Dtype
 
 if TYPE_CHECKING:
-    from dspark_hf.training.data import Conversation
+    from dspark_hf.training.conversations import Conversation
 
 
 class Preset(str, Enum):
@@ -190,7 +190,7 @@ def _read(
     data: list[Path], tokenizer: Any, max_length: int, num_held_out: int
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return training and held-out conversations; every file gives its share of the latter."""
-    from dspark_hf.training.data import read_conversations, split_held_out
+    from dspark_hf.training.conversations import read_conversations, split_held_out
 
     training: list[Conversation] = []
     held_out: list[Conversation] = []

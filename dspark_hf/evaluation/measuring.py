@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark_hf.evaluation.records import Answer, round_records
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.generation.scheduling import FixedScheduler
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import pad_left
 

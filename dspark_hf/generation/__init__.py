@@ -1,0 +1,1 @@
+"""One round of DSpark, and all that `generate` promises around it."""

@@ -12,23 +12,23 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from dspark_hf.generation.deferred import DeferredContext
-from dspark_hf.generation.drafting import DraftedBlock, Drafter
-from dspark_hf.generation.integration import CACHE_KEY, pad_token_id, was_given_by_user
-from dspark_hf.generation.outputs import DSparkGenerateOutput, OutputRecorder
-from dspark_hf.generation.passes import TargetPass, TargetState
-from dspark_hf.generation.processing import ProcessorChain
-from dspark_hf.generation.ragged import RaggedTarget
-from dspark_hf.generation.requests import Knobs, check_request, read_knobs
+from dspark_hf.generation.call.checks import Knobs, check_request, read_knobs
+from dspark_hf.generation.call.criteria import StopRules
+from dspark_hf.generation.call.outputs import DSparkGenerateOutput, OutputRecorder
+from dspark_hf.generation.call.processors import ProcessorChain
+from dspark_hf.generation.call.sequences import Sequences
+from dspark_hf.generation.call.streamers import OrderedStream
+from dspark_hf.generation.compat import CACHE_KEY, pad_token_id, was_given_by_user
+from dspark_hf.generation.drafting.context import DeferredContext
+from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.rounds import Rounds, fill_empty, without_gaps
-from dspark_hf.generation.rowwise import RowwiseCache, RowwiseTarget
 from dspark_hf.generation.scheduling.interface import Batch, Call, Scheduler
-from dspark_hf.generation.sequences import Sequences
-from dspark_hf.generation.single_row import SingleRowTarget
 from dspark_hf.generation.statistics import Round, SpeculationStatistics
-from dspark_hf.generation.stopping import StopRules
-from dspark_hf.generation.streaming import OrderedStream
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.cropped import SingleRowTarget
+from dspark_hf.generation.targets.interface import TargetPass, TargetState
+from dspark_hf.generation.targets.ragged import RaggedTarget
+from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
 
 
 @torch.no_grad()

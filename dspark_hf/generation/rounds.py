@@ -13,13 +13,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.deferred import DeferredContext
-from dspark_hf.generation.drafting import DraftedBlock
-from dspark_hf.generation.passes import TargetPass, TargetState
+from dspark_hf.generation.drafting.context import DeferredContext
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.estimator import top_margin
 from dspark_hf.generation.scheduling.interface import Batch, Outcome, Schedule
 from dspark_hf.generation.statistics import SpeculationStatistics
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.interface import TargetPass, TargetState
 from dspark_hf.generation.verification import verify, verify_greedy
 
 

@@ -1,0 +1,1 @@
+"""The drafter as a model: backbone, heads, configuration."""

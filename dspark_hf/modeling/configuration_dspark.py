@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from dspark_hf.modeling import conversion, remote_code
-from dspark_hf.modeling.deepseek_v4 import drafter_names
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
+from dspark_hf.modeling.formats import deepseek_v4 as drafter_names
+from dspark_hf.modeling.formats import deepspec as conversion
+from dspark_hf.modeling.formats import remote_code
 
 BACKBONE_TYPES = ("qwen3", "gemma3", "gemma4", "deepseek_v4")
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")

@@ -14,21 +14,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dspark_hf.generation.cache import ContextCache
 from dspark_hf.generation.decoding import decode
-from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler, sample_block
+from dspark_hf.generation.drafting.chain import sample_block
+from dspark_hf.generation.drafting.context import ContextCache
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
 from dspark_hf.generation.scheduling.interface import Scheduler
-from dspark_hf.generation.target import TargetAdapter, cap_logits
+from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm, RotaryEmbedding
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
-from dspark_hf.modeling.deepseek_v4.drafter_loading import load_module
-from dspark_hf.modeling.deepseek_v4.drafter_names import drafter_fields, is_released
+from dspark_hf.modeling.deepseek_v4.checkpoints.dspark_module import load_module
 from dspark_hf.modeling.deepseek_v4.layer import init_weights
-from dspark_hf.modeling.deepseek_v4.reading import HUB_OPTIONS
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
+from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
+from dspark_hf.modeling.formats.remote_code import AUTO_MAP
+from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
-from dspark_hf.modeling.remote_code import AUTO_MAP
+from dspark_hf.modeling.warm_start import copy_last_layers
 
 
 @dataclass
@@ -154,7 +156,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if draft_token_ids is not None:
             drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids))
         if warm_start:
-            from_target.copy_last_layers(adapter, drafter)
+            copy_last_layers(adapter, drafter)
         dtype = target.dtype if target.dtype.is_floating_point else torch.float32
         drafter.to(device=target.device, dtype=dtype)  # type: ignore[call-arg]  # Transformers hides the signature
         return drafter.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from dspark_hf.profiling.table import CostCurves, CostTable
+from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 
 
 def print_costs(table: CostTable, console: Console) -> None:

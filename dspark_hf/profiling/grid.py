@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark_hf.profiling.table import Point
+from dspark_hf.generation.scheduling.costs.table import Point
 
 _ROWS = (1, 2, 4, 8)
 _CONTEXTS = (128, 1024)

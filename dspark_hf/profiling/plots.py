@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dspark_hf.figures import COLORS, STYLE, check_plotting, name_colors, new_figure, to_png
-from dspark_hf.profiling.table import CostCurves, CostTable
+from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 
 
 def draw_costs(table: CostTable, title: str) -> bytes:

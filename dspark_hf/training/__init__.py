@@ -1,0 +1,1 @@
+"""What trains a drafter: conversations, anchors, losses, optimizers, the trainer."""

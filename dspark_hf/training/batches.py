@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from dspark_hf.training.data import Conversation
+from dspark_hf.training.conversations import Conversation
 
 
 class ConversationDataset(Dataset):

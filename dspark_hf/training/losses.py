@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from dspark_hf.generation.target import cap_logits
+from dspark_hf.generation.targets.adapter import cap_logits
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dspark_hf.files import write_whole_folder
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
-from dspark_hf.training.data import Conversation, most_frequent_tokens
+from dspark_hf.training.conversations import Conversation, most_frequent_tokens
 from dspark_hf.training.trainer import DSparkTrainer
 
 # what a choice is when it is left open

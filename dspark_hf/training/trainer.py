@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.training.anchors import BlockTargets, sample_blocks, stack_blocks
 from dspark_hf.training.arguments import DSparkTrainingArguments
 from dspark_hf.training.batches import ConversationDataset, collate
 from dspark_hf.training.checkpoint import last_whole_checkpoint
-from dspark_hf.training.data import Conversation
+from dspark_hf.training.conversations import Conversation
 from dspark_hf.training.losses import DraftLosses, Slots, TargetHead, draft_losses, slot_weights
 from dspark_hf.training.metrics import DraftMetrics
 from dspark_hf.training.optimizers import MuonAdamW, split_parameters
@@ -57,7 +57,7 @@ class DSparkTrainer(Trainer):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from dspark_hf import DSparkAssistantModel
         >>> from dspark_hf.training.arguments import DSparkTrainingArguments
-        >>> from dspark_hf.training.data import Conversation
+        >>> from dspark_hf.training.conversations import Conversation
         >>> from dspark_hf.training.trainer import DSparkTrainer
         >>> target = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
         ...     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, eos_token_id=None))

@@ -17,8 +17,8 @@ from benchmarks.recordings import CONTEXT, Clock, Draft, Written, fewer_right, r
 from benchmarks.simulation import random_target
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.scheduling import Call, FixedScheduler
-from dspark_hf.generation.target import TargetAdapter
-from dspark_hf.profiling.table import CostCurves, CostTable
+from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
 
 LENGTH = 24

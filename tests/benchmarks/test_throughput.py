@@ -16,7 +16,7 @@ from benchmarks.simulation import SimulatedDrafter, random_target
 from benchmarks.throughput_report import best_fixed, ratio, speed_table
 from benchmarks.throughput_store import Store
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.scheduling import profile
+from dspark_hf.generation.scheduling.costs import profile
 
 RATES = [0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
 ARGUMENTS = ["--shape", "tiny", "--runs", "1", "--max-new-tokens", "6"]

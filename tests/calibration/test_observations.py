@@ -16,7 +16,7 @@ from dspark_hf.calibration.observations import (
     read_observations,
     temporary_temperatures,
 )
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.statistics import Round
 from tests.calibration.synthetic import synthetic_observations
 from tests.generation.altered import AlteredDrafter

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.cli.data import data
-from dspark_hf.training import collecting
-from dspark_hf.training.data import read_conversations
-from dspark_hf.training.journal import Journal
+from dspark_hf.data import session as collecting
+from dspark_hf.data.journal import Journal
+from dspark_hf.training.conversations import read_conversations
+from tests.data.test_server import serving
 from tests.tiny import tiny_target
-from tests.training.test_server import serving
 from tests.training.tiny_tokenizer import tiny_tokenizer
 
 app = typer.Typer()

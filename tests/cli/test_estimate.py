@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from dspark_hf.cli.estimate import estimate
-from dspark_hf.estimation import reading
+from dspark_hf.modeling.deepseek_v4.estimation import reading
 
 app = typer.Typer()
 app.command("estimate")(estimate)

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.cli.main import app
 from dspark_hf.demo.tiny import write_tiny_pair
-from dspark_hf.generation.scheduling import Call, profile
-from dspark_hf.generation.scheduling.profile import online_costs
-from dspark_hf.generation.target import TargetAdapter
-from dspark_hf.generation.workload import Workload
+from dspark_hf.generation.scheduling import Call
+from dspark_hf.generation.scheduling.costs import measuring, profile
+from dspark_hf.generation.scheduling.costs.profile import online_costs
+from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
-from dspark_hf.profiling import measuring
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_ctrl_c_writes_nothing(folder, profiles, monkeypatch):
             raise KeyboardInterrupt
         return time(*args)
 
-    monkeypatch.setattr("dspark_hf.generation.workload.timed", interrupt)
+    monkeypatch.setattr("dspark_hf.generation.scheduling.costs.workload.timed", interrupt)
     code, output = _run(folder)
     assert code == 130
     assert "Nothing was written" in output

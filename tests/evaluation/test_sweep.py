@@ -11,7 +11,7 @@ from torch import Tensor
 from dspark_hf.evaluation.acceptance import summarize_acceptance
 from dspark_hf.evaluation.records import RoundRecord, round_records
 from dspark_hf.evaluation.sweep import THRESHOLDS, cut_rounds, sweep_thresholds
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from tests.evaluation.examples import is_falling, random_rounds, tiny_models
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import ScriptedDrafter

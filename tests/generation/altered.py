@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
+from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
 class AlteredDrafter(Drafter):

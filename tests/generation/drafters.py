@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dspark_hf.generation.drafting import DraftContext, DraftedBlock, Drafter, Sampler
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
+from dspark_hf.generation.targets.adapter import TargetAdapter
 
 BLOCK_SIZE = 5
 

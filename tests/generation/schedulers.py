@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling import Batch, Call, Outcome, Schedule, Scheduler
 
 

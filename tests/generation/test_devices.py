@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.tiny import VOCAB_SIZE, tiny_target

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, Stoppin
 from transformers.generation import BaseStreamer
 
 from dspark_hf import DeepseekV4DSparkConfig
-from dspark_hf.generation.integration import CACHE_KEY
+from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark_hf.generation.cache import RaggedStore
+from dspark_hf.generation.ragged_store import RaggedStore
 from dspark_hf.generation.rounds import without_gaps
 
 

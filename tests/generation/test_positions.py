@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.request_queue import Request
-from dspark_hf.generation.request_stream import generate_stream
+from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.requests.stream import generate_stream
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.tiny import VOCAB_SIZE, tiny_config, tiny_target

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dspark_hf.generation.drafting import DraftedBlock, Drafter
+from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import MemorylessDrafter
 from tests.generation.frequencies import (

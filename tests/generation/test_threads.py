@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.scheduling.costs import OnlineCosts
+from dspark_hf.generation.scheduling.adaptive.memory import DrafterMemory
+from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.interface import Batch, Outcome
-from dspark_hf.generation.scheduling.memory import DrafterMemory
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.modeling.drafting import draft_greedily
 from tests.tiny import tiny_target
 

@@ -7,7 +7,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.modeling.drafting import draft_greedily
 from tests.tiny import FAMILIES, tiny_target
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.profiling.plots import draw_costs
-from dspark_hf.profiling.table import CostCurves, CostTable
 
 pytest.importorskip("matplotlib")
 

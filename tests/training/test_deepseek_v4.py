@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.data import Conversation
+from dspark_hf.training.conversations import Conversation
 from dspark_hf.training.optimizers import MuonAdamW, split_parameters
 from dspark_hf.training.trainer import DSparkTrainer
 from tests.modeling.deepseek_v4.tiny import tiny_config

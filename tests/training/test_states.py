@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.training.states import StateCache, StateSource
 from tests.tiny import tiny_target
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.data import Conversation
+from dspark_hf.training.conversations import Conversation
 from dspark_hf.training.trainer import DSparkTrainer
 from tests.tiny import FAMILIES, tiny_config, tiny_target
 

@@ -3,7 +3,7 @@
 What each of them may look at, and why the output's distribution is exact all the same, is in `docs/scheduling.md`.
 """
 
-from dspark_hf.generation.scheduling.adaptive import AdaptiveScheduler
+from dspark_hf.generation.scheduling.adaptive.scheduler import AdaptiveScheduler
 from dspark_hf.generation.scheduling.asynchronous import AsynchronousScheduler
 from dspark_hf.generation.scheduling.fixed import FixedScheduler
 from dspark_hf.generation.scheduling.forgetting import forget

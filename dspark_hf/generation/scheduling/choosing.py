@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dspark_hf.generation.scheduling.adaptive import AdaptiveScheduler
+from dspark_hf.generation.scheduling.adaptive.scheduler import AdaptiveScheduler
 from dspark_hf.generation.scheduling.asynchronous import AsynchronousScheduler
 from dspark_hf.generation.scheduling.fixed import FixedScheduler
 from dspark_hf.generation.scheduling.hardware_aware import HardwareAwareScheduler

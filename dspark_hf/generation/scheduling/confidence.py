@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
+from dspark_hf.generation.scheduling.adaptive.memory import remembered
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.interface import Call, Outcome
-from dspark_hf.generation.scheduling.memory import remembered
 
 SOURCES = ("head", "online")
 # rounds without a verified draft after which a block is taken to be sure, to see what becomes of it

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspark_hf.generation.scheduling.sharing import in_turns
+from dspark_hf.generation.scheduling.locking import in_turns
 
 # larger margins say no more, and a single proposable token has an infinite one
 MAX_MARGIN = 12.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.interface import Batch, Call, Schedule, Scheduler
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dspark_hf.generation.scheduling.memory import forget_drafters
-from dspark_hf.generation.scheduling.profile import forget_costs
+from dspark_hf.generation.scheduling.adaptive.memory import forget_drafters
+from dspark_hf.generation.scheduling.costs.profile import forget_costs
 
 
 def forget() -> None:

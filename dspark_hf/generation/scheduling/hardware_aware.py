@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.confidence import ConfidenceSource
-from dspark_hf.generation.scheduling.costs import Costs, round_seconds
+from dspark_hf.generation.scheduling.costs.online import Costs, round_seconds
 from dspark_hf.generation.scheduling.interface import Batch, Schedule
 from dspark_hf.generation.scheduling.profiled import ProfiledSchedule, ProfiledScheduler
 from dspark_hf.generation.scheduling.survival import possible_survival, stop_level

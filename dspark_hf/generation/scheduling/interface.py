@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dspark_hf.generation.drafting import DraftedBlock, Drafter
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
 @dataclass(frozen=True)

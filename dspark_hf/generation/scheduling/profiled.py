@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from dspark_hf.generation.scheduling.confidence import ConfidenceSource, check_source_name, find_source
-from dspark_hf.generation.scheduling.costs import Costs
+from dspark_hf.generation.scheduling.costs.online import Costs
+from dspark_hf.generation.scheduling.costs.profile import find_profile
 from dspark_hf.generation.scheduling.interface import Call, Outcome, Schedule, Scheduler
-from dspark_hf.generation.scheduling.profile import find_profile
 
 
 class ProfiledScheduler(Scheduler):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.confidence import ConfidenceSource, check_source_name, find_source
 from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
 

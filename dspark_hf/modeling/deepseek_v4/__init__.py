@@ -1,0 +1,1 @@
+"""DeepSeek-V4 as a target, with its DSpark module."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from dspark_hf.generation.integration import CACHE_KEY
-from dspark_hf.generation.target import device_of
+from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.targets.adapter import device_of
 from dspark_hf.modeling.backbone import RMSNorm
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
-from dspark_hf.modeling.deepseek_v4.checkpoint import ReleasedCheckpoints
+from dspark_hf.modeling.deepseek_v4.checkpoints.released import ReleasedCheckpoints
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.hyper_connections import join_streams
 from dspark_hf.modeling.deepseek_v4.layer import DeepseekV4Layer, add_hyper_head, init_weights

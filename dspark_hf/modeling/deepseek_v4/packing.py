@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.padding import pack_order, unpack
+from dspark_hf.generation.targets.padding import pack_order, unpack
 
 
 class Packing:

@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dspark_hf.chat.constants import BOS, DSML, EOS, SPECIAL_TOKENS, THINK_END, THINK_START
-from dspark_hf.chat.template import set_chat_template
+from dspark_hf.modeling.deepseek_v4.chat.constants import BOS, DSML, EOS, SPECIAL_TOKENS, THINK_END, THINK_START
+from dspark_hf.modeling.deepseek_v4.chat.template import set_chat_template
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE, DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.formats import quantize_fp4, quantize_fp8
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dspark_hf.generation.scheduling import profile
-from dspark_hf.profiling.storing import FOLDER_VARIABLE
+from dspark_hf.generation.scheduling.costs import profile
+from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 
 
 @pytest.fixture(autouse=True)

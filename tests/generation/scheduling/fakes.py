@@ -12,10 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.drafting import DraftedBlock, Drafter
+from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, Call, Outcome, Schedule, Scheduler
-from dspark_hf.generation.scheduling.costs import Costs
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.scheduling.costs.online import Costs
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.drafters import ScriptedDrafter
 from tests.tiny import tiny_target
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling import Batch, Call, Schedule, Scheduler
-from dspark_hf.generation.scheduling.costs import Costs, round_seconds
+from dspark_hf.generation.scheduling.costs.online import Costs, round_seconds
 from dspark_hf.generation.scheduling.survival import best_level, possible_survival
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import GenerationConfig
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.requests import read_knobs
+from dspark_hf.generation.call.checks import read_knobs
 from dspark_hf.generation.scheduling import (
     AdaptiveScheduler,
     AsynchronousScheduler,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling import (
     AdaptiveScheduler,
     AsynchronousScheduler,
@@ -29,7 +29,7 @@ from dspark_hf.generation.scheduling import (
     Scheduler,
     ThresholdScheduler,
 )
-from dspark_hf.generation.scheduling.costs import OnlineCosts
+from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call
 from tests.generation.scheduling.retrospective import RetrospectiveScheduler
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper
 
-from dspark_hf.generation.drafting import DraftedBlock, Drafter
+from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.scheduling import (
     AsynchronousScheduler,
     Batch,

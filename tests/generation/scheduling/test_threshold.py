@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.drafting import DraftedBlock
+from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling import Batch, Call, FixedScheduler, ThresholdScheduler
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts

@@ -9,12 +9,12 @@ import torch
 from transformers import configuration_utils
 
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
-from dspark_hf.generation.target import TargetAdapter
-from dspark_hf.modeling.deepseek_v4 import reading
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
 from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
-from dspark_hf.modeling.deepseek_v4.reading import iterate_tensors, read_index
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
+from dspark_hf.modeling.formats import tensors as reading
+from dspark_hf.modeling.formats.tensors import iterate_tensors, read_index
 from tests.modeling.deepseek_v4.tiny import oracle_settings
 from tests.reference.deepseek_v4_drafter import draft
 

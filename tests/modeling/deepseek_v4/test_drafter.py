@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.target import TargetAdapter
-from dspark_hf.modeling.deepseek_v4.drafter_names import our_name, released_name
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.modeling.formats.deepseek_v4 import our_name, released_name
 from tests.modeling.deepseek_v4.tiny import VOCAB, oracle_settings, tiny_model
 from tests.reference.deepseek_v4_drafter import draft
 

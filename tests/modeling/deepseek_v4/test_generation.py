@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.integration import CACHE_KEY
+from dspark_hf.generation.compat import CACHE_KEY
 from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_model
 
 PAD = 0

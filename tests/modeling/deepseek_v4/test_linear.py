@@ -9,7 +9,7 @@ from torch import nn
 from dspark_hf.modeling.deepseek_v4 import linear
 from dspark_hf.modeling.deepseek_v4.formats import dequantize, quantize_fp4, quantize_fp8
 from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear, QuantizedLinear, swap_linears
-from dspark_hf.modeling.deepseek_v4.reading import read_index
+from dspark_hf.modeling.formats.tensors import read_index
 from tests.modeling.deepseek_v4.checkpoints import NUM_TOKENS, load, logits
 
 QUANTIZERS = {"fp8": quantize_fp8, "fp4": quantize_fp4}

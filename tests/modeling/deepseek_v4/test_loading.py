@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkModel
-from dspark_hf.modeling.deepseek_v4.drafter_names import PREFIX
 from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
+from dspark_hf.modeling.formats.deepseek_v4 import PREFIX
 from tests.modeling.deepseek_v4.checkpoints import load, logits, read_files
 
 STRICT = ("hc_", "attn_sink", "gate", "compressor", "head")

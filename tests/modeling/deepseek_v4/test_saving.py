@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from dspark_hf.modeling.deepseek_v4 import saving
-from dspark_hf.modeling.deepseek_v4.drafter_names import PREFIX
-from dspark_hf.modeling.deepseek_v4.reading import INDEX_NAME, SINGLE_NAME
+from dspark_hf.modeling.deepseek_v4.checkpoints import saving
+from dspark_hf.modeling.formats.deepseek_v4 import PREFIX
+from dspark_hf.modeling.formats.tensors import INDEX_NAME, SINGLE_NAME
 from tests.modeling.deepseek_v4.checkpoints import assert_same_bytes, load, logits, read_files
 from tests.modeling.deepseek_v4.tiny import tiny_model
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
-from dspark_hf.generation.integration import CACHE_KEY
-from dspark_hf.generation.target import TargetAdapter
+from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4 import attention
 from dspark_hf.modeling.deepseek_v4.losses import balance_loss
 from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_model

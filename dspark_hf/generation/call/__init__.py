@@ -1,0 +1,1 @@
+"""What a call of `generate` promises, kept at the exact token: checks, processors, criteria, streamers, outputs."""

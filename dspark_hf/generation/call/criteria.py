@@ -1,0 +1,103 @@
+"""Stopping criteria over several new tokens at once, each acting at the very token where plain `generate` stops.
+
+B batch, n new tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+from dspark_hf.generation.call.sequences import Sequences
+
+
+class StopRules:
+    """Find where each row stops among its new tokens.
+
+    Args:
+        criteria: what `generate` prepared.
+        sequences: the committed tokens.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, sequences: Sequences):
+        self._sequences = sequences
+        self._eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+        self._max_lengths = [
+            criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)
+        ]
+        self._others = [
+            criterion for criterion in criteria if not isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria))
+        ]
+
+    @property
+    def pads_finished_rows(self) -> bool:
+        """Whether a finished row is padded; without an EOS criterion plain `generate` writes on until all are done."""
+        return bool(self._eos)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a row."""
+        return [token_id for eos in self._eos for token_id in eos.tolist()]
+
+    @property
+    def max_length(self) -> int | None:
+        """The smallest maximal length, or None."""
+        return min(self._max_lengths, default=None)
+
+    def first_stops(
+        self, rows: Sequence[int], new_tokens: list[Tensor], scores_until: Callable[[int], Any]
+    ) -> list[int | None]:
+        """Return, per row of `rows`, how many of its `new_tokens` are kept, the stopping one included, or None.
+
+        `scores_until(length)` gives the scores that plain `generate` would show a criterion at that length.
+        """
+        stops: list[int | None] = [None] * len(rows)
+        for index, row in enumerate(rows):
+            stops[index] = self._fixed_stop(self._sequences.lengths[row], new_tokens[index])
+        if self._others:
+            self._ask_others(rows, new_tokens, stops, scores_until)
+        return stops
+
+    def _fixed_stop(self, length: int, tokens: Tensor) -> int | None:
+        candidates = [max(max_length - length, 1) for max_length in self._max_lengths]
+        for eos in self._eos:
+            hits = torch.isin(tokens, eos.to(tokens.device)).nonzero()
+            if len(hits):
+                candidates.append(int(hits[0]) + 1)
+        kept = min(candidates, default=len(tokens) + 1)
+        return kept if kept <= len(tokens) else None
+
+    def _ask_others(
+        self,
+        rows: Sequence[int],
+        new_tokens: list[Tensor],
+        stops: list[int | None],
+        scores_until: Callable[[int], Any],
+    ) -> None:
+        width = max(len(tokens) for tokens in new_tokens)
+        ahead = torch.stack([_pad(tokens, width, self._sequences.pad_token_id) for tokens in new_tokens])
+        ids = self._sequences.with_ahead(rows, ahead)
+        places = defaultdict(list)
+        for index, row in enumerate(rows):
+            for count in range(1, len(new_tokens[index]) + 1):
+                places[self._sequences.lengths[row] + count].append((index, count))
+        for length in sorted(places):
+            waiting = [(i, count) for i, count in places[length] if count <= (stops[i] or count)]
+            if not waiting:
+                continue
+            prefix, scores = ids[:, :length], scores_until(length)
+            for criterion in self._others:
+                # a criterion may answer for the whole batch at once
+                done = torch.as_tensor(criterion(prefix, scores)).expand(len(ids))
+                for index, count in waiting:
+                    if bool(done[rows[index]]):
+                        stops[index] = min(count, stops[index] or count)
+
+
+def _pad(tokens: Tensor, width: int, pad_token_id: int) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, width - len(tokens)), value=pad_token_id)

@@ -1,0 +1,98 @@
+"""What the decoding loop asks of a drafter.
+
+B batch, K drafts, V vocab, D hidden, M tapped layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dspark_hf.generation.statistics import SpeculationStatistics
+
+if TYPE_CHECKING:
+    from dspark_hf.generation.targets.adapter import TargetAdapter
+
+
+# (slot k, logits [B, V], drafted so far [B, k]) -> (token ids [B], probabilities [B, V] or None when greedy)
+Sampler = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class DraftedBlock:
+    """Drafts of one round.
+
+    `token_ids` `(B, K)`; `probs` `(B, K, V)`, fp32, the distributions the tokens were really drawn from, or None when
+    greedy; `confidence` `(B, K)`, fp32, the estimated chance that draft k is accepted given that its prefix is, or
+    None without a confidence head; `margins` `(B, K)`, fp32, how far the best logit of each slot lies above the
+    second, filled in by the decoding loop where a scheduler wants it. `confidence[:, k]` and `margins[:, k]` depend on
+    the drafts before k only.
+    """
+
+    token_ids: Tensor
+    probs: Tensor | None
+    confidence: Tensor | None
+    margins: Tensor | None = None
+
+    @property
+    def num_drafts(self) -> int:
+        """Number K of drafts per row."""
+        return self.token_ids.shape[1]
+
+
+class DraftContext(ABC):
+    """What a drafter remembers of the sequences being generated."""
+
+    @abstractmethod
+    def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
+        """Append hidden states `(B, T, M * D)` of the target at `positions` `(B, T)`: `num_tokens[r]` of row r."""
+
+    @abstractmethod
+    def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
+        """Return `num_drafts` drafts after the anchors `(B)`, which stand at `positions` `(B)`."""
+
+    @abstractmethod
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` `(B')` of the batch, in that order."""
+
+    def append_rows(self, other: Any) -> None:
+        """Append the rows of another context of the same drafter; only `generate_stream` asks for it."""
+        raise NotImplementedError(
+            "`drafter` must have contexts with `append_rows` for `generate_stream`, got "
+            f"{type(self).__name__} without. Implement it, or use `target.generate`."
+        )
+
+
+class Drafter(ABC):
+    """A model that proposes blocks of tokens from the target's hidden states.
+
+    `scheduler` says how many drafts are made and verified: a name, a `Scheduler`, or None for the adaptive one; what
+    a call says goes before. `last_statistics` holds what the last call of `generate` measured. Several threads may
+    use a drafter at once; what each of them measured is in its output with `return_dict_in_generate=True`.
+    """
+
+    # Transformers evaluates annotations when the class is made, and schedulers know drafters
+    scheduler: Any = None
+    last_statistics: SpeculationStatistics | None = None
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """Number of drafts the drafter was trained to propose per round."""
+
+    @property
+    @abstractmethod
+    def target_layer_ids(self) -> list[int]:
+        """Target decoder layers whose outputs the drafter reads."""
+
+    @abstractmethod
+    def check_target(self, target: TargetAdapter) -> None:
+        """Raise a `ValueError` if this drafter was not made for `target`."""
+
+    @abstractmethod
+    def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
+        """Return an empty context for `batch_size` sequences."""

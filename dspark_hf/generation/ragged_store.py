@@ -1,0 +1,119 @@
+"""Keys and values of rows that have their own lengths: what the drafter's context and the target's cache are made of.
+
+B batch, T tokens, C capacity, H key/value heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class RaggedStore:
+    """Keys and values of one layer, `(B, H, C, E)`; row r's token j lies in slot j.
+
+    Writing past a row's length is harmless: what lies there is masked and written over. So a rollback is nothing but
+    a smaller length.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def write(self, keys: Tensor, values: Tensor, starts: Sequence[int], starts_tensor: Tensor) -> None:
+        """Write keys and values `(B, H, T, E)` into the slots from `starts[r]` on."""
+        num_tokens = keys.shape[2]
+        end = max(starts) + num_tokens
+        if self.keys is None or self.values is None:
+            self.keys, self.values = _reserve(keys, end), _reserve(values, end)
+        elif end > self.keys.shape[2]:
+            self.keys, self.values = _grow(self.keys, end), _grow(self.values, end)
+        if min(starts) == max(starts):
+            self.keys[:, :, starts[0] : end] = keys
+            self.values[:, :, starts[0] : end] = values
+            return
+        slots = starts_tensor[:, None] + torch.arange(num_tokens, device=keys.device)
+        index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.keys.scatter_(2, index, keys)
+        self.values.scatter_(2, index[..., :1].expand(-1, -1, -1, values.shape[3]), values)
+
+    def read(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values `(B, H, length, E)`."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+    def keep_from(self, starts: Tensor, length: int) -> None:
+        """Move the `length` slots from `starts` `(B)` on to the front, and drop the others."""
+        if self.keys is not None and self.values is not None:
+            slots = (starts[:, None] + torch.arange(length, device=starts.device))[:, None, :, None]
+            self.keys, self.values = (
+                store.gather(2, slots.expand(-1, store.shape[1], -1, store.shape[3])).contiguous()
+                for store in (self.keys, self.values)
+            )
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        if self.keys is not None and self.values is not None:
+            rows = rows.to(self.keys.device)
+            self.keys, self.values = _selected(self.keys, rows), _selected(self.values, rows)
+
+    def append_rows(self, other: RaggedStore) -> None:
+        """Append the rows of another store of the same layer."""
+        assert self.keys is not None and self.values is not None
+        assert other.keys is not None and other.values is not None
+        self.keys, self.values = _stacked(self.keys, other.keys), _stacked(self.values, other.values)
+
+
+def _reserve(states: Tensor, length: int) -> Tensor:
+    # room to grow; zeros, since a masked slot still enters a product and must not be NaN
+    capacity = 64 * (length // 64 + 2)
+    return states.new_zeros(states.shape[0], states.shape[1], capacity, states.shape[3])
+
+
+def _selected(store: Tensor, rows: Tensor) -> Tensor:
+    count = len(rows)
+    moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+    if count > len(store) or bool((rows[moved] < count).any()):
+        return store[rows]
+    # rows from the end fill gaps: the others, which may be long, stay where they are
+    store[moved] = store[rows[moved]]
+    return store[:count]
+
+
+def _stacked(store: Tensor, other: Tensor) -> Tensor:
+    capacity = max(store.shape[2], other.shape[2])
+    rows = [torch.nn.functional.pad(states, (0, 0, 0, capacity - states.shape[2])) for states in (store, other)]
+    return torch.cat(rows)
+
+
+def _grow(store: Tensor, length: int) -> Tensor:
+    larger = store.new_zeros(store.shape[0], store.shape[1], max(length, 2 * store.shape[2]), store.shape[3])
+    larger[:, :, : store.shape[2]] = store
+    return larger
+
+
+class RaggedLengths:
+    """Lengths of the rows of a ragged cache, on the host and on the device."""
+
+    def __init__(self, batch_size: int, device: torch.device):
+        self.host = [0] * batch_size
+        self.device = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def set(self, lengths: Sequence[int]) -> None:
+        """Set every row's length."""
+        self.host = list(lengths)
+        self.device = torch.tensor(self.host, dtype=torch.long, device=self.device.device)
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Lengthen every row."""
+        self.set([length + count for length, count in zip(self.host, counts, strict=True)])
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only `rows` of the batch."""
+        self.set([self.host[row] for row in rows.tolist()])
+
+    def append_rows(self, other: RaggedLengths) -> None:
+        """Append the rows of other lengths."""
+        self.set(self.host + other.host)

@@ -1,0 +1,342 @@
+"""Continuous batching: requests join a running batch as rows become free, and leave it when they are done."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StopStringCriteria
+
+from dspark_hf.generation.call.checks import check_request, read_knobs
+from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.requests.batch import RequestBatch, RequestRow
+from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
+from dspark_hf.generation.scheduling.interface import Call, Schedule, Scheduler
+from dspark_hf.generation.statistics import SpeculationStatistics
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.ragged import RaggedTarget
+from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.targets.rowwise import RowwiseCache
+
+# between two looks for requests while none is being decoded
+_IDLE_SECONDS = 0.005
+# these belong to the stream, or would have to be handed back
+_NOT_PER_REQUEST = ("assistant_model", "custom_generate", "scheduler", "past_key_values", "cache")
+
+
+def generate_stream(
+    target: PreTrainedModel,
+    requests: Iterable[Request | None],
+    *,
+    drafter: Drafter,
+    max_rows: int = 8,
+    scheduler: Scheduler | str | None = None,
+) -> RequestStream:
+    """Decode requests together as they come, each by its own rules, and return an iterator of finished ones.
+
+    A request joins the running batch when a row is free. Its text is the one that `target.generate` gives for it
+    alone, under the same conditions as with `assistant_model=`.
+
+    Args:
+        target: the target.
+        requests: any iterable, or a `RequestQueue`; asked for the next request only when a row is free. None means
+            that nothing has arrived yet: decoding goes on meanwhile.
+        drafter: the drafter.
+        max_rows: requests that are decoded at the same time.
+        scheduler: as in `generate`, for all requests.
+
+    Raises:
+        ValueError: if the target cannot be decoded row by row, or an argument does not fit.
+
+    Example:
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dspark_hf import DSparkAssistantModel, Request, generate_stream
+        >>> target = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, eos_token_id=None))
+        >>> drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+        >>> sizes = {"long": 9, "short": 2}
+        >>> requests = [Request([5, 6, 7], {"max_new_tokens": size}, key) for key, size in sizes.items()]
+        >>> for finished in generate_stream(target, requests, drafter=drafter):
+        ...     print(finished.request.key, len(finished.token_ids))
+        short 5
+        long 12
+    """
+    return RequestStream(target, requests, drafter=drafter, max_rows=max_rows, scheduler=scheduler)
+
+
+class RequestStream(Iterator[FinishedRequest]):
+    """The iterator that `generate_stream` returns: finished requests, in the order in which they finish.
+
+    A request that fails comes with its `error`, and the others go on. If the target or the drafter fails, all requests
+    inside come with that error, which is raised after the last of them. If `requests` raises, what is inside is
+    decoded to its end first. `statistics` counts over all requests; it holds no origins and no rounds.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        requests: Iterable[Request | None],
+        *,
+        drafter: Drafter,
+        max_rows: int = 8,
+        scheduler: Scheduler | str | None = None,
+    ):
+        if max_rows < 1:
+            raise ValueError(f"`max_rows` must be at least 1, got {max_rows}. A row is a request being decoded.")
+        self.statistics = SpeculationStatistics()
+        self._adapter = TargetAdapter(target, drafter.target_layer_ids)
+        drafter.check_target(self._adapter)
+        try:
+            RaggedCache(target, 1)
+        except ValueError as error:
+            raise _unfit(target, "Call `target.generate` for each, unpadded.") from error
+        self._drafter = drafter
+        self._scheduler = read_knobs(target.generation_config, drafter, target, scheduler).scheduler
+        self._max_rows = max_rows
+        self._requests = requests
+        self._source = iter(requests)
+        self._is_exhausted = False
+        self._schedule: Schedule | None = None
+        self._batch: RequestBatch | None = None
+        self._finished: deque[FinishedRequest] = deque()
+        self._failure: BaseException | None = None
+
+    def __next__(self) -> FinishedRequest:
+        while not self._finished:
+            if self._is_exhausted and self._batch is None:
+                failure, self._failure = self._failure, None
+                raise failure or StopIteration
+            try:
+                self._step()
+            except BaseException as error:
+                self._end(error)
+                if not isinstance(error, Exception):
+                    raise
+                self._failure = error
+        return self._finished.popleft()
+
+    def close(self) -> list[FinishedRequest]:
+        """Cancel all requests inside, those in a `RequestQueue` too. Returns all that was not handed out yet."""
+        self._end(None)
+        self._failure = None
+        rest = list(self._finished)
+        self._finished.clear()
+        return rest
+
+    def __enter__(self) -> RequestStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Let requests in and decode one round."""
+        self._let_requests_in()
+        if self._batch is None:
+            if not self._is_exhausted and not self._finished:
+                time.sleep(_IDLE_SECONDS)
+            return
+        self._batch.drop_cancelled()
+        if self._batch.rows:
+            # hooks are there while the target runs only: between rounds it is the caller's
+            with self._adapter:
+                self._batch.round()
+        self._collect()
+
+    def _let_requests_in(self) -> None:
+        # one report at a time: a source of requests that all fail must not fill the memory with reports
+        while not self._is_exhausted and not self._finished and self._has_room():
+            try:
+                request = next(self._source)
+                if request is not None and not isinstance(request, Request):
+                    raise TypeError(f"`requests` must give Request or None, got {type(request).__name__}.")
+            except StopIteration:
+                self._is_exhausted = True
+                return
+            except Exception as error:
+                self._failure, self._is_exhausted = error, True
+                return
+            if request is None:
+                return
+            self._join(request)
+
+    def _has_room(self) -> bool:
+        return self._batch is None or len(self._batch.rows) < self._max_rows
+
+    def _join(self, request: Request) -> None:
+        if request.is_cancelled:
+            self._report(request)
+            return
+        try:
+            newcomer = self._prefilled(request)
+        except BaseException as error:
+            self._report(request, error=error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for row in newcomer.take_left():
+            self._report_row(row)
+        if self._batch is None:
+            self._batch = newcomer if newcomer.rows else None
+        elif newcomer.rows:
+            self._batch.append(newcomer)
+
+    def _prefilled(self, request: Request) -> RequestBatch:
+        """Return a batch of this request alone, with its first token."""
+        row, target = self._prepared(request)
+        with self._adapter:
+            context = self._drafter.start(self._adapter, 1)
+            self._schedule = self._schedule or self._scheduler.start(self._call(row))
+            newcomer = RequestBatch(self._adapter, target, context, self._schedule, [row], self.statistics)
+            newcomer.prefill()
+        return newcomer
+
+    def _call(self, row: RequestRow) -> Call:
+        return Call(
+            target=self._adapter,
+            drafter=self._drafter,
+            num_rows=self._max_rows,
+            max_drafts=self._drafter.block_size,
+            prompt_length=row.sequences.prompt_length,
+            is_sampling=row.is_sampling,
+        )
+
+    def _prepared(self, request: Request) -> tuple[RequestRow, RaggedTarget]:
+        """Return a request's row and its run of the target, as `generate` itself prepares them."""
+        model: Any = self._adapter.model
+        options = dict(request.options)
+        wrong = sorted(set(options) & set(_NOT_PER_REQUEST))
+        if wrong:
+            raise ValueError(f"`options` of a request must leave out {wrong}. Arguments of the stream hold for all.")
+        streamer, tokenizer = options.pop("streamer", None), options.pop("tokenizer", None)
+        if tokenizer is not None and options.get("stop_strings") is not None:
+            # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
+            strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), strings]
+        input_ids = _as_row(request.input_ids, model.device)
+        if input_ids.numel() == 0:
+            raise ValueError("`input_ids` of a request must hold a token at least, got none. Give it a prompt.")
+        if options.get("attention_mask") is not None:
+            # a tokenizer without `return_tensors` gives lists
+            options["attention_mask"] = mask = _as_row(options["attention_mask"], model.device)
+            if mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"`attention_mask` of a request must have the shape of its `input_ids`, {tuple(input_ids.shape)}, "
+                    f"got {tuple(mask.shape)}. Pass both as the tokenizer gives them, or leave the mask out."
+                )
+        prepared: dict[str, Any] = {}
+        model.generate(input_ids, custom_generate=_keep_in(prepared), **options)
+        input_ids, config = prepared.pop("input_ids"), prepared.pop("generation_config")
+        processors, criteria = prepared.pop("logits_processor"), prepared.pop("stopping_criteria")
+        # rows that share a pass share its width
+        num_drafts = self._drafter.block_size
+        check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
+        _check_options(input_ids, config)
+        if isinstance(prepared[CACHE_KEY], RowwiseCache):
+            raise _unfit(model, "Call `target.generate` for each, or for batches.")
+        knobs = read_knobs(config, self._drafter, model, self._scheduler)
+        target = RaggedTarget(self._adapter, input_ids, config, prepared)
+        if target.has_token_types:
+            raise ValueError(
+                "`token_type_ids` must be left out in a stream, got some. Others in the pass may have none: call "
+                "`target.generate` for this one."
+            )
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        row = RequestRow(
+            request,
+            input_ids,
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            streamer=streamer,
+            num_drafts=knobs.num_drafts,
+        )
+        return row, target
+
+    def _collect(self) -> None:
+        """Report the rows that have left the batch."""
+        if self._batch is not None:
+            for row in self._batch.take_left():
+                self._report_row(row)
+            if not self._batch.rows:
+                self._batch = None
+
+    def _report_row(self, row: RequestRow, error: BaseException | None = None) -> None:
+        error = row.error or (None if row.is_finished else error)
+        self._report(row.request, row.sequences.row(0), row.statistics, error)
+
+    def _report(
+        self,
+        request: Request,
+        token_ids: Tensor | None = None,
+        statistics: SpeculationStatistics | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        streamer = request.options.get("streamer")
+        if streamer is not None:
+            try:
+                # whoever reads it waits for the end
+                streamer.end()
+            except Exception as late:
+                error = error or late
+        self._finished.append(FinishedRequest(request, token_ids, statistics, error))
+
+    def _end(self, error: BaseException | None) -> None:
+        """Report all that is inside, with the error, or cancelled if there is none."""
+        self._is_exhausted = True
+        self._collect()
+        batch, self._batch = self._batch, None
+        for row in [] if batch is None else batch.rows:
+            if error is None:
+                row.request.cancel()
+            self._report_row(row, error)
+        if isinstance(self._requests, RequestQueue):
+            self._requests.close()
+            for request in self._requests:
+                assert request is not None
+                if error is None:
+                    request.cancel()
+                self._report(request, error=error)
+
+
+def _keep_in(prepared: dict[str, Any]) -> Callable[..., Tensor]:
+    """Return a decoding method that decodes nothing and keeps what it is called with."""
+
+    def keep(model: PreTrainedModel, input_ids: Tensor, **arguments: Any) -> Tensor:
+        prepared.update(arguments, input_ids=input_ids)
+        return input_ids
+
+    return keep
+
+
+def _check_options(input_ids: Tensor, generation_config: Any) -> None:
+    if len(input_ids) != 1:
+        raise ValueError(
+            f"`input_ids` of a request must hold one prompt, to be continued once, got {len(input_ids)}. Make each a "
+            "request of its own."
+        )
+    if generation_config.return_dict_in_generate:
+        raise ValueError(
+            "`return_dict_in_generate` must be False in a stream, got True. Finished requests come with statistics."
+        )
+
+
+def _as_row(values: Any, device: torch.device) -> Tensor:
+    """Return what a request holds, `(T,)`, `(1, T)` or a list, as `(1, T)`."""
+    tensor = torch.as_tensor(values, device=device)
+    return tensor[None] if tensor.ndim == 1 else tensor
+
+
+def _unfit(target: PreTrainedModel, remedy: str) -> ValueError:
+    return ValueError(
+        "`target` must have full or sliding attention under 'eager' or 'sdpa', without ALiBi, and a cache of "
+        f"Transformers, to decode requests that come and go, got {type(target).__name__}. {remedy}"
+    )

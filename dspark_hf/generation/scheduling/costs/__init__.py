@@ -1,0 +1,1 @@
+"""What a step costs: learned while decoding, measured, stored, and read as curves."""

@@ -1,0 +1,128 @@
+"""Profiles on disk: readable JSON, one file per model, dtype, device and attention implementation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import cached_assets_path
+
+from dspark_hf.files import write_whole
+from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable, Point
+
+FOLDER_VARIABLE = "DSPARK_HF_PROFILES"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ProfileKey:
+    """What a target's costs depend on; `model` names its class and its sizes, not its weights."""
+
+    model: str
+    dtype: str
+    device: str
+    attention: str
+
+    @property
+    def file_name(self) -> str:
+        """The name of its file."""
+        parts = (self.model, self.dtype, self.device, self.attention)
+        return "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts) + ".json"
+
+
+def profile_path(key: ProfileKey, folder: Path | None = None) -> Path:
+    """Return where a target's profile is stored, whether there is one or not.
+
+    Args:
+        key: the target.
+        folder: default: what `DSPARK_HF_PROFILES` names, else a folder in Hugging Face's assets cache.
+    """
+    return (folder or _default_folder()) / key.file_name
+
+
+def load_profile(key: ProfileKey, drafter: str | None, folder: Path | None = None) -> CostTable | None:
+    """Return what is stored of a target and one of its drafters, or None without a readable file."""
+    fields = _read(profile_path(key, folder))
+    if fields is None:
+        return None
+    try:
+        draft = {} if drafter is None else fields["drafters"].get(drafter, {})
+        return CostTable(
+            _curves(fields["verify"]["curves"], "seconds_by_width"),
+            _curves(draft.get("curves", []), "seconds_by_drafts"),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # someone wrote something else into it
+        return None
+
+
+def save_profile(
+    key: ProfileKey, drafter: str | None, table: CostTable, measured: Mapping[str, Any], folder: Path | None = None
+) -> Path:
+    """Write a profile, whole or not at all, and return its path; other drafters' costs in the file stay.
+
+    Args:
+        key: the target.
+        drafter: the drafter whose costs are in the table, or None.
+        table: the costs; the target's replace those in the file.
+        measured: where they come from: hardware, versions, date.
+        folder: as in `profile_path`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path = profile_path(key, folder)
+    others = (_read(path) or {}).get("drafters")
+    drafters = dict(others) if isinstance(others, dict) else {}
+    if drafter is not None:
+        drafters[drafter] = {"measured": measured, "curves": _rows(table.draft, "seconds_by_drafts")}
+    fields = {
+        "format": _FORMAT,
+        **asdict(key),
+        "verify": {"measured": measured, "curves": _rows(table.verify, "seconds_by_width")},
+        "drafters": drafters,
+    }
+    write_whole(path, (json.dumps(fields, indent=2) + "\n").encode())
+    return path
+
+
+def _default_folder() -> Path:
+    named = os.environ.get(FOLDER_VARIABLE)
+    return Path(named) if named else _cache_folder()
+
+
+@lru_cache(maxsize=1)
+def _cache_folder() -> Path:
+    # it makes the folder, and is asked for in every call of generate
+    return cached_assets_path("dspark_hf", namespace="profiles", subfolder="costs")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # a file of another format is measured anew
+    return fields if isinstance(fields, dict) and fields.get("format") == _FORMAT else None
+
+
+def _rows(curves: CostCurves, name: str) -> list[dict[str, Any]]:
+    grouped: dict[tuple[int, int], dict[str, float]] = {}
+    for (rows, context, size), seconds in sorted(curves.points.items()):
+        # a tenth of a microsecond is more than a clock can tell
+        grouped.setdefault((rows, context), {})[str(size)] = round(seconds, 7)
+    return [{"rows": rows, "context": context, name: curve} for (rows, context), curve in grouped.items()]
+
+
+def _curves(rows: list[dict[str, Any]], name: str) -> CostCurves:
+    points: dict[Point, float] = {}
+    for row in rows:
+        for size, seconds in row[name].items():
+            points[int(row["rows"]), int(row["context"]), int(size)] = float(seconds)
+    return CostCurves(points)

@@ -1,0 +1,152 @@
+"""One row with the cache that `generate` prepared, or that the user brought: used as it is, cropped to roll back.
+
+W positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, last_positions, mask_length, stop_recording
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.interface import TargetPass
+
+_PER_TOKEN_KWARGS = ("token_type_ids", "mm_token_type_ids")
+
+
+class SingleRowTarget:
+    """Run the target on one unpadded row.
+
+    Args:
+        adapter: the target, entered by the caller.
+        input_ids: the prompt `(1, P)`.
+        generation_config: the prepared generation configuration.
+        model_kwargs: what `generate` prepared for the forward pass.
+    """
+
+    def __init__(
+        self,
+        adapter: TargetAdapter,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        self._adapter = adapter
+        self._model: Any = adapter.model
+        self._cache = model_kwargs[CACHE_KEY]
+        self._generation_config = generation_config
+        self._kwargs = {**model_kwargs, "return_dict": True}
+        self._kwargs.update(
+            output_hidden_states=generation_config.output_hidden_states or None,
+            output_attentions=generation_config.output_attentions or None,
+        )
+        self._ids = input_ids
+        self._prompt_length = 0
+        # tokens that are kept, and those of a pass behind them of which nothing is known yet
+        self._length = int(self._cache.get_seq_length())
+        self._width = 0
+
+    def prefill(self) -> TargetPass:
+        """Process what of the prompt the cache does not hold yet."""
+        # sliding layers forget on update unless told to wait for a crop
+        self._cache.activate_past_recording()
+        past_length = self._length
+        embeds = self._kwargs.get("inputs_embeds")
+        next_length = None
+        if embeds is not None:
+            next_length = embeds.shape[1] - past_length
+        elif mask_length(self._generation_config, self._kwargs.get("attention_mask")) == self._ids.shape[1]:
+            # the prompt repeats what the cache holds
+            next_length = self._ids.shape[1] - past_length
+        inputs = self._model.prepare_inputs_for_generation(
+            self._ids, next_sequence_length=next_length, is_first_iteration=True, **self._kwargs
+        )
+        if inputs.get(CACHE_KEY) is None:
+            # Phi-3 computes a cache anew that ends before its rotary embedding switches
+            stop_recording(self._cache)
+            self._cache, self._length, past_length = empty_cache_like(self._model), 0, 0
+            self._cache.activate_past_recording()
+            self._kwargs[CACHE_KEY] = inputs[CACHE_KEY] = self._cache
+        num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
+        target_pass = self._run(inputs, num_tokens, 1, past_length)
+        if not self._cache.is_croppable:
+            raise ValueError(
+                f"`{CACHE_KEY}` must be a cache that can be rolled back, got {type(self._cache).__name__} for "
+                f"{type(self._model).__name__}. Leave out `cache_implementation`, or generate without "
+                "`assistant_model`."
+            )
+        self._cache.crop(0)
+        self._length = self._prompt_length = past_length + num_tokens
+        return target_pass
+
+    def verify(self, token_ids: Tensor) -> TargetPass:
+        """Process anchor and drafts `(1, W)`."""
+        width, past_length = token_ids.shape[1], self._length
+        inputs = self._model.prepare_inputs_for_generation(
+            token_ids, next_sequence_length=width, is_first_iteration=False, **self._lengthened(width, past_length)
+        )
+        target_pass = self._run(inputs, width, width, past_length)
+        self._width = width
+        return target_pass
+
+    def _lengthened(self, width: int, past_length: int) -> dict[str, Any]:
+        kwargs = dict(self._kwargs)
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is not None:
+            ones = attention_mask.new_ones(1, past_length + width - attention_mask.shape[1])
+            kwargs["attention_mask"] = torch.cat([attention_mask, ones], dim=1)
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            # the prompt's last position and how many tokens followed it; 3-D positions of vision models grow alike
+            steps = past_length - self._prompt_length + 1 + torch.arange(width, device=positions.device)
+            kwargs["position_ids"] = positions[..., -1:] + steps
+        for name in _PER_TOKEN_KWARGS:
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][:, -1:].expand(-1, width)
+        kwargs.pop("inputs_embeds", None)
+        return kwargs
+
+    def _run(self, inputs: dict[str, Any], num_tokens: int, width: int, past_length: int) -> TargetPass:
+        device = self._model.device
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = last_positions(num_tokens, width, device)
+        outputs = self._model(**inputs)
+        positions = past_length + torch.arange(num_tokens, device=device)
+        return TargetPass(
+            logits=outputs.logits[:, -width:],
+            context_hidden_states=self._adapter.pop_context_hidden_states(),
+            positions=positions[None],
+            num_tokens=[num_tokens],
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def keep(self, num_kept: Sequence[int]) -> None:
+        """Crop the cache behind the kept tokens."""
+        self._length += num_kept[0]
+        # even a crop of nothing is needed: it trims sliding layers to their window
+        self._cache.crop(num_kept[0] - self._width)
+        self._width = 0
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Nothing to select from."""
+
+    def returned_cache(self) -> Any:
+        """Return the cache."""
+        return self._cache
+
+    def release(self) -> None:
+        """Take back what an interrupted round left in the cache, and let it forget on update again."""
+        for layer in self._cache.layers:
+            # a pass that was interrupted itself has reached some layers only; convolutions do not know their length
+            is_long = isinstance(layer, CacheLayerMixin)
+            surplus = layer.get_seq_length() - self._length if is_long else self._width
+            if surplus > 0:
+                layer.crop(-surplus)
+        stop_recording(self._cache)

@@ -1,0 +1,1 @@
+"""Released DeepSeek-V4 checkpoints: loading, placing, saving."""
