@@ -1,10 +1,14 @@
-"""What `generate` runs: a fixed batch under common rules, decoded round by round.
+"""The loop: draft, schedule, verify, commit, roll back (arXiv 2607.05147, Section 3). Read this file first.
 
-B rows of the batch, b rows still in it, k drafts so far, W positions of a verify pass, V vocab.
+b rows in the batch, K drafts, W = 1 + K positions of a verify pass, V vocab.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,23 +16,20 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from dspark_hf.generation.call.checks import Knobs, check_request, read_knobs
-from dspark_hf.generation.call.criteria import StopRules
-from dspark_hf.generation.call.outputs import DSparkGenerateOutput, OutputRecorder
-from dspark_hf.generation.call.processors import ProcessorChain
-from dspark_hf.generation.call.sequences import Sequences
-from dspark_hf.generation.call.streamers import OrderedStream
-from dspark_hf.generation.compat import CACHE_KEY, pad_token_id, was_given_by_user
+from dspark_hf.generation.call.checks import check_request, read_options
+from dspark_hf.generation.call.outputs import DSparkGenerateOutput
+from dspark_hf.generation.call.rows import CallRows
+from dspark_hf.generation.compat import CACHE_KEY, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
-from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
-from dspark_hf.generation.rounds import Rounds, fill_empty, without_gaps
-from dspark_hf.generation.scheduling.interface import Batch, Call, Scheduler
-from dspark_hf.generation.statistics import Round, SpeculationStatistics
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
+from dspark_hf.generation.rows import RoundRecord, Rows
+from dspark_hf.generation.scheduling.estimator import top_margin
+from dspark_hf.generation.scheduling.interface import Batch, Outcome, Schedule, Scheduler
+from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
-from dspark_hf.generation.targets.cropped import SingleRowTarget
+from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
-from dspark_hf.generation.targets.ragged import RaggedTarget
-from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
+from dspark_hf.generation.verification import verify, verify_greedy
 
 
 @torch.no_grad()
@@ -63,190 +64,206 @@ def decode(
     check_request(
         model, input_ids, generation_config, model_kwargs, num_drafts=drafter.block_size, synced_gpus=synced_gpus
     )
-    knobs = read_knobs(generation_config, drafter, model, scheduler)
+    options = read_options(generation_config, drafter, model, scheduler)
     adapter = TargetAdapter(model, drafter.target_layer_ids)
     drafter.check_target(adapter)
     with adapter:
-        run = _Run(adapter, drafter, knobs, input_ids, logits_processor, stopping_criteria, generation_config)
-        run.start(streamer, model_kwargs)
+        rows = CallRows(
+            input_ids,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            streamer,
+            num_drafts=options.num_drafts,
+            returns_cache=was_given_by_user(model_kwargs[CACHE_KEY]),
+        )
+        # there from the start, so that a streamer can ask where a token came from
+        drafter.last_statistics = rows.statistics
+        widest = options.num_drafts + 1
+        target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
+        context = drafter.start(adapter, len(input_ids))
+        schedule = options.scheduler.start(rows.describe(adapter, drafter))
+        rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics)
         try:
-            run.prefill()
-            while not run.is_done:
-                run.round()
-            return run.finish()
+            rounds.prefill()
+            while not rows.are_done:
+                rounds.round()
+            return rows.finish(target)
         finally:
             # a round that a user's code or Ctrl-C ended leaves no drafts in the user's cache
-            run.release()
+            target.release()
 
 
-class _Run(Rounds):
-    """One call of `generate`: its rows, its caches and its rules."""
+class Rounds:
+    """Decode rows round by round.
+
+    Args:
+        adapter: the target, entered by the caller.
+        target: the target over its cache.
+        context: the drafter's context.
+        schedule: how many drafts are made and verified.
+        rows: the rows, and the rules by which they are written.
+        statistics: where passes and their time are counted.
+    """
 
     def __init__(
         self,
         adapter: TargetAdapter,
-        drafter: Drafter,
-        knobs: Knobs,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
+        target: TargetState,
+        context: DraftContext,
+        schedule: Schedule,
+        rows: Rows,
+        statistics: SpeculationStatistics,
     ):
-        super().__init__(adapter, SpeculationStatistics())
-        self._drafter = drafter
-        self._knobs = knobs
-        self._config = generation_config
-        self._is_sampling = bool(generation_config.do_sample)
-        self._sequences = Sequences(input_ids, pad_token_id(generation_config))
-        self._rules = StopRules(stopping_criteria, self._sequences)
-        self._eos_token_ids = self._rules.eos_token_ids
-        self._processors = ProcessorChain(logits_processor, self._sequences, self._eos_token_ids)
-        self._recorder = OutputRecorder(generation_config, len(input_ids))
-        self._statistics.start_rows(len(input_ids))
-        # there from the start, so that a streamer can ask where a token came from
-        drafter.last_statistics = self._statistics
-        # rows in the order in which the caches hold them
-        self._rows = list(range(len(input_ids)))
-        self._stopped_at: dict[int, int] = {}
+        self._adapter = adapter
+        self._target = target
+        self._context = DeferredContext(context)
+        self._schedule = schedule
+        self._rows = rows
+        self._statistics = statistics
+        # how much of each row the target's cache holds
+        self._num_processed: list[int] = []
+        self._margins: list[Tensor] = []
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every row has its final length."""
-        return not any(self._is_live(row) for row in range(self._sequences.batch_size))
+    def prefill(self) -> None:
+        """Process the prompts and commit every row's first token."""
+        rows = self._rows
+        with self._statistics.timed("prefill_seconds", self._adapter.model.device):
+            target_pass = self._target.prefill()
+        self._statistics.num_target_passes += 1
+        last = torch.tensor(target_pass.num_tokens, device=target_pass.positions.device) - 1
+        self._num_processed = (target_pass.positions.gather(1, last[:, None])[:, 0] + 1).tolist()
+        self._context.extend(target_pass.context_hidden_states, target_pass.positions, target_pass.num_tokens)
+        scores = rows.scores(target_pass, target_pass.positions[:, :0])
+        choices = _draw(scores[:, 0], rows.probabilities(scores[:, 0]))
+        rows.commit(target_pass, scores, list(choices[:, None]), None)
+        self.drop_rows()
 
-    def _is_live(self, row: int) -> bool:
-        return row not in self._stopped_at or self._sequences.lengths[row] < self._common_length()
+    def round(self) -> None:
+        """Draft, schedule, verify, commit and roll back once."""
+        rows, batch = self._rows, self._batch()
+        with self._recorded(batch) as record:
+            anchors = rows.anchors()
+            drafted = record.drafted = self._draft(anchors, self._schedule.num_drafts(batch))
+            if drafted is not None:
+                record.num_verified = self._schedule.admit(drafted, batch)
+            tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
+            target_pass = self._verify(tokens)
+            scores = rows.scores(target_pass, tokens[:, 1:])
+            record.num_accepted, bonus = self._accept(drafted, record.num_verified, scores)
+            new_tokens = _accepted_tokens(tokens, record.num_accepted, bonus)
+            num_kept = rows.commit(target_pass, scores, new_tokens, record)
+            self._keep(target_pass, num_kept)
+            self.drop_rows()
 
-    def _common_length(self) -> int:
-        """Return the length that stopped rows still grow to.
+    def drop_rows(self) -> None:
+        """Take rows that are over out of the batch and the caches."""
+        staying = self._rows.leave()
+        if staying:
+            index = torch.tensor(staying, device=self._adapter.model.device)
+            self._target.select_rows(index)
+            self._context.select_rows(index)
+            self._num_processed = [self._num_processed[i] for i in staying]
 
-        Without an EOS criterion plain `generate` pads nothing and writes all rows on until the last one stops. A
-        stopped row waits here until that length is known.
-        """
-        if self._rules.pads_finished_rows or len(self._stopped_at) < self._sequences.batch_size:
-            return 0
-        return max(self._stopped_at.values())
-
-    def start(self, streamer: BaseStreamer | None, model_kwargs: dict[str, Any]) -> None:
-        """Prepare caches, drafter and schedule."""
-        self._stream = OrderedStream(streamer, self._sequences)
-        self._returns_cache = self._recorder.returns_dict or was_given_by_user(model_kwargs[CACHE_KEY])
-        self._target = self._target_state(model_kwargs)
-        self._context = DeferredContext(self._drafter.start(self._adapter, self._sequences.batch_size))
-        self._schedule = self._knobs.scheduler.start(self._call())
-
-    def _target_state(self, model_kwargs: dict[str, Any]) -> TargetState:
-        mask = model_kwargs.get("attention_mask")
-        ids = self._sequences.padded()
-        if isinstance(model_kwargs[CACHE_KEY], RowwiseCache):
-            return RowwiseTarget(self._adapter, ids, self._config, model_kwargs, self._knobs.num_drafts + 1)
-        if len(ids) == 1 and (mask is None or bool(mask.all())):
-            return SingleRowTarget(self._adapter, ids, self._config, model_kwargs)
-        return RaggedTarget(self._adapter, ids, self._config, model_kwargs)
-
-    def _call(self) -> Call:
-        return Call(
-            target=self._adapter,
-            drafter=self._drafter,
-            num_rows=self._sequences.batch_size,
-            max_drafts=self._knobs.num_drafts,
-            prompt_length=self._sequences.prompt_length,
-            is_sampling=self._is_sampling,
-        )
+    def append(self, other: Rounds) -> None:
+        """Take over the rows of other rounds of the same target and drafter, which end there."""
+        self._num_processed = self._num_processed + other._num_processed
+        self._target.append_rows(other._target)
+        self._context.append_rows(other._context)
 
     def _batch(self) -> Batch:
-        wanted = [min(self._knobs.num_drafts, self._room(row) - 1) for row in self._rows]
-        limits = tuple(self._room_for_drafts(index, count) for index, count in enumerate(wanted))
-        num_live = sum(self._is_live(row) for row in self._rows)
-        return Batch(limits, num_live, max(self._sequences.lengths[row] for row in self._rows))
+        """Return what a schedule is told of the rows; no draft stands at a position that the target does not know."""
+        batch = self._rows.batch()
+        last = getattr(self._adapter.config, "max_position_embeddings", None)
+        if last is None:
+            return batch
+        room = [last - 1 - length for length in self._num_processed]
+        # a text that is longer already goes on as it does without drafts
+        pairs = zip(batch.limits, room, strict=True)
+        return replace(batch, limits=tuple(limit if left < 0 else min(limit, left) for limit, left in pairs))
 
-    def _anchors(self) -> Tensor:
-        return self._sequences.last_tokens(self._rows)
+    def _draft(self, anchors: Tensor, num_drafts: int) -> DraftedBlock | None:
+        """Return the drafts of all rows, or None for a round without."""
+        if num_drafts < 1:
+            return None
+        positions = torch.tensor(self._num_processed, device=anchors.device)
+        self._margins = []
+        with self._statistics.timed("draft_seconds", self._adapter.model.device):
+            drafted = self._context.draft(anchors, positions, num_drafts, self._sample_draft)
+        return replace(drafted, margins=torch.stack(self._margins, dim=1)) if self._margins else drafted
 
-    def _room(self, row: int) -> int:
-        """Return how many tokens a row may still get; 1 for a row that waits."""
-        if row in self._stopped_at:
-            return max(self._common_length() - self._sequences.lengths[row], 1)
-        limit = self._rules.max_length
-        return self._knobs.num_drafts + 1 if limit is None else limit - self._sequences.lengths[row]
+    def _sample_draft(self, slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._schedule.wants_margins:
+            self._margins.append(top_margin(logits))
+        scores = self._rows.draft_scores(logits, drafted)
+        probs = self._rows.probabilities(scores)
+        return _draw(scores, probs).to(logits.device), probs
 
-    def _draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        scores = logits
-        if not self._processors.is_empty:
-            device = self._sequences.device
-            scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
-        # an end, if there is one: what would be drafted after a token that is not allowed is of no use
-        return fill_empty(scores, self._eos_token_ids)
+    def _verify(self, tokens: Tensor) -> TargetPass:
+        """Return the target's pass over `tokens` `(b, W)`."""
+        with self._statistics.timed("verify_seconds", self._adapter.model.device):
+            target_pass = self._target.verify(tokens.to(self._adapter.model.device))
+        self._statistics.num_target_passes += 1
+        return target_pass
 
-    def _scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
-        if self._processors.is_empty and not self._is_sampling and not self._recorder.wants_scores:
-            # the raw logits are all that is needed
-            return target_pass.logits
-        device = self._sequences.device
-        return self._processors(self._rows, drafts.to(device), target_pass.logits.to(device))
+    def _accept(
+        self, drafted: DraftedBlock | None, num_verified: list[int], scores: Tensor
+    ) -> tuple[list[int], Tensor]:
+        """Return how many drafts each row accepts, and every row's bonus token `(b,)`."""
+        num_drafts = scores.shape[1] - 1
+        if drafted is None or num_drafts == 0:
+            return [0] * len(num_verified), _draw(scores[:, 0], self._rows.probabilities(scores[:, 0]))
+        limits = torch.tensor(num_verified, device=scores.device)
+        draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
+        target_probs = self._rows.probabilities(scores)
+        if drafted.probs is None or target_probs is None:
+            num_accepted, bonus = verify_greedy(draft_ids, scores.argmax(-1), limits)
+        else:
+            draft_probs = drafted.probs[:, :num_drafts].to(scores.device)
+            num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits)
+        return num_accepted.tolist(), bonus
 
-    def _probabilities(self, scores: Tensor) -> Tensor | None:
-        return torch.softmax(scores.float(), dim=-1) if self._is_sampling else None
+    def _keep(self, target_pass: TargetPass, num_kept: list[int]) -> None:
+        """Roll the target back to the kept tokens, and let the drafter read their hidden states."""
+        self._num_processed = [old + new for old, new in zip(self._num_processed, num_kept, strict=True)]
+        self._target.keep(num_kept)
+        self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
 
-    def _commit(
-        self,
-        target_pass: TargetPass,
-        scores: Tensor,
-        new_tokens: list[Tensor],
-        num_accepted: list[int],
-        *,
-        is_prefill: bool = False,
-    ) -> list[int]:
-        counts = [len(tokens) if self._is_live(row) else 0 for row, tokens in zip(self._rows, new_tokens, strict=True)]
-        for index, row in enumerate(self._rows):
-            self._recorder.add(row, index, counts[index], target_pass, scores, is_prefill=is_prefill)
-        stops = self._rules.first_stops(self._rows, new_tokens, self._scores_until)
-        for index, row in enumerate(self._rows):
-            if row in self._stopped_at:
-                counts[index] = min(counts[index], max(self._common_length() - self._sequences.lengths[row], 0))
-        for index, row in enumerate(self._rows):
-            stop = stops[index]
-            if stop is not None and row not in self._stopped_at:
-                counts[index] = stop
-                self._stopped_at[row] = self._sequences.lengths[row] + stop
-            self._sequences.append(row, new_tokens[index][: counts[index]])
-            self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
-            self._statistics.add_tokens(row, [i < num_accepted[index] for i in range(counts[index])])
-        self._stream.flush(self._stopped_at if self._rules.pads_finished_rows else {})
-        return counts
-
-    def _scores_until(self, length: int) -> tuple[Tensor, ...] | None:
-        return self._recorder.scores_until(length - self._sequences.prompt_length)
-
-    def _count_round(
-        self, drafted: DraftedBlock | None, num_verified: list[int], num_accepted: list[int], num_kept: list[int]
-    ) -> None:
-        num_drafted, confidence = (0, None) if drafted is None else (drafted.num_drafts, drafted.confidence)
-        self._statistics.rounds.append(
-            Round(tuple(self._rows), num_drafted, confidence, tuple(num_verified), tuple(num_accepted))
+    @contextmanager
+    def _recorded(self, batch: Batch) -> Iterator[RoundRecord]:
+        """Give the record of a round; once the round is over, count its time and let the schedule learn from it."""
+        statistics, record = self._statistics, RoundRecord(num_verified=[0] * batch.num_rows)
+        start, drafting, verifying = perf_counter(), statistics.draft_seconds, statistics.verify_seconds
+        is_typical = not self._context.is_behind
+        yield record
+        seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
+        statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
+        self._schedule.observe(
+            Outcome(
+                batch,
+                record.num_drafted,
+                record.num_verified,
+                record.num_accepted,
+                drafting,
+                seconds - drafting,
+                is_typical,
+            )
         )
-        for verified, accepted, kept in zip(num_verified, num_accepted, num_kept, strict=True):
-            if kept:
-                self._statistics.add_round(num_drafted, verified, accepted, kept)
 
-    def _drop_rows(self) -> None:
-        # not where their cache is to be returned, or they may have to write on
-        if self._returns_cache or not self._rules.pads_finished_rows:
-            return
-        live = without_gaps([index for index, row in enumerate(self._rows) if row not in self._stopped_at])
-        if live and len(live) < len(self._rows):
-            self._select_rows(live, self._sequences.device)
-            self._rows = [self._rows[i] for i in live]
 
-    def finish(self) -> Tensor | DSparkGenerateOutput:
-        """Return what `generate` returns."""
-        self._stream.end()
-        sequences = self._sequences.padded()
-        cache = self._target.returned_cache() if self._returns_cache else None
-        if not self._recorder.returns_dict:
-            return sequences
-        return self._recorder.build(sequences, cache, self._statistics)
+def _draw(scores: Tensor, probs: Tensor | None) -> Tensor:
+    """Return one token per row of `scores` `(b, V)`."""
+    return scores.argmax(-1) if probs is None else torch.multinomial(probs, num_samples=1).squeeze(-1)
 
-    def release(self) -> None:
-        """Leave the user's cache without anything of a round that was not finished."""
-        self._target.release()
+
+def _verified_tokens(anchors: Tensor, drafted: DraftedBlock | None, num_drafts: int) -> Tensor:
+    """Return every row's anchor and the drafts that are verified, `(b, 1 + num_drafts)`."""
+    if drafted is None or num_drafts == 0:
+        return anchors[:, None]
+    return torch.cat([anchors[:, None], drafted.token_ids[:, :num_drafts].to(anchors.device)], dim=1)
+
+
+def _accepted_tokens(tokens: Tensor, num_accepted: list[int], bonus: Tensor) -> list[Tensor]:
+    """Return each row's accepted drafts, of the verified `tokens` `(b, W)`, with its bonus token behind them."""
+    tokens = tokens.to(bonus.device)
+    return [torch.cat([tokens[i, 1 : 1 + count], bonus[i : i + 1]]) for i, count in enumerate(num_accepted)]

@@ -117,3 +117,10 @@ class RaggedLengths:
     def append_rows(self, other: RaggedLengths) -> None:
         """Append the rows of other lengths."""
         self.set(self.host + other.host)
+
+
+def fill_gaps(live: Sequence[int]) -> list[int]:
+    """Return the indices of `live` rows, the last ones put where rows before them left gaps: others need not move."""
+    staying = {index for index in live if index < len(live)}
+    moving = [index for index in live if index >= len(live)]
+    return [index if index in staying else moving.pop(0) for index in range(len(live))]

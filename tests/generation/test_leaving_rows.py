@@ -5,18 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark_hf.generation.ragged_store import RaggedStore
-from dspark_hf.generation.rounds import without_gaps
+from dspark_hf.generation.ragged_store import RaggedStore, fill_gaps
 
 
 def test_gaps_are_filled_from_the_end():
     """A row that leaves moves all rows behind it, or one is lost."""
-    assert without_gaps([0, 1, 2]) == [0, 1, 2]
-    assert without_gaps([1, 2, 3]) == [3, 1, 2]
-    assert without_gaps([0, 3, 5]) == [0, 3, 5]
-    assert without_gaps([2, 3, 6]) == [3, 6, 2]
+    assert fill_gaps([0, 1, 2]) == [0, 1, 2]
+    assert fill_gaps([1, 2, 3]) == [3, 1, 2]
+    assert fill_gaps([0, 3, 5]) == [0, 3, 5]
+    assert fill_gaps([2, 3, 6]) == [3, 6, 2]
     for live in ([0, 2, 4, 6], [4, 5, 6, 7], [1, 3, 4], [7]):
-        order = without_gaps(live)
+        order = fill_gaps(live)
         assert sorted(order) == live
         assert all(order[index] == index for index in live if index < len(live))
 

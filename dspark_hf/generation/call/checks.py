@@ -16,16 +16,16 @@ from dspark_hf.generation.scheduling.interface import Scheduler
 
 
 @dataclass(frozen=True)
-class Knobs:
+class SpeculationOptions:
     """`num_drafts`: drafts per round at most; `scheduler`: how many are made, and how many of them verified."""
 
     num_drafts: int
     scheduler: Scheduler
 
 
-def read_knobs(
+def read_options(
     generation_config: GenerationConfig, drafter: Drafter, model: PreTrainedModel, scheduler: Scheduler | str | None
-) -> Knobs:
+) -> SpeculationOptions:
     """Return the run-time knobs; `scheduler` is what `custom_generate` was called with.
 
     Raises:
@@ -48,7 +48,7 @@ def read_knobs(
     if chosen is None and threshold is None:
         chosen = drafter.scheduler
     is_tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
-    return Knobs(
+    return SpeculationOptions(
         num_drafts or drafter.block_size,
         choose_scheduler(chosen, threshold, is_tensor_parallel=is_tensor_parallel),
     )

@@ -135,3 +135,14 @@ def _call(processor: LogitsProcessor, ids: Tensor, rows: list[int], scores: Tens
     everyone[rows] = scores
     processed: Tensor = processor(ids, everyone)[rows]
     return processed
+
+
+def fill_empty(scores: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """Return draft scores `(b, V)` in which a row without any possible token can draft an end, or 0 if there is none.
+
+    Processors may leave none of the proposable tokens. Any distribution is honest as long as it is the one drawn from.
+    """
+    only = torch.full_like(scores, float("-inf"))
+    # some vocabularies are smaller than the ids of their ends
+    only[:, next((token_id for token_id in eos_token_ids if token_id < scores.shape[-1]), 0)] = 0.0
+    return torch.where(torch.isneginf(scores).all(-1, keepdim=True), only, scores)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.drafting.interface import DraftContext
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
 
 # tokens of a row that may wait: reading many at once costs little, keeping them costs memory
@@ -33,7 +33,7 @@ class _Waiting:
         return all((old, new) in ((length, width), (0, 0)) for old, new in pairs)
 
 
-class DeferredContext:
+class DeferredContext(DraftContext):
     """Hand hidden states to a `DraftContext` only when it is about to draft.
 
     Rounds without drafts then cost the drafter nothing; what they leave is read in one go.
@@ -43,7 +43,7 @@ class DeferredContext:
     """
 
     def __init__(self, context: DraftContext):
-        self.context = context
+        self._context = context
         self._waiting: list[_Waiting] = []
         self._num_waiting = 0
         self._has_read = False
@@ -70,10 +70,15 @@ class DeferredContext:
     def catch_up(self) -> None:
         """Let the drafter read all that waits."""
         for one in self._waiting:
-            self.context.extend(torch.cat(one.hidden_states, dim=1), torch.cat(one.positions, dim=1), one.num_tokens)
+            self._context.extend(torch.cat(one.hidden_states, dim=1), torch.cat(one.positions, dim=1), one.num_tokens)
         self._waiting.clear()
         self._num_waiting = 0
         self._has_read = True
+
+    def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
+        """Return `num_drafts` drafts after the anchors `(B)`, once the drafter has read all that waits."""
+        self.catch_up()
+        return self._context.draft(anchor_ids, positions, num_drafts, sampler)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
@@ -82,13 +87,13 @@ class DeferredContext:
             one.hidden_states = [states[rows.to(states.device)] for states in one.hidden_states]
             one.positions = [places[rows.to(places.device)] for places in one.positions]
             one.num_tokens = [one.num_tokens[row] for row in chosen]
-        self.context.select_rows(rows)
+        self._context.select_rows(rows)
 
     def append_rows(self, other: DeferredContext) -> None:
         """Append the rows of another context."""
         self.catch_up()
         other.catch_up()
-        self.context.append_rows(other.context)
+        self._context.append_rows(other._context)
 
 
 class ContextCache:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StopStringCriteria
 
-from dspark_hf.generation.call.checks import check_request, read_knobs
+from dspark_hf.generation.call.checks import check_request, read_options
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.requests.batch import RequestBatch, RequestRow
+from dspark_hf.generation.requests.batch import RequestBatch
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
+from dspark_hf.generation.requests.rows import RequestRow
 from dspark_hf.generation.scheduling.interface import Call, Schedule, Scheduler
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -97,7 +98,7 @@ class RequestStream(Iterator[FinishedRequest]):
         except ValueError as error:
             raise _unfit(target, "Call `target.generate` for each, unpadded.") from error
         self._drafter = drafter
-        self._scheduler = read_knobs(target.generation_config, drafter, target, scheduler).scheduler
+        self._scheduler = read_options(target.generation_config, drafter, target, scheduler).scheduler
         self._max_rows = max_rows
         self._requests = requests
         self._source = iter(requests)
@@ -241,7 +242,7 @@ class RequestStream(Iterator[FinishedRequest]):
         _check_options(input_ids, config)
         if isinstance(prepared[CACHE_KEY], RowwiseCache):
             raise _unfit(model, "Call `target.generate` for each, or for batches.")
-        knobs = read_knobs(config, self._drafter, model, self._scheduler)
+        speculation = read_options(config, self._drafter, model, self._scheduler)
         target = RaggedTarget(self._adapter, input_ids, config, prepared)
         if target.has_token_types:
             raise ValueError(
@@ -257,7 +258,7 @@ class RequestStream(Iterator[FinishedRequest]):
             logits_processor=processors,
             stopping_criteria=criteria,
             streamer=streamer,
-            num_drafts=knobs.num_drafts,
+            num_drafts=speculation.num_drafts,
         )
         return row, target
 

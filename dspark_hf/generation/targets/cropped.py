@@ -137,6 +137,13 @@ class SingleRowTarget:
     def select_rows(self, rows: Tensor) -> None:
         """Nothing to select from."""
 
+    def append_rows(self, other: Any) -> None:
+        """Raise: other rows do not fit into this cache."""
+        raise ValueError(
+            f"`generate_stream` must run over a cache that takes rows in, got {type(self._cache).__name__}. Call "
+            "`target.generate` for each request."
+        )
+
     def returned_cache(self) -> Any:
         """Return the cache."""
         return self._cache

@@ -133,6 +133,13 @@ class RowwiseTarget:
         self._kept = list(self._cache.lengths)
         self._num_padded = [self._num_padded[row] for row in rows.tolist()]
 
+    def append_rows(self, other: Any) -> None:
+        """Raise: other rows do not fit into this cache."""
+        raise ValueError(
+            f"`generate_stream` must run over a cache that takes rows in, got {type(self._cache).__name__}. Call "
+            "`target.generate` for each request."
+        )
+
     def returned_cache(self) -> Any:
         """Return the cache; its columns are those of the left-padded output."""
         lengths = zip(self._num_padded, self._cache.lengths, strict=True)

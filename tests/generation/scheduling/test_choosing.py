@@ -6,7 +6,7 @@ import pytest
 from transformers import GenerationConfig
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.call.checks import read_knobs
+from dspark_hf.generation.call.checks import read_options
 from dspark_hf.generation.scheduling import (
     AdaptiveScheduler,
     AsynchronousScheduler,
@@ -150,7 +150,7 @@ def test_tensor_parallelism():
 def test_a_tensor_parallel_target_is_noticed(target, monkeypatch):
     """The default runs on a target that several processes share."""
     monkeypatch.setattr(type(target), "tp_size", 2, raising=False)
-    assert type(read_knobs(GenerationConfig(), new_drafter(), target, None).scheduler) is FixedScheduler
+    assert type(read_options(GenerationConfig(), new_drafter(), target, None).scheduler) is FixedScheduler
 
 
 def test_the_call_goes_before_the_drafter(target):

@@ -1,0 +1,198 @@
+"""The rows of one call of `generate`: a fixed batch under common rules.
+
+B rows of the batch, b rows still in it, k drafts so far, W positions of a verify pass, V vocab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import BaseStreamer
+
+from dspark_hf.generation.call.criteria import StopRules
+from dspark_hf.generation.call.outputs import DSparkGenerateOutput, OutputRecorder
+from dspark_hf.generation.call.processors import ProcessorChain, fill_empty
+from dspark_hf.generation.call.sequences import Sequences
+from dspark_hf.generation.call.streamers import OrderedStream
+from dspark_hf.generation.compat import pad_token_id
+from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.ragged_store import fill_gaps
+from dspark_hf.generation.rows import RoundRecord
+from dspark_hf.generation.scheduling.interface import Batch, Call
+from dspark_hf.generation.statistics import Round, SpeculationStatistics
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.interface import TargetPass, TargetState
+
+
+class CallRows:
+    """Rows that start together, are written by the same rules, and are returned as one tensor.
+
+    Args:
+        input_ids: the prompts `(B, P)`.
+        generation_config: what `generate` prepared, as are the next two.
+        logits_processor: the processors.
+        stopping_criteria: the criteria.
+        streamer: what is fed the tokens, or None.
+        num_drafts: drafts per round at most.
+        returns_cache: whether the cache is the user's, who will go on with it.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        *,
+        num_drafts: int,
+        returns_cache: bool,
+    ):
+        self.statistics = SpeculationStatistics()
+        self.statistics.start_rows(len(input_ids))
+        self._num_drafts = num_drafts
+        self._is_sampling = bool(generation_config.do_sample)
+        self._sequences = Sequences(input_ids, pad_token_id(generation_config))
+        self._rules = StopRules(stopping_criteria, self._sequences)
+        self._eos_token_ids = self._rules.eos_token_ids
+        self._processors = ProcessorChain(logits_processor, self._sequences, self._eos_token_ids)
+        self._stream = OrderedStream(streamer, self._sequences)
+        self._recorder = OutputRecorder(generation_config, len(input_ids))
+        self._returns_cache = self._recorder.returns_dict or returns_cache
+        # rows in the order in which the caches hold them
+        self._rows = list(range(len(input_ids)))
+        self._stopped_at: dict[int, int] = {}
+
+    def describe(self, adapter: TargetAdapter, drafter: Drafter) -> Call:
+        """Return what a scheduler is told when the call starts."""
+        return Call(
+            target=adapter,
+            drafter=drafter,
+            num_rows=self._sequences.batch_size,
+            max_drafts=self._num_drafts,
+            prompt_length=self._sequences.prompt_length,
+            is_sampling=self._is_sampling,
+        )
+
+    @property
+    def are_done(self) -> bool:
+        """Whether every row has its final length."""
+        return not any(self._is_live(row) for row in range(self._sequences.batch_size))
+
+    def _is_live(self, row: int) -> bool:
+        return row not in self._stopped_at or self._sequences.lengths[row] < self._common_length()
+
+    def _common_length(self) -> int:
+        """Return the length that stopped rows still grow to.
+
+        Without an EOS criterion plain `generate` pads nothing and writes all rows on until the last one stops. A
+        stopped row waits here until that length is known.
+        """
+        if self._rules.pads_finished_rows or len(self._stopped_at) < self._sequences.batch_size:
+            return 0
+        return max(self._stopped_at.values())
+
+    def _room(self, row: int) -> int:
+        """Return how many tokens a row may still get; 1 for a row that waits."""
+        if row in self._stopped_at:
+            return max(self._common_length() - self._sequences.lengths[row], 1)
+        limit = self._rules.max_length
+        return self._num_drafts + 1 if limit is None else limit - self._sequences.lengths[row]
+
+    def batch(self) -> Batch:
+        """Return what a schedule is told of the rows."""
+        limits = tuple(min(self._num_drafts, self._room(row) - 1) for row in self._rows)
+        num_live = sum(self._is_live(row) for row in self._rows)
+        return Batch(limits, num_live, max(self._sequences.lengths[row] for row in self._rows))
+
+    def anchors(self) -> Tensor:
+        """Return every row's last committed token, `(b,)`."""
+        return self._sequences.last_tokens(self._rows)
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
+        scores = logits
+        if not self._processors.is_empty:
+            device = self._sequences.device
+            scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
+        # an end, if there is one: what would be drafted after a token that is not allowed is of no use
+        return fill_empty(scores, self._eos_token_ids)
+
+    def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
+        """Return the scores `(b, W, V)` after processors, of a pass over `drafts` `(b, W - 1)` and what precedes."""
+        if self._processors.is_empty and not self._is_sampling and not self._recorder.wants_scores:
+            # the raw logits are all that is needed
+            return target_pass.logits
+        device = self._sequences.device
+        return self._processors(self._rows, drafts.to(device), target_pass.logits.to(device))
+
+    def probabilities(self, scores: Tensor) -> Tensor | None:
+        """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None when greedy."""
+        return torch.softmax(scores.float(), dim=-1) if self._is_sampling else None
+
+    def commit(
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundRecord | None
+    ) -> list[int]:
+        """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
+
+        Returns how many tokens each row got.
+        """
+        counts = [len(tokens) if self._is_live(row) else 0 for row, tokens in zip(self._rows, new_tokens, strict=True)]
+        for index, row in enumerate(self._rows):
+            self._recorder.add(row, index, counts[index], target_pass, scores, is_prefill=record is None)
+        counts = self._cut(counts, new_tokens)
+        num_accepted = [0] * len(counts) if record is None else record.num_accepted
+        for index, row in enumerate(self._rows):
+            self._sequences.append(row, new_tokens[index][: counts[index]])
+            self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
+            self.statistics.add_tokens(row, [i < num_accepted[index] for i in range(counts[index])])
+        self._stream.flush(self._stopped_at if self._rules.pads_finished_rows else {})
+        if record is not None:
+            self._count(record, counts)
+        return counts
+
+    def _cut(self, counts: list[int], new_tokens: list[Tensor]) -> list[int]:
+        """Return how many of the `new_tokens` each row gets, and remember where rows stop."""
+        stops = self._rules.first_stops(self._rows, new_tokens, self._scores_until)
+        for index, row in enumerate(self._rows):
+            if row in self._stopped_at:
+                counts[index] = min(counts[index], max(self._common_length() - self._sequences.lengths[row], 0))
+        for index, row in enumerate(self._rows):
+            stop = stops[index]
+            if stop is not None and row not in self._stopped_at:
+                counts[index] = stop
+                self._stopped_at[row] = self._sequences.lengths[row] + stop
+        return counts
+
+    def _scores_until(self, length: int) -> tuple[Tensor, ...] | None:
+        return self._recorder.scores_until(length - self._sequences.prompt_length)
+
+    def _count(self, record: RoundRecord, num_kept: list[int]) -> None:
+        verified, accepted = record.num_verified, record.num_accepted
+        self.statistics.rounds.append(
+            Round(tuple(self._rows), record.num_drafted, record.confidence, tuple(verified), tuple(accepted))
+        )
+        for index, kept in enumerate(num_kept):
+            if kept:
+                self.statistics.add_round(record.num_drafted, verified[index], accepted[index], kept)
+
+    def leave(self) -> list[int]:
+        """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""
+        # not where their cache is to be returned, or they may have to write on
+        if self._returns_cache or not self._rules.pads_finished_rows:
+            return []
+        staying = fill_gaps([index for index, row in enumerate(self._rows) if row not in self._stopped_at])
+        if not staying or len(staying) == len(self._rows):
+            return []
+        self._rows = [self._rows[i] for i in staying]
+        return staying
+
+    def finish(self, target: TargetState) -> Tensor | DSparkGenerateOutput:
+        """Return what `generate` returns."""
+        self._stream.end()
+        sequences = self._sequences.padded()
+        cache = target.returned_cache() if self._returns_cache else None
+        if not self._recorder.returns_dict:
+            return sequences
+        return self._recorder.build(sequences, cache, self.statistics)

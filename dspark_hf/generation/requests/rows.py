@@ -1,0 +1,223 @@
+"""Requests that share the rounds of one ragged batch, each written by its own rules.
+
+b rows in the batch, k drafts so far, W positions of a verify pass, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import BaseStreamer
+
+from dspark_hf.generation.call.criteria import StopRules
+from dspark_hf.generation.call.processors import ProcessorChain, fill_empty
+from dspark_hf.generation.call.sequences import Sequences
+from dspark_hf.generation.call.streamers import OrderedStream
+from dspark_hf.generation.compat import pad_token_id
+from dspark_hf.generation.ragged_store import fill_gaps
+from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.rows import RoundRecord
+from dspark_hf.generation.scheduling.interface import Batch
+from dspark_hf.generation.statistics import Round, SpeculationStatistics
+from dspark_hf.generation.targets.interface import TargetPass
+
+
+class RequestRow:
+    """One request: its text, its rules, and what went wrong with it.
+
+    Args:
+        request: whose row this is.
+        input_ids: the prompt `(1, P)`.
+        generation_config: what `generate` prepared, as are the next two.
+        logits_processor: the processors.
+        stopping_criteria: the criteria.
+        streamer: what is fed the tokens, or None.
+        num_drafts: drafts per round at most.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        input_ids: Tensor,
+        *,
+        generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        num_drafts: int,
+    ):
+        self.request = request
+        self.sequences = Sequences(input_ids, pad_token_id(generation_config))
+        self.is_sampling = bool(generation_config.do_sample)
+        self.statistics = SpeculationStatistics()
+        self.statistics.start_rows(1)
+        self.is_finished = False
+        self.error: Exception | None = None
+        self._rules = StopRules(stopping_criteria, self.sequences)
+        self._eos_token_ids = self._rules.eos_token_ids
+        self._processors = ProcessorChain(logits_processor, self.sequences, self._eos_token_ids)
+        self._stream = OrderedStream(streamer, self.sequences)
+        self._num_drafts = num_drafts
+
+    @property
+    def limit(self) -> int:
+        """How many drafts the next round may verify."""
+        room = self._rules.max_length
+        return self._num_drafts if room is None else min(self._num_drafts, room - self.sequences.lengths[0] - 1)
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether scores differ from logits."""
+        return not self._processors.is_empty
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the row leaves the batch."""
+        return self.is_finished or self.error is not None or self.request.is_cancelled
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        # what a user brought with one request is no reason to end the others
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+
+    def scores(self, ahead: Tensor, logits: Tensor) -> Tensor:
+        """Return the scores `(1, W, V)` of `logits`; once the request has failed, the logits as they are."""
+        if self.error is None:
+            with self._guarded():
+                return self._processors([0], ahead, logits)
+        return logits.float()
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Return the scores `(1, V)` of a slot's `logits`, behind the drafts `(1, k)`."""
+        scores = self.scores(drafted, logits[:, None])[:, 0]
+        return fill_empty(scores, self._eos_token_ids)
+
+    def commit(self, tokens: Tensor, num_accepted: int, can_be_drawn: bool) -> int:
+        """Append `tokens` `(n,)` up to where the row stops. Returns how many that are: none once it has failed."""
+        if self.is_sampling and not can_be_drawn and self.error is None:
+            self.error = ValueError("`logits_processor` must leave a token that can be sampled, got none.")
+        if self.error is not None:
+            return 0
+        count = 0
+        with self._guarded():
+            (stop,) = self._rules.first_stops([0], [tokens], lambda length: None)
+            count = stop or len(tokens)
+            self.is_finished = stop is not None
+            self.sequences.append(0, tokens[:count])
+            self.statistics.add_tokens(0, [i < num_accepted for i in range(count)])
+            self._stream.flush({})
+        return count
+
+
+class RequestRows:
+    """Rows of requests, each written by its own rules.
+
+    Args:
+        rows: the requests.
+        statistics: where rounds are counted, over all requests.
+    """
+
+    def __init__(self, rows: list[RequestRow], statistics: SpeculationStatistics):
+        self.rows = rows
+        self._statistics = statistics
+        self._left: list[RequestRow] = []
+
+    def append(self, other: RequestRows) -> None:
+        """Take over the requests of other rows, which end there."""
+        self.rows = self.rows + other.rows
+
+    def take_left(self) -> list[RequestRow]:
+        """Return the rows that have left since the last call."""
+        left, self._left = self._left, []
+        return left
+
+    def batch(self) -> Batch:
+        """Return what a schedule is told of the rows."""
+        limits = tuple(row.limit for row in self.rows)
+        return Batch(limits, len(self.rows), max(row.sequences.lengths[0] for row in self.rows))
+
+    def anchors(self) -> Tensor:
+        """Return every row's last committed token, `(b,)`."""
+        return torch.cat([row.sequences.last_tokens([0]) for row in self.rows])
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
+        device = self.rows[0].sequences.device
+        logits, drafted = logits.to(device), drafted.to(device)
+        if not any(row.has_processors for row in self.rows):
+            return logits
+        rows = enumerate(self.rows)
+        return torch.cat([row.draft_scores(logits[i : i + 1], drafted[i : i + 1]) for i, row in rows])
+
+    def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
+        """Return the scores `(b, W, V)` after processors, of a pass over `drafts` `(b, W - 1)` and what precedes."""
+        device = self.rows[0].sequences.device
+        logits, drafts = target_pass.logits.to(device), drafts.to(device)
+        if not any(row.has_processors for row in self.rows):
+            return logits
+        return torch.cat([row.scores(drafts[i : i + 1], logits[i : i + 1]) for i, row in enumerate(self.rows)])
+
+    def probabilities(self, scores: Tensor) -> Tensor | None:
+        """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None if all rows are greedy."""
+        if not any(row.is_sampling for row in self.rows):
+            return None
+        are_sampling = torch.tensor([row.is_sampling for row in self.rows], device=scores.device)
+        # a greedy row draws from its best token alone; so does one without a distribution, which fails afterwards
+        is_drawn = are_sampling.view(-1, *[1] * (scores.ndim - 2)) & _can_be_drawn(scores)
+        best = torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+        return torch.where(is_drawn[..., None], torch.softmax(scores.float(), dim=-1), best)
+
+    def commit(
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundRecord | None
+    ) -> list[int]:
+        """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
+
+        Returns how many tokens each row got.
+        """
+        for row in self.rows:
+            row.statistics.num_target_passes += 1
+        drawn = [[True] * scores.shape[1]] * len(self.rows)
+        if any(row.is_sampling for row in self.rows):
+            drawn = _can_be_drawn(scores).tolist()
+        num_accepted = [0] * len(self.rows) if record is None else record.num_accepted
+        num_kept = [
+            # what stands behind the first rejected draft was not drawn from
+            row.commit(new_tokens[i], num_accepted[i], all(drawn[i][: num_accepted[i] + 1]))
+            for i, row in enumerate(self.rows)
+        ]
+        if record is not None:
+            self._count(record, num_kept)
+        return num_kept
+
+    def _count(self, record: RoundRecord, num_kept: list[int]) -> None:
+        num_drafted, confidence = record.num_drafted, record.confidence
+        for i, row in enumerate(self.rows):
+            verified, accepted = record.num_verified[i], record.num_accepted[i]
+            beliefs = None if confidence is None else confidence[i : i + 1]
+            row.statistics.rounds.append(Round((0,), num_drafted, beliefs, (verified,), (accepted,)))
+            if num_kept[i]:
+                for statistics in (row.statistics, self._statistics):
+                    statistics.add_round(num_drafted, verified, accepted, num_kept[i])
+
+    def leave(self) -> list[int]:
+        """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""
+        # asked once: another thread may cancel at any time
+        are_over = [row.is_over for row in self.rows]
+        staying = fill_gaps([i for i, is_over in enumerate(are_over) if not is_over])
+        if len(staying) == len(self.rows):
+            return []
+        self._left += [row for row, is_over in zip(self.rows, are_over, strict=True) if is_over]
+        self.rows = [self.rows[i] for i in staying]
+        return staying
+
+
+def _can_be_drawn(scores: Tensor) -> Tensor:
+    """Return whether a softmax over `scores` `(*, V)` is a distribution, `(*)`."""
+    return torch.isfinite(scores.amax(-1))

@@ -1,0 +1,74 @@
+"""What the decoding loop asks of the rows it writes, and what a round hands to them.
+
+b rows in the batch, k drafts so far, W positions of a verify pass, V vocab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark_hf.generation.drafting.interface import DraftedBlock
+from dspark_hf.generation.scheduling.interface import Batch
+from dspark_hf.generation.targets.interface import TargetPass
+
+
+@dataclass
+class RoundRecord:
+    """What has become of a round so far: its drafts, and per row how many of them were verified and accepted."""
+
+    drafted: DraftedBlock | None = None
+    num_verified: list[int] = field(default_factory=list)
+    num_accepted: list[int] = field(default_factory=list)
+
+    @property
+    def num_drafted(self) -> int:
+        """Drafts per row, 0 in a round without."""
+        return 0 if self.drafted is None else self.drafted.num_drafts
+
+    @property
+    def confidence(self) -> Tensor | None:
+        """What the drafter believed of its drafts, `(b, K)`, or None."""
+        return None if self.drafted is None else self.drafted.confidence
+
+
+class Rows(Protocol):
+    """The rows of a batch and the rules by which they are written: one call of `generate`, or requests of a stream."""
+
+    def batch(self) -> Batch:
+        """Return what a schedule is told of the rows."""
+        ...
+
+    def anchors(self) -> Tensor:
+        """Return every row's last committed token, `(b,)`."""
+        ...
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
+        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
+        ...
+
+    def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
+        """Return the scores `(b, W, V)` after processors, of a pass over `drafts` `(b, W - 1)` and what precedes."""
+        ...
+
+    def probabilities(self, scores: Tensor) -> Tensor | None:
+        """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None if all rows are greedy."""
+        ...
+
+    def commit(
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundRecord | None
+    ) -> list[int]:
+        """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
+
+        Returns how many tokens each row got.
+        """
+        ...
+
+    def leave(self) -> list[int]:
+        """Let rows that are over leave the batch.
+
+        Returns the indices of those that stay, in their new order; none if the caches are to remain as they are.
+        """
+        ...
