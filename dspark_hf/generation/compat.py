@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
@@ -103,11 +102,3 @@ def attention_implementation(model: PreTrainedModel) -> str:
 def empty_cache_like(model: PreTrainedModel) -> transformers.DynamicCache:
     """Return a fresh dynamic cache with the layer kinds of `model`."""
     return transformers.DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def last_positions(num_tokens: int, width: int, device: torch.device) -> Tensor:
-    """Return the indices of the last `width` of `num_tokens` positions, for `logits_to_keep`.
-
-    A tensor, since an integer lets Gemma 4's shared layers skip the other positions, and with them our taps.
-    """
-    return torch.arange(num_tokens - width, num_tokens, device=device)

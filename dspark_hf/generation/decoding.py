@@ -22,10 +22,10 @@ from dspark_hf.generation.call.rows import CallRows
 from dspark_hf.generation.compat import CACHE_KEY, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
-from dspark_hf.generation.rows import RoundRecord, Rows
+from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.scheduling.estimator import top_margin
 from dspark_hf.generation.scheduling.interface import Batch, Outcome, Schedule, Scheduler
-from dspark_hf.generation.statistics import SpeculationStatistics
+from dspark_hf.generation.statistics import RoundRecord, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
@@ -144,8 +144,9 @@ class Rounds:
         rows, batch = self._rows, self._batch()
         with self._recorded(batch) as record:
             anchors = rows.anchors()
-            drafted = record.drafted = self._draft(anchors, self._schedule.num_drafts(batch))
+            drafted = self._draft(anchors, self._schedule.num_drafts(batch))
             if drafted is not None:
+                record.num_drafted, record.confidence = drafted.token_ids.shape[1], drafted.confidence
                 record.num_verified = self._schedule.admit(drafted, batch)
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             target_pass = self._verify(tokens)

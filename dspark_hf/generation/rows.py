@@ -1,37 +1,17 @@
-"""What the decoding loop asks of the rows it writes, and what a round hands to them.
+"""What the decoding loop asks of the rows it writes.
 
 b rows in the batch, k drafts so far, W positions of a verify pass, V vocab.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.interface import Batch
+from dspark_hf.generation.statistics import RoundRecord
 from dspark_hf.generation.targets.interface import TargetPass
-
-
-@dataclass
-class RoundRecord:
-    """What has become of a round so far: its drafts, and per row how many of them were verified and accepted."""
-
-    drafted: DraftedBlock | None = None
-    num_verified: list[int] = field(default_factory=list)
-    num_accepted: list[int] = field(default_factory=list)
-
-    @property
-    def num_drafted(self) -> int:
-        """Drafts per row, 0 in a round without."""
-        return 0 if self.drafted is None else self.drafted.num_drafts
-
-    @property
-    def confidence(self) -> Tensor | None:
-        """What the drafter believed of its drafts, `(b, K)`, or None."""
-        return None if self.drafted is None else self.drafted.confidence
 
 
 class Rows(Protocol):

@@ -29,6 +29,16 @@ class Round:
 
 
 @dataclass
+class RoundRecord:
+    """What has become of a round so far; the fields are those of a `Round`, one count a row."""
+
+    num_drafted: int = 0
+    confidence: Tensor | None = None
+    num_verified: list[int] = field(default_factory=list)
+    num_accepted: list[int] = field(default_factory=list)
+
+
+@dataclass
 class SpeculationStatistics:
     """Count rounds and drafts of one call of `generate`, over all rows.
 

@@ -18,9 +18,8 @@ from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.ragged_store import fill_gaps
-from dspark_hf.generation.rows import RoundRecord
 from dspark_hf.generation.scheduling.interface import Batch, Call
-from dspark_hf.generation.statistics import Round, SpeculationStatistics
+from dspark_hf.generation.statistics import Round, RoundRecord, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
 
@@ -57,6 +56,8 @@ class CallRows:
         self._rules = StopRules(stopping_criteria, self._sequences)
         self._eos_token_ids = self._rules.eos_token_ids
         self._processors = ProcessorChain(logits_processor, self._sequences, self._eos_token_ids)
+        self._has_processors = not self._processors.is_empty
+        self._streams = streamer is not None
         self._stream = OrderedStream(streamer, self._sequences)
         self._recorder = OutputRecorder(generation_config, len(input_ids))
         self._returns_cache = self._recorder.returns_dict or returns_cache
@@ -112,16 +113,16 @@ class CallRows:
 
     def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
-        scores = logits
-        if not self._processors.is_empty:
-            device = self._sequences.device
-            scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
+        if not self._has_processors:
+            return logits
+        device = self._sequences.device
+        scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
         # an end, if there is one: what would be drafted after a token that is not allowed is of no use
         return fill_empty(scores, self._eos_token_ids)
 
     def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
         """Return the scores `(b, W, V)` after processors, of a pass over `drafts` `(b, W - 1)` and what precedes."""
-        if self._processors.is_empty and not self._is_sampling and not self._recorder.wants_scores:
+        if not self._has_processors and not self._is_sampling and not self._recorder.wants_scores:
             # the raw logits are all that is needed
             return target_pass.logits
         device = self._sequences.device
@@ -139,15 +140,18 @@ class CallRows:
         Returns how many tokens each row got.
         """
         counts = [len(tokens) if self._is_live(row) else 0 for row, tokens in zip(self._rows, new_tokens, strict=True)]
-        for index, row in enumerate(self._rows):
-            self._recorder.add(row, index, counts[index], target_pass, scores, is_prefill=record is None)
+        if self._recorder.returns_dict:
+            for index, row in enumerate(self._rows):
+                self._recorder.add(row, index, counts[index], target_pass, scores, is_prefill=record is None)
         counts = self._cut(counts, new_tokens)
         num_accepted = [0] * len(counts) if record is None else record.num_accepted
         for index, row in enumerate(self._rows):
             self._sequences.append(row, new_tokens[index][: counts[index]])
-            self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
+            if self._recorder.returns_dict:
+                self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
             self.statistics.add_tokens(row, [i < num_accepted[index] for i in range(counts[index])])
-        self._stream.flush(self._stopped_at if self._rules.pads_finished_rows else {})
+        if self._streams:
+            self._stream.flush(self._stopped_at if self._rules.pads_finished_rows else {})
         if record is not None:
             self._count(record, counts)
         return counts

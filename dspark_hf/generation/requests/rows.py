@@ -20,9 +20,8 @@ from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.ragged_store import fill_gaps
 from dspark_hf.generation.requests.request import Request
-from dspark_hf.generation.rows import RoundRecord
 from dspark_hf.generation.scheduling.interface import Batch
-from dspark_hf.generation.statistics import Round, SpeculationStatistics
+from dspark_hf.generation.statistics import Round, RoundRecord, SpeculationStatistics
 from dspark_hf.generation.targets.interface import TargetPass
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, last_positions, mask_length, stop_recording
+from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length, stop_recording
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import TargetPass
 
@@ -115,7 +115,7 @@ class SingleRowTarget:
     def _run(self, inputs: dict[str, Any], num_tokens: int, width: int, past_length: int) -> TargetPass:
         device = self._model.device
         if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = last_positions(num_tokens, width, device)
+            inputs["logits_to_keep"] = _last_positions(num_tokens, width, device)
         outputs = self._model(**inputs)
         positions = past_length + torch.arange(num_tokens, device=device)
         return TargetPass(
@@ -157,3 +157,11 @@ class SingleRowTarget:
             if surplus > 0:
                 layer.crop(-surplus)
         stop_recording(self._cache)
+
+
+def _last_positions(num_tokens: int, width: int, device: torch.device) -> Tensor:
+    """Return the indices of the last `width` of `num_tokens` positions, for `logits_to_keep`.
+
+    A tensor, since an integer lets Gemma 4's shared layers skip the other positions, and with them our taps.
+    """
+    return torch.arange(num_tokens - width, num_tokens, device=device)
