@@ -11,6 +11,7 @@ from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM, DeepseekV4DSparkModel
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+from dspark_hf.moved import install_old_names
 
 __all__ = [
     "DSparkAssistantModel",
@@ -34,4 +35,5 @@ AutoModelForCausalLM.register(DSparkConfig, DSparkAssistantModel, exist_ok=True)
 AutoConfig.register(DeepseekV4DSparkConfig.model_type, DeepseekV4DSparkConfig, exist_ok=True)
 AutoModel.register(DeepseekV4DSparkConfig, DeepseekV4DSparkModel, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, exist_ok=True)
+install_old_names()
 install_unless_refused()
