@@ -44,7 +44,7 @@ def evaluate(
     """Measure drafters on prompt files: accepted length, speed, reliability; Ctrl-C keeps what is measured."""
     # imported here, so that the help is instant
     from dspark_hf.evaluation.display import print_evaluation
-    from dspark_hf.evaluation.session import EvaluationRequest, run_request
+    from dspark_hf.evaluation.run import EvaluationRequest, run_request
     from dspark_hf.evaluation.settings import DEFAULT_SCHEDULERS, EvaluationSettings
     from dspark_hf.evaluation.writing import write_evaluation
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +9,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.options import Attention, Dtype
+from dspark_hf.console import progress_bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -70,7 +69,7 @@ def profile(
         with adapter:
             workload = Workload(adapter, assistant)
             _check_sizes(workload, grid)
-            with _progress_bar(console) as progress:
+            with progress_bar(console) as progress:
                 table, notes = _measure(workload, grid, repeats, progress)
         key, drafter_name = profile_key(adapter), None if assistant is None else drafter_key(assistant)
         path = save_profile(key, drafter_name, table, describe_costs(adapter), output)
@@ -205,19 +204,3 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
     # torch 2.13: on the CPU, an error without a class of its own
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-@contextmanager
-def _progress_bar(console: Console) -> Iterator[Progress]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        yield progress

@@ -10,8 +10,17 @@ from typing import Any, Protocol
 
 from dspark_hf.data.journal import Journal
 from dspark_hf.data.writers import Answer, Sampling, Writer
-from dspark_hf.prompts import Prompt, has_chat_template, parse_prompt, plain_text, read_prompts, user_turn
-from dspark_hf.training.templates import special_token_ids, turn_end, user_opening
+from dspark_hf.prompts import (
+    Prompt,
+    has_chat_template,
+    parse_prompt,
+    plain_text,
+    read_prompts,
+    special_token_ids,
+    turn_end,
+    user_opening,
+    user_turn,
+)
 
 # rounds without a new prompt after which the target is taken to have no more
 _MAX_BARREN_ROUNDS = 10

@@ -17,8 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer, is_stateful
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.prompts import Prompt, encode_prompt, has_chat_template
-from dspark_hf.training.templates import end_token_id
+from dspark_hf.prompts import Prompt, encode_prompt, end_token_id, has_chat_template
 
 SEGMENT_LENGTH = 64
 

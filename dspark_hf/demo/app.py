@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from dspark_hf.console import quiet_transformers
 from dspark_hf.demo.comparison import Answer, Comparison, answer, encode_prompt
 from dspark_hf.demo.display import DRAFT_STYLE, piece_printer, print_results
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
@@ -63,7 +62,7 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     Raises:
         UnavailableError: if the packaged model or its drafter is not there.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         demo = _Demo(options, console)
         comparisons = demo.run()
     is_exact = options.dtype == "fp32"
@@ -140,16 +139,3 @@ class _Demo:
     def _origins(self) -> Sequence[bool]:
         statistics = self._drafter.last_statistics
         return [] if statistics is None else statistics.origins[0]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bar:
-            logging.enable_progress_bar()

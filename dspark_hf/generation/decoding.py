@@ -25,7 +25,7 @@ from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, 
 from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.scheduling.estimator import top_margin
 from dspark_hf.generation.scheduling.interface import Batch, Outcome, Schedule, Scheduler
-from dspark_hf.generation.statistics import RoundRecord, SpeculationStatistics
+from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
@@ -231,9 +231,9 @@ class Rounds:
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
 
     @contextmanager
-    def _recorded(self, batch: Batch) -> Iterator[RoundRecord]:
+    def _recorded(self, batch: Batch) -> Iterator[RoundInProgress]:
         """Give the record of a round; once the round is over, count its time and let the schedule learn from it."""
-        statistics, record = self._statistics, RoundRecord(num_verified=[0] * batch.num_rows)
+        statistics, record = self._statistics, RoundInProgress(num_verified=[0] * batch.num_rows)
         start, drafting, verifying = perf_counter(), statistics.draft_seconds, statistics.verify_seconds
         is_typical = not self._context.is_behind
         yield record

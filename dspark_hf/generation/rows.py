@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dspark_hf.generation.scheduling.interface import Batch
-from dspark_hf.generation.statistics import RoundRecord
+from dspark_hf.generation.statistics import RoundInProgress
 from dspark_hf.generation.targets.interface import TargetPass
 
 
@@ -38,7 +38,7 @@ class Rows(Protocol):
         ...
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundRecord | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 

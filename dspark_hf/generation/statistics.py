@@ -29,7 +29,7 @@ class Round:
 
 
 @dataclass
-class RoundRecord:
+class RoundInProgress:
     """What has become of a round so far; the fields are those of a `Round`, one count a row."""
 
     num_drafted: int = 0

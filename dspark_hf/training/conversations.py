@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
-from dspark_hf.prompts import Prompt, encode_prompt, parse_prompt, user_turn
-from dspark_hf.training.templates import end_token_id, special_token_ids
+from dspark_hf.prompts import Prompt, encode_prompt, end_token_id, parse_prompt, special_token_ids, user_turn
 
 _LAYOUTS = "`user` and `assistant`, or `prompt` and `completion`, or `messages`,"
 
@@ -201,3 +202,34 @@ def split_held_out(conversations: Sequence[Conversation], count: int) -> tuple[l
         conversation for index, conversation in enumerate(conversations) if index % stride or index // stride >= count
     ]
     return kept, held_out
+
+
+class ConversationDataset(Dataset):
+    """Conversations by number, each as `{"index", "input_ids", "loss_mask"}`."""
+
+    def __init__(self, conversations: Sequence[Conversation]):
+        self.conversations = list(conversations)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        conversation = self.conversations[index]
+        return {
+            "index": torch.tensor(index),
+            "input_ids": conversation.input_ids,
+            "loss_mask": conversation.loss_mask,
+        }
+
+
+def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return `index` `(B)`, `lengths` `(B)`, and `input_ids` and `loss_mask` `(B, T)`, padded on the right.
+
+    A causal target needs no mask for that: no token sees the padding behind it.
+    """
+    return {
+        "index": torch.stack([item["index"] for item in items]),
+        "lengths": torch.tensor([len(item["input_ids"]) for item in items]),
+        "input_ids": pad_sequence([item["input_ids"] for item in items], batch_first=True),
+        "loss_mask": pad_sequence([item["loss_mask"] for item in items], batch_first=True),
+    }

@@ -18,13 +18,11 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.training.anchors import BlockTargets, sample_blocks, stack_blocks
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.batches import ConversationDataset, collate
-from dspark_hf.training.checkpoint import last_whole_checkpoint
-from dspark_hf.training.conversations import Conversation
+from dspark_hf.training.conversations import Conversation, ConversationDataset, collate
 from dspark_hf.training.losses import DraftLosses, Slots, TargetHead, draft_losses, slot_weights
 from dspark_hf.training.metrics import DraftMetrics
 from dspark_hf.training.optimizers import MuonAdamW, split_parameters
-from dspark_hf.training.progress import LiveProgress, TimeLimit
+from dspark_hf.training.progress import LiveProgress, TimeLimit, last_whole_checkpoint
 from dspark_hf.training.states import StateCache, StateSource
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.demo.tiny import write_tiny_pair
-from dspark_hf.evaluation import session
+from dspark_hf.evaluation import run
 
 app = typer.Typer()
 app.command("eval")(evaluate)
@@ -89,7 +89,7 @@ def test_mistakes_are_told_before_models_are_loaded(folder, monkeypatch, argumen
     def fail(*args, **kwargs):
         raise AssertionError("the models were loaded")
 
-    monkeypatch.setattr(session, "load_models", fail)
+    monkeypatch.setattr(run, "load_models", fail)
     code, output = _run(folder, *(one.format(folder=folder) for one in arguments), prompts=prompts)
     assert code == 2
     assert message in output

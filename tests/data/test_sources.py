@@ -21,8 +21,7 @@ from dspark_hf.data.sources import (
     read_dataset,
 )
 from dspark_hf.data.writers import Answer, LocalWriter, Sampling
-from dspark_hf.prompts import Prompt, user_turn
-from dspark_hf.training.templates import end_token_id, turn_end, user_opening
+from dspark_hf.prompts import Prompt, end_token_id, turn_end, user_opening, user_turn
 from tests.tiny import tiny_target
 from tests.training.tiny_tokenizer import WORDS, tiny_tokenizer
 

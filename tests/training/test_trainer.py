@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.batches import ConversationDataset, collate
-from dspark_hf.training.conversations import Conversation
+from dspark_hf.training.conversations import Conversation, ConversationDataset, collate
 from dspark_hf.training.trainer import DSparkTrainer
 from tests.reference.objective import OracleSlot, objective
 from tests.tiny import tiny_target

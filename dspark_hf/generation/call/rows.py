@@ -19,7 +19,7 @@ from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.ragged_store import fill_gaps
 from dspark_hf.generation.scheduling.interface import Batch, Call
-from dspark_hf.generation.statistics import Round, RoundRecord, SpeculationStatistics
+from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
 
@@ -133,7 +133,7 @@ class CallRows:
         return torch.softmax(scores.float(), dim=-1) if self._is_sampling else None
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundRecord | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
@@ -172,7 +172,7 @@ class CallRows:
     def _scores_until(self, length: int) -> tuple[Tensor, ...] | None:
         return self._recorder.scores_until(length - self._sequences.prompt_length)
 
-    def _count(self, record: RoundRecord, num_kept: list[int]) -> None:
+    def _count(self, record: RoundInProgress, num_kept: list[int]) -> None:
         verified, accepted = record.num_verified, record.num_accepted
         self.statistics.rounds.append(
             Round(tuple(self._rows), record.num_drafted, record.confidence, tuple(verified), tuple(accepted))

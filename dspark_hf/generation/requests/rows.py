@@ -21,7 +21,7 @@ from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.ragged_store import fill_gaps
 from dspark_hf.generation.requests.request import Request
 from dspark_hf.generation.scheduling.interface import Batch
-from dspark_hf.generation.statistics import Round, RoundRecord, SpeculationStatistics
+from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.interface import TargetPass
 
 
@@ -174,7 +174,7 @@ class RequestRows:
         return torch.where(is_drawn[..., None], torch.softmax(scores.float(), dim=-1), best)
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundRecord | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
@@ -195,7 +195,7 @@ class RequestRows:
             self._count(record, num_kept)
         return num_kept
 
-    def _count(self, record: RoundRecord, num_kept: list[int]) -> None:
+    def _count(self, record: RoundInProgress, num_kept: list[int]) -> None:
         num_drafted, confidence = record.num_drafted, record.confidence
         for i, row in enumerate(self.rows):
             verified, accepted = record.num_verified[i], record.num_accepted[i]

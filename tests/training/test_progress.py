@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dspark_hf.training.checkpoint import last_whole_checkpoint
+from dspark_hf.training.progress import last_whole_checkpoint
 
 
 def _checkpoint(folder: Path, step: int, *, is_whole: bool = True) -> Path:
