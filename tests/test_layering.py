@@ -32,6 +32,7 @@ BELOW = {
         "profiling",
         "demo",
         "cli",
+        "version",
         "",
         *SHARED,
     },
