@@ -12,6 +12,7 @@ from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM, DeepseekV4DSparkModel
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.moved import install_old_names
+from dspark_hf.version import __version__ as __version__
 
 __all__ = [
     "DSparkAssistantModel",

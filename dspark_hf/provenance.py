@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("dspark-hf", "transformers", "torch")
+from dspark_hf.version import __version__
+
+# beside our own
+_PACKAGES = ("transformers", "torch")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Provenance:
 
 def describe_run(*, is_on_cpu: bool = False) -> Provenance:
     """Return the provenance of this process; `is_on_cpu` tells that an accelerator was left aside."""
-    versions = {package: metadata.version(package) for package in _PACKAGES}
+    versions = {"dspark-hf": __version__, **{package: metadata.version(package) for package in _PACKAGES}}
     return Provenance(
         hardware=_hardware(is_on_cpu),
         num_threads=torch.get_num_threads(),

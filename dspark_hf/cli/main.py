@@ -1,12 +1,16 @@
-"""The command line: `dspark-hf COMMAND`, or `python -m dspark_hf COMMAND`."""
+"""The command line: `dspark-hf COMMAND`, or `python -m dspark_hf COMMAND`.
+
+No file of `dspark_hf.cli` imports PyTorch, Transformers or what needs them outside of a function: see `dspark_hf_cli`.
+"""
 
 from __future__ import annotations
 
-from importlib import metadata
+from typing import Annotated
 
 import typer
 
 from dspark_hf.cli.calibrate import calibrate
+from dspark_hf.cli.command import PackageCommand
 from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import demo
 from dspark_hf.cli.estimate import estimate
@@ -20,14 +24,42 @@ app = typer.Typer(
     help="DSpark speculative decoding for Hugging Face Transformers.",
     no_args_is_help=True,
     add_completion=False,
+    # commands inherit it
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, data, train, calibrate, profile, estimate, tiny_v4):
-    app.command()(command)
-app.command("eval")(evaluate)
+for command in (demo, data, train, calibrate, profile):
+    app.command(cls=PackageCommand)(command)
+# arithmetic on a configuration: no model, hence not the package
+app.command()(estimate)
+app.command(cls=PackageCommand)(tiny_v4)
+app.command("eval", cls=PackageCommand)(evaluate)
 
 
 @app.command()
 def version() -> None:
     """Print the versions of what decides the output."""
-    for package in ("dspark-hf", "transformers", "torch"):
+    # imported here, so that the help is instant
+    from importlib import metadata
+
+    from dspark_hf.version import __version__
+
+    typer.echo(f"dspark-hf {__version__}")
+    for package in ("transformers", "torch"):
         typer.echo(f"{package} {metadata.version(package)}")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from dspark_hf.version import __version__
+
+        typer.echo(f"dspark-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""

@@ -89,6 +89,7 @@ def _route(original: Any) -> Any:
             return original(self, input_ids, **kwargs)
         return decode(self, input_ids, drafter=kwargs.pop("assistant_model"), **kwargs)
 
+    # mypy knows no attributes of functions
     assisted_decoding.is_dspark = True  # type: ignore[attr-defined]
     return assisted_decoding
 
@@ -111,6 +112,7 @@ def _remember_knobs(original: Any) -> Any:
         setattr(prepared, SCHEDULER, scheduler)
         return prepared, model_kwargs
 
+    # mypy knows no attributes of functions
     prepare_generation_config.is_dspark = True  # type: ignore[attr-defined]
     return prepare_generation_config
 
@@ -140,5 +142,6 @@ def _check_mode(original: Any) -> Any:
             )
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
+    # mypy knows no attributes of functions
     validate_generation_mode.is_dspark = True  # type: ignore[attr-defined]
     return validate_generation_mode

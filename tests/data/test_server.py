@@ -243,6 +243,7 @@ def test_a_reader_that_stops_stops_the_requests() -> None:
             [user_turn(str(index)) for index in range(500)], Sampling(), max_new_tokens=4, seed=0
         )
         next(answers)
+        # declared an iterator, but written as a generator
         answers.close()  # type: ignore[attr-defined]
         time.sleep(0.1)
         num_requests = len(server.requests)

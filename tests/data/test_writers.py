@@ -90,6 +90,7 @@ def test_one_call_where_segments_would_change_the_text(change: dict[str, Any]) -
     target.generation_config.update(**change)
     calls = []
     generate = target.generate
+    # a method is replaced, and `append` returns nothing
     target.generate = lambda ids, **options: calls.append(options) or generate(ids, **options)  # type: ignore
     answers = _write(LocalWriter(target, tokenizer, segment_length=4))
     assert len(calls) == 1 and CACHE_KEY not in calls[0]

@@ -108,6 +108,7 @@ def init_weights(module: nn.Module, config: DeepseekV4DSparkConfig) -> None:
     if hasattr(module, "attn_sink"):
         nn.init.zeros_(module.attn_sink)  # type: ignore[arg-type]  # a parameter by that name
     if hasattr(module, "hc_head_fn"):
+        # parameters by these names, which mypy takes for anything a module may hold
         nn.init.normal_(module.hc_head_fn, std=deviation)  # type: ignore[arg-type]
         nn.init.zeros_(module.hc_head_base)  # type: ignore[arg-type]
         nn.init.ones_(module.hc_head_scale)  # type: ignore[arg-type]
