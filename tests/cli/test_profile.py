@@ -15,7 +15,7 @@ from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.cli.main import app
 from dspark_hf.demo.tiny import write_tiny_pair
 from dspark_hf.generation.scheduling import Call
-from dspark_hf.generation.scheduling.costs import measuring, profile
+from dspark_hf.generation.scheduling.costs import profile, workload
 from dspark_hf.generation.scheduling.costs.profile import online_costs
 from dspark_hf.generation.scheduling.costs.workload import Workload
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -166,7 +166,7 @@ def test_targets_that_cannot_be_assisted(profiles, tmp_path):
 
 def test_ctrl_c_writes_nothing(folder, profiles, monkeypatch):
     """Ctrl-C leaves half a profile, or looks like success."""
-    time, calls = measuring.timed, []
+    time, calls = workload.timed, []
 
     def interrupt(*args):
         calls.append(None)

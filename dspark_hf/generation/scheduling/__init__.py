@@ -3,10 +3,11 @@
 What each of them may look at, and why the output's distribution is exact all the same, is in `docs/scheduling.md`.
 """
 
+from dspark_hf.generation.scheduling.adaptive.memory import forget_drafters
 from dspark_hf.generation.scheduling.adaptive.scheduler import AdaptiveScheduler
 from dspark_hf.generation.scheduling.asynchronous import AsynchronousScheduler
+from dspark_hf.generation.scheduling.costs.profile import forget_costs
 from dspark_hf.generation.scheduling.fixed import FixedScheduler
-from dspark_hf.generation.scheduling.forgetting import forget
 from dspark_hf.generation.scheduling.hardware_aware import HardwareAwareScheduler
 from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.threshold import ThresholdScheduler
@@ -24,3 +25,9 @@ __all__ = [
     "ThresholdScheduler",
     "forget",
 ]
+
+
+def forget() -> None:
+    """Forget what this process has learnt of drafters and costs, as after a start; stored profiles stay."""
+    forget_drafters()
+    forget_costs()

@@ -13,8 +13,8 @@ from torch import Tensor
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.confidence import ConfidenceSource
 from dspark_hf.generation.scheduling.costs.online import Costs, round_seconds
+from dspark_hf.generation.scheduling.hardware_aware import ProfiledSchedule, ProfiledScheduler
 from dspark_hf.generation.scheduling.interface import Batch, Schedule
-from dspark_hf.generation.scheduling.profiled import ProfiledSchedule, ProfiledScheduler
 from dspark_hf.generation.scheduling.survival import best_level, possible_survival
 
 # how many rounds old the confidences are that fix the capacity (paper, Section 3.3)

@@ -11,11 +11,10 @@ import torch
 from transformers.utils import logging
 
 from dspark_hf.generation.scheduling.costs.keys import drafter_key, places, profile_key
-from dspark_hf.generation.scheduling.costs.measuring import measure
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path, save_profile
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable, Point
-from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.scheduling.costs.workload import Workload, measure
 from dspark_hf.generation.scheduling.interface import Call
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.provenance import describe_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dspark_hf.generation.scheduling.costs.interpolation import deciding_places, interpolate
+from dspark_hf.generation.scheduling.costs.curves import deciding_places, interpolate
 
 # (rows, context length, size), the size being a pass's width or a number of drafts
 Point = tuple[int, int, int]

@@ -1,12 +1,13 @@
-"""Steps of a target and a drafter at a given size, run for the time they take.
+"""Steps of a target and a drafter at a given size, run for the time they take, each in its turn.
 
 B rows, W tokens of a pass, K drafts, M tapped layers, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from transformers import GenerationConfig
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer, is_stateful
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
-from dspark_hf.generation.scheduling.costs.measuring import timed
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.interface import TargetState
@@ -26,6 +26,46 @@ from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
 _PIECE = 1024
 # neighbouring tokens shall lie far apart in the vocabulary
 _STRIDE = 7919
+
+_Step = TypeVar("_Step")
+
+
+def measure(
+    steps: Sequence[_Step],
+    seconds_of: Callable[[_Step], float],
+    *,
+    repeats: int = 5,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[_Step, float]:
+    """Return every step's time, the lower quartile of `repeats` turns: disturbances only ever add.
+
+    A first turn that is not counted lets kernels be chosen and memory be found.
+
+    Args:
+        steps: what to measure.
+        seconds_of: runs a step and returns its seconds.
+        repeats: turns that count.
+        advance: called after every run, `(repeats + 1) * len(steps)` times.
+    """
+    times: dict[_Step, list[float]] = {step: [] for step in steps}
+    for turn in range(repeats + 1):
+        # another step goes first each time
+        first = turn * len(steps) // (repeats + 1)
+        for step in [*steps[first:], *steps[:first]]:
+            seconds = seconds_of(step)
+            if turn:
+                times[step].append(seconds)
+            advance()
+    return {step: sorted(samples)[(repeats - 1) // 4] for step, samples in times.items()}
+
+
+def timed(run: Callable[[], object], wait: Callable[[], object]) -> float:
+    """Return the seconds that `run` takes until `wait` has returned."""
+    wait()
+    start = perf_counter()
+    run()
+    wait()
+    return perf_counter() - start
 
 
 class Workload:

@@ -11,8 +11,7 @@ import pytest
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, ThresholdScheduler
-from dspark_hf.generation.scheduling.adaptive.experience import Experience
-from dspark_hf.generation.scheduling.adaptive.memory import remembered
+from dspark_hf.generation.scheduling.adaptive.memory import Experience, remembered
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.prompts import ragged_prompts
