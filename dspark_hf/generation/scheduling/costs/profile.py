@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from dspark_hf.generation.scheduling.costs.keys import drafter_key, places, profile_key
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
-from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path, save_profile
+from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable, Point
-from dspark_hf.generation.scheduling.costs.workload import Workload, measure
+from dspark_hf.generation.scheduling.costs.workload import Workload, disagree, lower_quartile, measure
 from dspark_hf.generation.scheduling.interface import Call
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.provenance import describe_run
@@ -24,11 +24,16 @@ logger = logging.get_logger(__name__)
 _QUICK_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _QUICK_REPEATS = 3
 _QUICK_CONTEXT = 128
+# costs that fall by more than noise as steps grow: to this share of a smaller step's
+_SUSPICIOUS_FALL = 0.9
 
 # when and how large a profile's file was; None if there is none
 _Stamp = tuple[str, int, int] | None
 
-_TABLES: dict[tuple[ProfileKey, str], tuple[_Stamp, CostTable | None]] = {}
+# what is known of a target and a drafter, and what it was made of
+_TABLES: dict[tuple[ProfileKey, str], tuple[tuple[_Stamp, CostTable | None], CostTable | None]] = {}
+# what calls have measured on first use, by the file in whose stead it is used; it ends with the process
+_QUICK: dict[tuple[Path, str], CostTable] = {}
 _ONLINE: dict[tuple[ProfileKey, str], OnlineCosts] = {}
 
 
@@ -41,14 +46,16 @@ def online_costs(call: Call) -> OnlineCosts:
 
 
 def forget_costs() -> None:
-    """Begin anew with all costs that this process has seen of its rounds; stored profiles stay."""
+    """Forget the costs that this process has measured and seen; stored profiles stay."""
     _ONLINE.clear()
+    _QUICK.clear()
+    _TABLES.clear()
 
 
 def find_profile(call: Call) -> CostTable:
-    """Return the profile of the target and the drafter; what is missing is measured, stored, and said once.
+    """Return the profile of the target and the drafter; what is missing is measured for this process, and said once.
 
-    Points that are stored already stay as they are.
+    Such a measurement is quick, perhaps beside other programs, so it is not stored. Stored costs go before it.
     """
     key, drafter = _keys(call)
     known = _covering_profile(call, (key, drafter))
@@ -61,18 +68,17 @@ def find_profile(call: Call) -> CostTable:
     passes = [(count, context, width) for count in rows for width in widths]
     drafts = [(count, context, size) for count in rows for size in sorted({1, call.max_drafts})]
     table = measure_costs(Workload(call.target, call.drafter), passes, drafts, repeats=_QUICK_REPEATS)
-    stored = _known(key, drafter)
-    # what was stored may have been measured thoroughly
-    table = table if stored is None else table.merged_with(stored)
-    what = f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s"
-    try:
-        path = save_profile(key, drafter, table, describe_costs(call.target))
-        hint = "; `dspark-hf profile` measures more thoroughly" if _can_be_profiled(call.target.model) else ""
-        logger.warning_once(f"{what}, and stored it in {path}{hint}.")
-    except OSError as error:
-        logger.warning_once(f"{what}. It could not be stored, and is lost with this process. ({error})")
-    _TABLES[key, drafter] = _stamp(profile_path(key)), table
-    return table
+    hint = "; `dspark-hf profile` measures thoroughly, and stores it" if _can_be_profiled(call.target.model) else ""
+    logger.warning_once(
+        f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s, for this "
+        f"process alone{hint}."
+    )
+    place = profile_path(key), drafter
+    _QUICK[place] = _QUICK[place].merged_with(table) if place in _QUICK else table
+    _TABLES.pop((key, drafter), None)
+    found = _known(key, drafter)
+    assert found is not None
+    return found
 
 
 def describe_costs(target: TargetAdapter) -> dict[str, Any]:
@@ -97,7 +103,10 @@ def measure_costs(
     repeats: int,
     advance: Callable[[], None] = lambda: None,
 ) -> CostTable:
-    """Return the measured costs of passes of the target and of drafting."""
+    """Return the measured costs of passes of the target and of drafting.
+
+    Where they look disturbed they are measured again. What then still cannot be true is lowered, and said.
+    """
     # by size of the context, whose caches are built once, and inside by turns
     verify: dict[Point, float] = {}
     draft: dict[Point, float] = {}
@@ -107,10 +116,31 @@ def measure_costs(
         steps += [(workload.draft_seconds, point) for point in drafts if point[:2] == shape]
         # what the caller samples must not depend on what was measured; what is put back was taken from other threads
         with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=workload.draws_at_random):
-            times = measure(steps, lambda step: step[0](*step[1]), repeats=repeats, advance=advance)
+            times = measure(
+                steps,
+                lambda step: step[0](*step[1]),
+                repeats=repeats,
+                advance=advance,
+                is_doubtful=lambda times: any(map(disagree, times.values())) or _falls(times),
+            )
         for (run, point), seconds in times.items():
             (verify if run == workload.verify_seconds else draft)[point] = seconds
-    return CostTable(CostCurves(verify), CostCurves(draft))
+    table = CostTable(CostCurves(verify), CostCurves(draft))
+    if table.doubt is not None:
+        logger.warning(
+            f"Measured {table.doubt}, time and again: other programs must have run here. Used the lower cost for both."
+        )
+    return table.without_doubt()
+
+
+def _falls(times: dict[tuple[Callable[[int, int, int], float], Point], list[float]]) -> bool:
+    """Return whether a larger step of the same kind costs less than a smaller one by more than noise."""
+    costs = {step: lower_quartile(samples) for step, samples in times.items()}
+    return any(
+        run == other_run and larger[2] > point[2] and costs[other_run, larger] < _SUSPICIOUS_FALL * cost
+        for (run, point), cost in costs.items()
+        for other_run, larger in costs
+    )
 
 
 def _keys(call: Call) -> tuple[ProfileKey, str]:
@@ -124,11 +154,15 @@ def _covering_profile(call: Call, keys: tuple[ProfileKey, str]) -> CostTable | N
 
 
 def _known(key: ProfileKey, drafter: str) -> CostTable | None:
-    """Return the stored profile; the file is read when it is new or has changed."""
-    stamp = _stamp(profile_path(key))
+    """Return what is stored, and measured by this process; the file is read when it is new or has changed."""
+    path = profile_path(key)
+    stamp, quick = _stamp(path), _QUICK.get((path, drafter))
     known = _TABLES.get((key, drafter))
-    if known is None or known[0] != stamp:
-        known = _TABLES[key, drafter] = stamp, None if stamp is None else load_profile(key, drafter)
+    if known is None or known[0] != (stamp, quick):
+        stored = None if stamp is None else load_profile(key, drafter)
+        # what was stored may have been measured thoroughly
+        both = quick.merged_with(stored) if quick and stored else quick or stored
+        known = _TABLES[key, drafter] = (stamp, quick), both
     return known[1]
 
 

@@ -27,6 +27,11 @@ _PIECE = 1024
 # neighbouring tokens shall lie far apart in the vocabulary
 _STRIDE = 7919
 
+# series of turns at most, of which all but the first are for costs that look disturbed
+_MOST_SERIES = 3
+# an upper quartile this many times the lower one tells of other programs
+_MOST_SPREAD = 1.5
+
 _Step = TypeVar("_Step")
 
 
@@ -36,8 +41,9 @@ def measure(
     *,
     repeats: int = 5,
     advance: Callable[[], None] = lambda: None,
+    is_doubtful: Callable[[dict[_Step, list[float]]], bool] = lambda times: False,
 ) -> dict[_Step, float]:
-    """Return every step's time, the lower quartile of `repeats` turns: disturbances only ever add.
+    """Return every step's time, the lower quartile of all turns that count: disturbances only ever add.
 
     A first turn that is not counted lets kernels be chosen and memory be found.
 
@@ -45,18 +51,37 @@ def measure(
         steps: what to measure.
         seconds_of: runs a step and returns its seconds.
         repeats: turns that count.
-        advance: called after every run, `(repeats + 1) * len(steps)` times.
+        advance: called after every run of the first series, `(repeats + 1) * len(steps)` times.
+        is_doubtful: told every step's latest times in ascending order; if true, another series of `repeats` turns
+            follows, twice at most.
     """
     times: dict[_Step, list[float]] = {step: [] for step in steps}
-    for turn in range(repeats + 1):
-        # another step goes first each time
-        first = turn * len(steps) // (repeats + 1)
-        for step in [*steps[first:], *steps[:first]]:
-            seconds = seconds_of(step)
-            if turn:
-                times[step].append(seconds)
-            advance()
-    return {step: sorted(samples)[(repeats - 1) // 4] for step, samples in times.items()}
+    for series in range(_MOST_SERIES):
+        latest: dict[_Step, list[float]] = {step: [] for step in steps}
+        for turn in range(repeats + 1):
+            # another step goes first each time
+            first = turn * len(steps) // (repeats + 1)
+            for step in [*steps[first:], *steps[:first]]:
+                seconds = seconds_of(step)
+                if turn:
+                    latest[step].append(seconds)
+                if not series:
+                    advance()
+        latest = {step: sorted(samples) for step, samples in latest.items()}
+        times = {step: sorted(times[step] + samples) for step, samples in latest.items()}
+        if not is_doubtful(latest):
+            break
+    return {step: lower_quartile(samples) for step, samples in times.items()}
+
+
+def lower_quartile(samples: Sequence[float]) -> float:
+    """Return the lower quartile of sorted samples."""
+    return samples[(len(samples) - 1) // 4]
+
+
+def disagree(samples: Sequence[float]) -> bool:
+    """Return whether the quartiles of sorted samples lie further apart than a quiet machine's."""
+    return samples[-1 - (len(samples) - 1) // 4] > _MOST_SPREAD * lower_quartile(samples)
 
 
 def timed(run: Callable[[], object], wait: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
-from dspark_hf.generation.scheduling.costs.workload import Workload, measure, timed
+from dspark_hf.generation.scheduling.costs.workload import Workload, disagree, measure, timed
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.ragged import RaggedTarget
@@ -181,3 +181,20 @@ def test_timed_waits_before_and_after():
     calls: list[str] = []
     assert timed(lambda: calls.append("run"), lambda: calls.append("wait")) >= 0
     assert calls == ["wait", "run", "wait"]
+
+
+def test_doubtful_times_are_measured_again():
+    """Times from a busy moment are kept although the machine is quiet again; or measuring never ends."""
+    samples = iter([0.0, 9.0, 9.0, 3.0, 0.0, 1.0, 1.0, 1.0])
+    assert measure(["a"], lambda _: next(samples), repeats=3, is_doubtful=lambda times: disagree(times["a"])) == {
+        "a": 1.0
+    }
+    assert list(samples) == []
+
+
+def test_quiet_times_are_measured_once():
+    """Every measurement takes three times as long."""
+    samples = iter([0.0, 1.0, 1.2, 1.1])
+    assert measure(["a"], lambda _: next(samples), repeats=3, is_doubtful=lambda times: disagree(times["a"])) == {
+        "a": 1.0
+    }
