@@ -75,14 +75,15 @@ def compare(session: Session, num_sessions: int) -> Ratios:
         plain, *fixed = (session.run(FixedScheduler(), seed, count) for count in range(block_size + 1))
         # one for the session: it keeps what it has seen of costs
         default = session.run(AdaptiveScheduler(costs=OnlineCosts()), seed, block_size)
-        speeds = {f"fixed {count}": _speed(batches) for count, batches in enumerate(fixed, start=1)}
-        for name, speed in {**speeds, DEFAULT: _speed(default)}.items():
-            ratios.setdefault(name, []).append(speed / _speed(plain))
-        ratios.setdefault(FIRST, []).append(_speed(default[:1]) / _speed(plain[:1]))
+        speeds = {f"fixed {count}": speed_of(batches) for count, batches in enumerate(fixed, start=1)}
+        for name, speed in {**speeds, DEFAULT: speed_of(default)}.items():
+            ratios.setdefault(name, []).append(speed / speed_of(plain))
+        ratios.setdefault(FIRST, []).append(speed_of(default[:1]) / speed_of(plain[:1]))
     return ratios
 
 
-def _speed(batches: Sequence[Written]) -> float:
+def speed_of(batches: Sequence[Written]) -> float:
+    """Return tokens per second."""
     return sum(one.num_tokens for one in batches) / sum(one.seconds for one in batches)
 
 
@@ -95,12 +96,13 @@ def row_of(num_rows: int, ratios: Ratios) -> str:
     against = [ours / theirs for ours, theirs in zip(default, ratios[best_usual], strict=True)]
     return (
         f"| {num_rows} | {' | '.join(f'{mean(ratios[name]):.2f}' for name in usual)} | {mean(ratios[best]):.2f} "
-        f"({best.removeprefix('fixed ')}) | {_with_error(default)} | {mean(ratios[FIRST]):.2f} "
-        f"| {_with_error(against)} |"
+        f"({best.removeprefix('fixed ')}) | {with_error(default)} | {mean(ratios[FIRST]):.2f} "
+        f"| {with_error(against)} |"
     )
 
 
-def _with_error(values: Sequence[float]) -> str:
+def with_error(values: Sequence[float]) -> str:
+    """Return the mean and its standard error."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values) / sqrt(len(values)):.3f}" if len(values) > 1 else "")
 
 
