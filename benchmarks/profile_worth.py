@@ -57,7 +57,17 @@ def main(
     encoded = [encode_prompt(prompt, packaged.tokenizer).flatten() for prompt in read_prompts(PROMPTS, 48)]
     texts = record(packaged.target, drafter, encoded, length)
     costs = costs_of(FOLDER / "results" / f"replay-{model}-fp32.md")
-    busy = CostTable(CostCurves({(1, CONTEXT, width): cost for width, cost in BUSY.items()}), costs.draft)
+    plain_steps = {point[0]: cost for point, cost in costs.verify.points.items() if point[2] == 1}
+    busy = CostTable(
+        CostCurves(
+            {
+                (count, CONTEXT, width): cost * share
+                for count, cost in plain_steps.items()
+                for width, share in BUSY.items()
+            }
+        ),
+        costs.draft,
+    )
     typer.echo("| rows | costs known beforehand | all batches | first batch |\n| ---: | :--- | ---: | ---: |")
     for num_rows in map(int, rows.split(",")):
         session = Session(target, drafter, texts, num_rows, batches, length, costs, 0.05)

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.adaptive.memory import remembered
+from dspark_hf.generation.scheduling.defaults import MOST_IDLE_ROUNDS
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.interface import Call, Outcome
 
 SOURCES = ("head", "online")
-# rounds without a verified draft after which a block is taken to be sure, to see what becomes of it
-_MOST_IDLE = 64
 
 
 class ConfidenceSource(ABC):
@@ -72,7 +71,7 @@ class OnlineConfidence(ConfidenceSource):
         margins = drafted.margins.cpu()
         self.margins = margins.tolist()
         # earlier rounds decide on this, so that no draft does
-        if self._explores and self._estimator.num_idle >= _MOST_IDLE:
+        if self._explores and self._estimator.num_idle >= MOST_IDLE_ROUNDS:
             return torch.ones_like(margins)
         return self._estimator.estimate(margins)
 

@@ -13,23 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dspark_hf.generation.scheduling.defaults import (
+    FIT_EVERY,
+    LONGEST_FIT_STEP,
+    MAX_MARGIN,
+    NUM_FIT_STEPS,
+    NUM_FITTED_DRAFTS,
+    PRIOR_BIAS_AND_SLOPE,
+    PRIOR_PRECISION,
+)
 from dspark_hf.generation.scheduling.locking import in_turns
-
-# larger margins say no more, and a single proposable token has an infinite one
-MAX_MARGIN = 12.0
-# what is believed before anything is known: bias and slope, and how firmly (1 / variance)
-_PRIOR = np.array([-0.9, 0.7])
-_PRIOR_PRECISION = np.array([2.0, 2.0])
-# drafts that are remembered, so that the fit follows the text
-_NUM_DRAFTS = 256
-# new drafts after which the fit is renewed, and how many at first are fitted round by round
-_FIT_EVERY = 32
-_NUM_EARLY_DRAFTS = 64
-_NUM_STEPS = 4
-# no step changes the log-odds of the drafts at hand by more: far from its goal, a Newton step knows no measure
-_LONGEST_STEP = 2.0
-# steps that change the log-odds by less are the last
-_SHORTEST_STEP = 1e-3
 
 
 def top_margin(logits: Tensor) -> Tensor:
@@ -58,9 +51,9 @@ class AcceptanceEstimator:
     """
 
     def __init__(self) -> None:
-        self.bias, self.slope = _PRIOR.tolist()
+        self.bias, self.slope = PRIOR_BIAS_AND_SLOPE
         self.num_idle = 0
-        self._seen: deque[tuple[float, bool]] = deque(maxlen=_NUM_DRAFTS)
+        self._seen: deque[tuple[float, bool]] = deque(maxlen=NUM_FITTED_DRAFTS)
         self._num_new = 0
 
     @in_turns
@@ -82,8 +75,8 @@ class AcceptanceEstimator:
         self.num_idle = 0 if pairs else self.num_idle + 1
         self._seen.extend(pairs)
         self._num_new += len(pairs)
-        is_early = len(self._seen) <= _NUM_EARLY_DRAFTS
-        if pairs and (is_early or self._num_new >= _FIT_EVERY):
+        is_early = len(self._seen) <= 2 * FIT_EVERY
+        if pairs and (is_early or self._num_new >= FIT_EVERY):
             self._num_new = 0
             self.bias, self.slope = _fit(np.array(self._seen), np.array([self.bias, self.slope]))
 
@@ -91,17 +84,15 @@ class AcceptanceEstimator:
 def _fit(seen: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
     """Return bias and slope of the most likely fit of margins and fates `(n, 2)`, from the last one on."""
     inputs = np.stack([np.ones(len(seen)), seen[:, 0]], axis=1)
-    for _ in range(_NUM_STEPS):
+    for _ in range(NUM_FIT_STEPS):
         chance = 1 / (1 + np.exp(-inputs @ weights))
-        gradient = inputs.T @ (seen[:, 1] - chance) + _PRIOR_PRECISION * (_PRIOR - weights)
-        curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + np.diag(_PRIOR_PRECISION)
+        gradient = inputs.T @ (seen[:, 1] - chance) + PRIOR_PRECISION * (np.array(PRIOR_BIAS_AND_SLOPE) - weights)
+        curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + PRIOR_PRECISION * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
         length = float(np.abs(inputs @ step).max())
-        weights = weights + step * min(1.0, _LONGEST_STEP / max(length, 1e-9))
+        weights = weights + step * min(1.0, LONGEST_FIT_STEP / max(length, 1e-9))
         # a larger margin never speaks against a draft
         weights[1] = max(weights[1], 0.0)
-        if length < _SHORTEST_STEP:
-            break
     return float(weights[0]), float(weights[1])
 
 

@@ -16,17 +16,10 @@ from transformers import PreTrainedModel
 
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling.adaptive.parking import Parking
+from dspark_hf.generation.scheduling.defaults import FEW_BLOCKS, FEWEST_ROUNDS, NUM_RECENT_BLOCKS, PRIOR_CHANCE
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.interface import Call
 from dspark_hf.generation.scheduling.locking import in_turns
-
-# rows' blocks that count: enough to average over easy and hard places, few enough to follow the text
-_NUM_ROWS = 48
-_FEWEST_BLOCKS = 4
-# how many of them still count once drafting was given up, so that a few trials can change the verdict
-_NUM_PARKED_BLOCKS = 8
-# chance of a draft where nothing is known yet
-_PRIOR_CHANCE = 0.7
 
 
 class Experience:
@@ -45,13 +38,16 @@ class Experience:
         """Add the margins `(b, K)` of a round, of rows that could use all drafts."""
         self._blocks.append(np.array(margins, dtype=np.float64))
         self.num_blocks += 1
-        while len(self._blocks) > _FEWEST_BLOCKS and sum(map(len, self._blocks)) - len(self._blocks[0]) >= _NUM_ROWS:
+        while (
+            len(self._blocks) > FEWEST_ROUNDS
+            and sum(map(len, self._blocks)) - len(self._blocks[0]) >= NUM_RECENT_BLOCKS
+        ):
             self._blocks.popleft()
 
     @in_turns
     def forget_old(self) -> None:
         """Keep the latest few blocks."""
-        while len(self._blocks) > _NUM_PARKED_BLOCKS:
+        while len(self._blocks) > FEW_BLOCKS:
             self._blocks.popleft()
 
     @in_turns
@@ -96,7 +92,7 @@ def remembered(call: Call) -> DrafterMemory:
 
 def _filled_up(gains: list[float], num_drafts: int) -> list[float]:
     filled = gains[:num_drafts]
-    decay = filled[-1] ** (1 / len(filled)) if filled else _PRIOR_CHANCE
+    decay = filled[-1] ** (1 / len(filled)) if filled else PRIOR_CHANCE
     while len(filled) < num_drafts:
         filled.append((filled[-1] if filled else 1.0) * decay)
     return filled

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# the best rate is the fixed point of a map that converges in a few steps
-_NUM_STEPS = 3
-# tokens that a level yields at least, so that one that never yielded any has a price, too
-_LEAST_GAIN = 1e-9
+from dspark_hf.generation.scheduling.defaults import LEAST_GAIN, NUM_RATE_STEPS
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def make_plan(
     totals = num_live + np.concatenate([np.zeros((len(gains), 1)), gains.cumsum(1)], axis=1)
     dearness = _least_seconds_per_gain(gains.mean(0), seconds)
     rate, num_drafts = plain_rate, 1
-    for _ in range(_NUM_STEPS):
+    for _ in range(NUM_RATE_STEPS):
         rates = []
         for count, drafting in enumerate(draft_seconds, start=1):
             levels = (gains[:, :count] >= rate * dearness[:count, count - 1]).cumprod(1).sum(1)
@@ -83,7 +80,7 @@ def _least_seconds_per_gain(mean_gains: NDArray[np.float64], seconds: NDArray[np
     Levels further on are taken to yield as much less than that one as they did on average.
     """
     num_drafts = len(mean_gains)
-    mean_gains = np.maximum(mean_gains, _LEAST_GAIN)
+    mean_gains = np.maximum(mean_gains, LEAST_GAIN)
     reached = np.concatenate([[0.0], mean_gains.cumsum()])
     is_further = np.tri(num_drafts, num_drafts + 1, dtype=bool) == 0
     yields = np.where(is_further, reached - reached[:-1, None], 1.0)

@@ -10,20 +10,16 @@ from dspark_hf.generation.scheduling.adaptive.planning import Plan, make_plan
 from dspark_hf.generation.scheduling.confidence import OnlineConfidence
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from dspark_hf.generation.scheduling.costs.profile import online_costs
+from dspark_hf.generation.scheduling.defaults import (
+    FEW_BLOCKS,
+    FEW_DRAFTS,
+    FEW_TOKENS,
+    MOST_SURPRISE,
+    PLAN_EVERY,
+    REQUIRED_GAIN,
+)
 from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.survival import possible_survival
-
-# drafting must promise so much more than plain decoding: estimates err, and plain text is what users compare with
-_REQUIRED_GAIN = 1.02
-# drafted rounds between two plans, and how many at first are planned one by one
-_PLAN_EVERY = 4
-_NUM_EARLY_BLOCKS = 8
-# tokens of a pass, over all rows, with which drafting is tried while costs are unknown: most machines take so many
-# at little more than the price of one
-_FEW_TOKENS = 16
-_MOST_DRAFTS = 3
-# a round that took longer or shorter by more than this factor than such rounds do was disturbed
-_MOST_SURPRISE = 1.25
 
 
 class AdaptiveScheduler(Scheduler):
@@ -72,7 +68,7 @@ class _Adaptive(Schedule):
         if isinstance(self._costs, OnlineCosts) and not self._costs.knows(batch.num_rows):
             return self._learning_drafts(batch)
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
-        if plan.rate > _REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
+        if plan.rate > REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
             self._mode = _Mode.drafting if is_busy else _Mode.plain
         elif parking.is_trial_due():
@@ -84,13 +80,13 @@ class _Adaptive(Schedule):
         if self._num_rounds % 4 < 2:
             return 0
         self._mode = _Mode.learning
-        return min(batch.max_drafts, max(_FEW_TOKENS // batch.num_rows - 1, 1), _MOST_DRAFTS)
+        return min(batch.max_drafts, max(FEW_TOKENS // batch.num_rows - 1, 1), FEW_DRAFTS)
 
     def _current_plan(self, batch: Batch) -> Plan:
         experience = self._memory.experience
         num_blocks = experience.num_blocks
         # the first blocks teach most
-        age = num_blocks if num_blocks < _NUM_EARLY_BLOCKS else num_blocks // _PLAN_EVERY + _NUM_EARLY_BLOCKS
+        age = num_blocks if num_blocks < FEW_BLOCKS else num_blocks // PLAN_EVERY + FEW_BLOCKS
         is_for = (batch.num_rows, batch.num_live, batch.max_drafts, age)
         if self._plan is None or self._plan_is_for != is_for:
             rows, length = batch.num_rows, batch.context_length
@@ -152,6 +148,6 @@ def _gain(outcome: Outcome, costs: Costs) -> float:
     verifying = costs.verify_seconds(rows, outcome.width, length)
     usual = verifying + costs.draft_seconds(rows, outcome.num_drafted, length)
     seconds = outcome.draft_seconds + outcome.other_seconds
-    seconds = min(max(seconds, usual / _MOST_SURPRISE), usual * _MOST_SURPRISE)
+    seconds = min(max(seconds, usual / MOST_SURPRISE), usual * MOST_SURPRISE)
     tokens_per_row = 1 + sum(outcome.num_accepted) / max(outcome.batch.num_live, 1)
     return tokens_per_row - seconds / min(costs.verify_seconds(rows, 1, length), verifying)

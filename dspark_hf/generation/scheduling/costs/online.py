@@ -8,23 +8,17 @@ from statistics import median
 from typing import Protocol
 
 from dspark_hf.generation.scheduling.costs.curves import bend_at, find_bends, fit_line
+from dspark_hf.generation.scheduling.defaults import (
+    FEW_SAMPLES,
+    FIXED_SHARE,
+    LEAST_SHARE,
+    NEAR,
+    NUM_MOMENT,
+    NUM_SAMPLES,
+    TRUST,
+)
 from dspark_hf.generation.scheduling.interface import Batch, Outcome
 from dspark_hf.generation.scheduling.locking import in_turns
-
-# rounds of a shape whose median counts: many, since only what they have in common with earlier ones must stay
-_NUM_SAMPLES = 127
-# rounds whose median is the common factor: as many as a slow moment lasts
-_NUM_RECENT = 7
-# samples of a shape that are taken although no plain step was made lately
-_FEW = 3
-# batches so many times larger or smaller cost alike enough to go by
-_NEAR = 2
-# samples of a shape that count as much as what all shapes together say
-_TRUST = 4.0
-# share of the drafter's time that does not depend on the number of drafts: its backbone runs over whole blocks
-_FIXED_SHARE = 0.5
-# no step takes less than this share of the quickest that was measured, wherever lines and bends may lead
-_LEAST_SHARE = 0.1
 
 
 class Costs(Protocol):
@@ -66,7 +60,7 @@ class OnlineCosts:
         self._verify = _Times()
         self._draft = _Times()
         # rows, width, and the time against the known one
-        self._recent: deque[tuple[int, int, float]] = deque(maxlen=_NUM_RECENT)
+        self._recent: deque[tuple[int, int, float]] = deque(maxlen=NUM_MOMENT)
 
     def beside(self, profile: Costs | None) -> OnlineCosts:
         """Return these costs beside another profile; what one of them learns, both know."""
@@ -83,7 +77,7 @@ class OnlineCosts:
         """Return whether there is a profile, or plain and drafting rounds of about so many rows were measured."""
         if self.profile is not None:
             return True
-        near = [rows for rows in self._verify.rows if num_rows / _NEAR <= rows <= num_rows * _NEAR]
+        near = [rows for rows in self._verify.rows if num_rows / NEAR <= rows <= num_rows * NEAR]
         sizes = {size for rows in near for size in self._verify.sizes(rows)}
         return 1 in sizes and len(sizes) > 1 and bool(self._draft.rows)
 
@@ -100,11 +94,11 @@ class OnlineCosts:
         if known is not None and width == 1:
             # the measure of all others
             self._verify.add(rows, width, known)
-        elif plain or self._verify.count(rows, width) < _FEW:
+        elif plain or self._verify.count(rows, width) < FEW_SAMPLES:
             self._verify.add(rows, width, outcome.other_seconds / (median(plain) if plain else self._drift))
         if drafts and not outcome.is_typical:
             self._draft.pass_over(drafts)
-        elif drafts and (plain or self._draft.count(rows, drafts) < _FEW):
+        elif drafts and (plain or self._draft.count(rows, drafts) < FEW_SAMPLES):
             self._draft.add(rows, drafts, outcome.draft_seconds / (median(plain) if plain else self._drift))
 
     @in_turns
@@ -127,8 +121,8 @@ class OnlineCosts:
             )
         nearest = self._draft.nearest_rows(num_rows)
         # rows share the drafter's weights, and add their own work
-        scale = 1.0 if nearest == num_rows else 0.5 + 0.5 * num_rows / nearest
-        intercept, slope = self._draft.line(nearest, start=_FIXED_SHARE)
+        scale = 1.0 if nearest == num_rows else FIXED_SHARE + (1 - FIXED_SHARE) * num_rows / nearest
+        intercept, slope = self._draft.line(nearest, start=FIXED_SHARE)
         return self._drift * scale * self._draft.bent(nearest, num_drafts, lambda one: intercept + slope * one)
 
 
@@ -155,7 +149,7 @@ class _Times:
     def add(self, rows: int, size: int, seconds: float) -> None:
         """Add a sample; the first of a size, which also pays for choosing kernels and making room, is left out."""
         if size in self._seen:
-            self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
+            self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=NUM_SAMPLES)).append(seconds)
             self._medians.pop((rows, size), None)
             # a plan asks for these once per width
             self._line = None
@@ -198,14 +192,14 @@ class _Times:
         intercept, slope = self._line
         if rows not in self._other_bends:
             points, weights = self._over_products([other for other in self._samples if other != rows])
-            self._other_bends[rows] = find_bends(points, weights, lambda one: intercept + slope * one, trust=_TRUST)
+            self._other_bends[rows] = find_bends(points, weights, lambda one: intercept + slope * one, trust=TRUST)
         value = intercept + slope * rows * size + bend_at(self._other_bends[rows], rows * size)
         return max(value, self._least())
 
     def _least(self) -> float:
         if self._floor is None:
             medians = [self._curve(rows)[0].values() for rows in self._samples]
-            self._floor = _LEAST_SHARE * min((seconds for of_rows in medians for seconds in of_rows), default=0.0)
+            self._floor = LEAST_SHARE * min((seconds for of_rows in medians for seconds in of_rows), default=0.0)
         return self._floor
 
     def _over_products(self, chosen: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
@@ -223,7 +217,7 @@ class _Times:
     def bent(self, rows: int, size: int, expected: Callable[[int], float]) -> float:
         """Return the seconds of a size: what is `expected`, bent towards the medians of that many rows."""
         medians, counts = self._curve(rows)
-        value = expected(size) + bend_at(find_bends(medians, counts, expected, trust=_TRUST), size)
+        value = expected(size) + bend_at(find_bends(medians, counts, expected, trust=TRUST), size)
         return max(value, self._least())
 
     def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:
