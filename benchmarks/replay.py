@@ -25,11 +25,11 @@ from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from benchmarks.recordings import CONTEXT, DISTURBANCE, DISTURBED, Clock, Text, Written, fewer_right, record, replay
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, FixedScheduler, Scheduler, forget
+from dspark_hf.generation.scheduling import AdaptiveScheduler, CallInfo, FixedScheduler, Scheduler, reset_learned_state
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.costs.profile import measure_costs
 from dspark_hf.generation.scheduling.costs.table import CostTable
-from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.scheduling.costs.workload import StepTimer
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.prompts import encode_prompt, read_prompts
 
@@ -56,9 +56,9 @@ class Session:
 
     def run(self, scheduler: Scheduler, seed: int, max_drafts: int) -> list[Written]:
         """Return what the batches took, whose texts depend on the seed as the noise does."""
-        forget()
+        reset_learned_state()
         clock = Clock(self.costs, self.noise, random.Random(seed))
-        call = Call(self.target, self.drafter, self.num_rows, max_drafts, CONTEXT)
+        call = CallInfo(self.target, self.drafter, self.num_rows, max_drafts, CONTEXT)
         chosen = random.Random(seed).sample(range(len(self.texts)), len(self.texts))
         batches = [
             [self.texts[chosen[(number * self.num_rows + row) % len(chosen)]] for row in range(self.num_rows)]
@@ -112,7 +112,7 @@ def costs_here(target: TargetAdapter, drafter: Drafter, rows: Sequence[int]) -> 
     passes = [(count, CONTEXT, width) for count in rows for width in (*sizes, drafter.block_size + 1)]
     drafts = [(count, CONTEXT, size) for count in rows for size in sizes]
     with target:
-        return measure_costs(Workload(target, drafter), passes, drafts, repeats=REPEATS)
+        return measure_costs(StepTimer(target, drafter), passes, drafts, repeats=REPEATS)
 
 
 def cost_lines(costs: CostTable, rows: Sequence[int], block_size: int) -> list[str]:

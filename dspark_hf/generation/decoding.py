@@ -22,7 +22,7 @@ from dspark_hf.generation.compat import CACHE_KEY, pad_token_id, was_given_by_us
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.rounds import Rounds, fill_empty, without_gaps
-from dspark_hf.generation.scheduling.interface import Batch, Call, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Scheduler
 from dspark_hf.generation.statistics import Round, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
@@ -144,8 +144,8 @@ class _Run(Rounds):
             return SingleRowTarget(self._adapter, ids, self._config, model_kwargs)
         return RaggedTarget(self._adapter, ids, self._config, model_kwargs)
 
-    def _call(self) -> Call:
-        return Call(
+    def _call(self) -> CallInfo:
+        return CallInfo(
             target=self._adapter,
             drafter=self._drafter,
             num_rows=self._sequences.batch_size,

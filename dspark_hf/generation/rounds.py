@@ -16,7 +16,7 @@ from torch import Tensor
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.estimator import top_margin
-from dspark_hf.generation.scheduling.interface import Batch, Outcome, Schedule
+from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome, Schedule
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
@@ -85,7 +85,7 @@ class Rounds(ABC):
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         num_drafted = 0 if drafted is None else drafted.num_drafts
         self._schedule.observe(
-            Outcome(batch, num_drafted, num_verified, num_accepted, drafting, seconds - drafting, is_typical)
+            RoundOutcome(batch, num_drafted, num_verified, num_accepted, drafting, seconds - drafting, is_typical)
         )
 
     def _draft(self, anchors: Tensor, num_drafts: int) -> DraftedBlock | None:

@@ -8,7 +8,7 @@ from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.confidence import ConfidenceSource, check_source_name, find_source
 from dspark_hf.generation.scheduling.costs.online import Costs, round_seconds
 from dspark_hf.generation.scheduling.costs.profile import find_profile
-from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.survival import possible_survival, stop_level
 
 
@@ -25,7 +25,7 @@ class ProfiledScheduler(Scheduler):
         self.costs = costs
         self.confidence = check_source_name(confidence)
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return self._schedule(self.costs or find_profile(call), find_source(self.confidence, call))
 
     @abstractmethod
@@ -41,7 +41,7 @@ class ProfiledSchedule(Schedule):
         self._source = source
         self.wants_margins = source.wants_margins
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: RoundOutcome) -> None:
         self._source.learn(outcome)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 def interpolate(points: Mapping[int, float], at: int) -> float:
     """Return the value at `at`, on straight lines between the measured `points`.
 
-    Steps, up or down, stay where they were measured. Beyond the last point the line from half-way there is extended,
-    so that neither noise nor a step between two neighbours is, but never downwards; before the first one the first
-    holds.
+    Steps, up or down, stay where they were measured. Beyond the last point, the line from about half-way there to the
+    last point is extended, but never downwards: a line through two neighbours would extend noise, or a step. Before
+    the first point, its value holds.
 
     Raises:
         ValueError: if there is no point.
@@ -27,7 +27,7 @@ def interpolate(points: Mapping[int, float], at: int) -> float:
 
 
 def deciding_places(places: Iterable[int], at: int) -> tuple[int, ...]:
-    """Return the one or two of the measured `places` that decide about `at`, in ascending order.
+    """Return the one or two of the measured `places` that the value at `at` follows from, in ascending order.
 
     Raises:
         ValueError: if there is none.
@@ -65,13 +65,13 @@ def fit_line(points: Mapping[int, float], weights: Mapping[int, float]) -> tuple
 def find_bends(
     points: Mapping[int, float], weights: Mapping[int, float], expected: Callable[[int], float], *, trust: float
 ) -> dict[int, float]:
-    """Return by place how far a curve that is `expected` must be bent towards what was measured.
+    """Return, by place, how far to move the `expected` curve towards what was measured.
 
     Args:
         points: measured values by place.
-        weights: how many samples are behind each of them.
+        weights: how many samples each of them is the median of.
         expected: the value that is expected at a place.
-        trust: samples that count as much as what is expected.
+        trust: the number of samples that weighs as much as the expected value.
     """
     return {
         place: (value - expected(place)) * weights[place] / (weights[place] + trust) for place, value in points.items()
@@ -79,5 +79,5 @@ def find_bends(
 
 
 def bend_at(bends: Mapping[int, float], place: int) -> float:
-    """Return how far a curve is bent at `place`: between measured places on straight lines, beyond them as there."""
+    """Return how far the curve is moved at `place`: interpolated between measured places, constant beyond them."""
     return interpolate(bends, min(place, max(bends))) if bends else 0.0

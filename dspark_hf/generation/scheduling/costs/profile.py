@@ -14,8 +14,8 @@ from dspark_hf.generation.scheduling.costs.keys import drafter_key, places, prof
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable, Point
-from dspark_hf.generation.scheduling.costs.workload import Workload, disagree, lower_quartile, measure
-from dspark_hf.generation.scheduling.interface import Call
+from dspark_hf.generation.scheduling.costs.workload import StepTimer, disagree, lower_quartile, measure
+from dspark_hf.generation.scheduling.interface import CallInfo
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.provenance import describe_run
 
@@ -27,22 +27,22 @@ _QUICK_CONTEXT = 128
 # costs that fall by more than noise as steps grow: to this share of a smaller step's
 _SUSPICIOUS_FALL = 0.9
 
-# when and how large a profile's file was; None if there is none
+# path, time and size of a profile's file; None if there is none
 _Stamp = tuple[str, int, int] | None
 
 # what is known of a target and a drafter, and what it was made of
 _TABLES: dict[tuple[ProfileKey, str], tuple[tuple[_Stamp, CostTable | None], CostTable | None]] = {}
-# what calls have measured on first use, by the file in whose stead it is used; it ends with the process
+# what calls have measured on first use, by the file that it stands in for; it ends with the process
 _QUICK: dict[tuple[Path, str], CostTable] = {}
 _ONLINE: dict[tuple[ProfileKey, str], OnlineCosts] = {}
 
 
-def online_costs(call: Call) -> OnlineCosts:
-    """Return what this process has seen of such a target and drafter, beside a stored profile; updated in place."""
+def online_costs(call: CallInfo) -> OnlineCosts:
+    """Return what this process has learned about such a target and drafter, on top of a stored profile, if any."""
     keys = _keys(call)
     costs = _ONLINE.setdefault(keys, OnlineCosts())
-    # of this call: one with more rows, which another profile covers or none, may run at the same time
-    return costs.beside(_covering_profile(call, keys))
+    # the profile belongs to this call alone: another call with more rows may run at the same time, without one
+    return costs.with_profile(_covering_profile(call, keys))
 
 
 def forget_costs() -> None:
@@ -52,7 +52,7 @@ def forget_costs() -> None:
     _TABLES.clear()
 
 
-def find_profile(call: Call) -> CostTable:
+def find_profile(call: CallInfo) -> CostTable:
     """Return the profile of the target and the drafter; what is missing is measured for this process, and said once.
 
     Such a measurement is quick, perhaps beside other programs, so it is not stored. Stored costs go before it.
@@ -67,7 +67,7 @@ def find_profile(call: Call) -> CostTable:
     context = _quick_context(call)
     passes = [(count, context, width) for count in rows for width in widths]
     drafts = [(count, context, size) for count in rows for size in sorted({1, call.max_drafts})]
-    table = measure_costs(Workload(call.target, call.drafter), passes, drafts, repeats=_QUICK_REPEATS)
+    table = measure_costs(StepTimer(call.target, call.drafter), passes, drafts, repeats=_QUICK_REPEATS)
     hint = "; `dspark-hf profile` measures thoroughly, and stores it" if _can_be_profiled(call.target.model) else ""
     logger.warning_once(
         f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s, for this "
@@ -84,7 +84,7 @@ def find_profile(call: Call) -> CostTable:
 def describe_costs(target: TargetAdapter) -> dict[str, Any]:
     """Return where costs measured now come from: the target's name, hardware, versions, date."""
     run = describe_run(is_on_cpu=target.model.device.type == "cpu")
-    # not the command line: within `generate` it is a stranger's
+    # without the command line, which inside `generate` is that of another program
     return {
         "target": target.model.config.name_or_path,
         "hardware": run.hardware,
@@ -96,7 +96,7 @@ def describe_costs(target: TargetAdapter) -> dict[str, Any]:
 
 
 def measure_costs(
-    workload: Workload,
+    workload: StepTimer,
     passes: list[Point],
     drafts: list[Point],
     *,
@@ -107,14 +107,15 @@ def measure_costs(
 
     Where they look disturbed they are measured again. What then still cannot be true is lowered, and said.
     """
-    # by size of the context, whose caches are built once, and inside by turns
+    # by rows and context, so that caches are built once for each; within these, steps take turns
     verify: dict[Point, float] = {}
     draft: dict[Point, float] = {}
     for shape in dict.fromkeys((rows, context) for rows, context, _ in (*passes, *drafts)):
         steps: list[tuple[Callable[[int, int, int], float], Point]]
         steps = [(workload.verify_seconds, point) for point in passes if point[:2] == shape]
         steps += [(workload.draft_seconds, point) for point in drafts if point[:2] == shape]
-        # what the caller samples must not depend on what was measured; what is put back was taken from other threads
+        # Measuring must not change what the caller samples. Only where modules draw: putting the generator back would
+        # also undo the draws of other threads.
         with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=workload.draws_at_random):
             times = measure(
                 steps,
@@ -143,11 +144,11 @@ def _falls(times: dict[tuple[Callable[[int, int, int], float], Point], list[floa
     )
 
 
-def _keys(call: Call) -> tuple[ProfileKey, str]:
+def _keys(call: CallInfo) -> tuple[ProfileKey, str]:
     return profile_key(call.target), drafter_key(call.drafter)
 
 
-def _covering_profile(call: Call, keys: tuple[ProfileKey, str]) -> CostTable | None:
+def _covering_profile(call: CallInfo, keys: tuple[ProfileKey, str]) -> CostTable | None:
     table = _known(*keys)
     is_enough = table is not None and table.covers(call.num_rows, call.max_drafts, _quick_context(call))
     return table if is_enough else None
@@ -174,7 +175,7 @@ def _stamp(path: Path) -> _Stamp:
     return str(path), found.st_mtime_ns, found.st_size
 
 
-def _quick_context(call: Call) -> int:
+def _quick_context(call: CallInfo) -> int:
     context = max(_QUICK_CONTEXT, call.prompt_length)
     limit = getattr(call.target.config, "max_position_embeddings", None)
     return context if limit is None else max(min(context, limit - call.max_drafts - 1), 1)

@@ -66,7 +66,7 @@ def load_profile(key: ProfileKey, drafter: str | None, folder: Path | None = Non
         )
         doubt = table.doubt
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # someone wrote something else into it
+        # not what `save_profile` writes
         doubt = f"{type(error).__name__}: {error}"
     if doubt is None:
         return table
@@ -80,7 +80,7 @@ def load_profile(key: ProfileKey, drafter: str | None, folder: Path | None = Non
 def save_profile(
     key: ProfileKey, drafter: str | None, table: CostTable, measured: Mapping[str, Any], folder: Path | None = None
 ) -> Path:
-    """Write a profile, whole or not at all, and return its path; other drafters' costs in the file stay.
+    """Write a profile, all of it or nothing, and return its path; other drafters' costs in the file stay.
 
     Args:
         key: the target.
@@ -117,7 +117,7 @@ def _default_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def _cache_folder() -> Path:
-    # it makes the folder, and is asked for in every call of generate
+    # cached because it makes the folder, and every call of generate asks for it
     return cached_assets_path("dspark_hf", namespace="profiles", subfolder="costs")
 
 

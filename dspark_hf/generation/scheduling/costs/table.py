@@ -11,7 +11,7 @@ from dspark_hf.generation.scheduling.costs.curves import deciding_places, interp
 # (rows, context length, size), the size being a pass's width or a number of drafts
 Point = tuple[int, int, int]
 
-# how many times longer or shorter than measured ones contexts may be for their costs to be told
+# contexts up to this many times longer or shorter than a measured one are covered by it
 _REACH = 4
 # A step that costs less than this share of a smaller one was measured on a busy machine. Real costs fall as well,
 # where kernels work in tiles: to 0.53 at most in benchmarks/results, for two rows of Gemma 3 270M.

@@ -1,4 +1,4 @@
-"""Steps of a target and a drafter at a given size, run for the time they take, each in its turn.
+"""Time single steps of a target and a drafter at a given size.
 
 B rows, W tokens of a pass, K drafts, M tapped layers, D hidden.
 """
@@ -22,9 +22,9 @@ from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import PLAIN_LAYERS
 from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
 
-# tokens of a piece: a whole context's hidden states may need more memory than its caches
+# tokens that are processed at once: the hidden states of a whole context may need more memory than its caches
 _PIECE = 1024
-# neighbouring tokens shall lie far apart in the vocabulary
+# neighbouring tokens are to lie far apart in the vocabulary
 _STRIDE = 7919
 
 # series of turns at most, of which all but the first are for costs that look disturbed
@@ -93,11 +93,11 @@ def timed(run: Callable[[], object], wait: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-class Workload:
-    """Run passes and drafts of any size, through the very code that `generate` runs.
+class StepTimer:
+    """Time passes and drafts of any size, through the same code that `generate` runs.
 
-    One row runs as an unpadded prompt does, several as a padded batch does. Where the cache allows it, contexts are
-    not computed but made up: what a step costs depends on their length alone.
+    One row runs like an unpadded prompt, several run like a padded batch. Where the cache allows it, contexts are made
+    up instead of computed: the cost of a step depends only on their length.
 
     Args:
         adapter: the target, entered by the caller, with at least one tapped layer.
@@ -127,7 +127,7 @@ class Workload:
         """
         target = self._target_at(num_rows, context_length)
         token_ids = self._tokens(num_rows, width)
-        # the result is fetched, as in a round: that waits for all devices
+        # the result is fetched, as in a round, which waits for all devices
         seconds = timed(lambda: target.verify(token_ids).logits.argmax(-1).tolist(), self._wait)
         target.keep([0] * num_rows)
         return seconds
@@ -142,7 +142,7 @@ class Workload:
         positions = starts[:, None] + torch.arange(num_drafts + 1, device=self._device)
 
         def run() -> None:
-            # read and dropped: the context keeps its length
+            # zero tokens are kept, so the context keeps its length
             context.extend(states, positions, [0] * num_rows)
             context.draft(anchors, starts, num_drafts, _choose_best).token_ids.tolist()
 
@@ -213,11 +213,12 @@ class Workload:
 
     def _reset(self, num_rows: int, context_length: int) -> None:
         if self._shape != (num_rows, context_length):
-            # one size at a time: caches of long contexts are large
+            # only one size is kept, since caches of long contexts are large
             self._shape, self._target, self._context = (num_rows, context_length), None, None
 
     def _tokens(self, num_rows: int, width: int) -> Tensor:
-        # all different, so that a mixture sends them to different experts; special ones lie at the vocabulary's ends
+        # all different, so that a mixture of experts spreads them; the upper half of the vocabulary and token 0, where
+        # special tokens usually lie, are left out
         count = max(self._adapter.vocab_size // 2, 1)
         numbers = 1 + torch.arange(num_rows * width, device=self._device)
         return (numbers * _STRIDE % count).view(num_rows, width)
@@ -225,7 +226,7 @@ class Workload:
     def _hidden_states(self, num_rows: int, width: int) -> Tensor:
         assert self._drafter is not None
         size = self._adapter.hidden_size * len(self._drafter.target_layer_ids)
-        # different for every token, as above; without a draw from the generator that sampling uses
+        # different for every token, as above, without drawing from the generator that sampling uses
         waves = torch.arange(num_rows * width * size, device=self._device, dtype=torch.float32).sin()
         return waves.view(num_rows, width, size).to(self._adapter.model.dtype)
 

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.scheduling import Batch, Call, Outcome, forget
+from dspark_hf.generation.scheduling import Batch, CallInfo, RoundOutcome, reset_learned_state
 from dspark_hf.generation.scheduling.costs import profile
 from dspark_hf.generation.scheduling.costs.keys import drafter_key, profile_key
 from dspark_hf.generation.scheduling.costs.profile import describe_costs, find_profile, measure_costs, online_costs
 from dspark_hf.generation.scheduling.costs.storing import profile_path, save_profile
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
-from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.scheduling.costs.workload import StepTimer
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
@@ -35,7 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int, int]]
     """The passes of every measurement, none of which takes time."""
     calls: list[list[tuple[int, int, int]]] = []
 
-    def measure(workload: Workload, passes: Any, drafts: Any, *, repeats: int) -> CostTable:
+    def measure(workload: StepTimer, passes: Any, drafts: Any, *, repeats: int) -> CostTable:
         calls.append(passes)
         return CostTable(*(CostCurves({point: 0.01 * point[2] for point in points}) for points in (passes, drafts)))
 
@@ -48,11 +48,11 @@ def _drafter(target: PreTrainedModel, **fields: Any) -> DSparkAssistantModel:
     return DSparkAssistantModel.from_target(target, **{**options, **fields})
 
 
-def _call(target: PreTrainedModel | None = None, **fields: Any) -> Call:
+def _call(target: PreTrainedModel | None = None, **fields: Any) -> CallInfo:
     target = target or tiny_target(max_position_embeddings=100_000)
     drafter = fields.pop("drafter", None) or _drafter(target)
     options = {"num_rows": 1, "max_drafts": BLOCK_SIZE, "prompt_length": 20, **fields}
-    return Call(TargetAdapter(target, drafter.target_layer_ids), drafter, **options)
+    return CallInfo(TargetAdapter(target, drafter.target_layer_ids), drafter, **options)
 
 
 def _key(**fields: Any) -> Any:
@@ -191,7 +191,7 @@ def test_a_quick_measurement_ends_with_its_process(measured, profiles):
     find_profile(call := _call())
     assert not profiles.exists()
     # a new process
-    forget()
+    reset_learned_state()
     assert online_costs(call).profile is None
     find_profile(call)
     assert len(measured) == 2
@@ -257,8 +257,8 @@ def test_a_call_without_a_profile_leaves_others_theirs(measured):
     # what one of them learns, the other knows
     batch = Batch((BLOCK_SIZE,), 1, 100)
     for _ in range(8):
-        costs.observe(Outcome(batch, 0, [0], [0], 0.0, 1.0))
-        costs.observe(Outcome(batch, 2, [2], [0], 1.0, 1.0))
+        costs.observe(RoundOutcome(batch, 0, [0], [0], 0.0, 1.0))
+        costs.observe(RoundOutcome(batch, 2, [2], [0], 1.0, 1.0))
     assert larger.knows(1)
 
 
@@ -300,17 +300,17 @@ def test_disturbed_measurements_are_repeated(monkeypatch):
     call, turns, told = _call(), [], []
     monkeypatch.setattr(profile.logger, "warning", told.append)
 
-    def seconds(self: Workload, num_rows: int, context: int, width: int) -> float:
+    def seconds(self: StepTimer, num_rows: int, context: int, width: int) -> float:
         turns.append(width)
         # other programs run during the first series, or always
         is_busy = width == 3 and (is_always or len(turns) <= 8)
         return 9.0 if is_busy else 1.0 * width
 
-    monkeypatch.setattr(Workload, "verify_seconds", seconds)
+    monkeypatch.setattr(StepTimer, "verify_seconds", seconds)
     points = [(1, 16, width) for width in (3, 4)]
     for is_always in (False, True):
         turns.clear()
-        table = measure_costs(Workload(call.target, call.drafter), points, [], repeats=3)
+        table = measure_costs(StepTimer(call.target, call.drafter), points, [], repeats=3)
         assert table.verify.points == {(1, 16, 3): 4.0 if is_always else 3.0, (1, 16, 4): 4.0}
         assert len(turns) == (24 if is_always else 16)
         assert len(told) == is_always
@@ -355,7 +355,7 @@ def test_measuring_changes_no_text(name, num_rows, monkeypatch):
         )
         assert len(measured) == 1
     assert torch.equal(*texts)
-    forget()
+    reset_learned_state()
     options = {**inputs, "max_new_tokens": 12, "do_sample": False}
     plain = target.generate(**options)
     assert torch.equal(target.generate(**options, assistant_model=drafter, scheduler=name), plain)
@@ -374,7 +374,7 @@ def test_measuring_leaves_other_threads_draws_alone(monkeypatch):
     monkeypatch.setattr(type(target), "forward", sample_meanwhile)
     generator = torch.get_rng_state()
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        measure_costs(Workload(adapter, drafter), [(1, 16, 1)], [], repeats=1)
+        measure_costs(StepTimer(adapter, drafter), [(1, 16, 1)], [], repeats=1)
     assert not torch.equal(torch.get_rng_state(), generator)
 
 
@@ -384,7 +384,7 @@ def test_measuring_draws_nothing():
     drafter = _drafter(target)
     generator = torch.get_rng_state()
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        table = measure_costs(Workload(adapter, drafter), [(2, 16, 1), (2, 16, 3)], [(1, 16, 2)], repeats=1)
+        table = measure_costs(StepTimer(adapter, drafter), [(2, 16, 1), (2, 16, 3)], [(1, 16, 2)], repeats=1)
     assert torch.equal(torch.get_rng_state(), generator)
     # of drafts too whose shape no pass has
     assert (set(table.verify.points), set(table.draft.points)) == ({(2, 16, 1), (2, 16, 3)}, {(1, 16, 2)})

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
-from dspark_hf.generation.scheduling.costs.workload import Workload, disagree, measure, timed
+from dspark_hf.generation.scheduling.costs.workload import StepTimer, disagree, measure, timed
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.ragged import RaggedTarget
@@ -61,7 +61,7 @@ def test_a_pretended_context_costs_what_a_real_one_does(family, num_rows, monkey
     """Attention of a measured pass runs over other sizes than in `generate`."""
     target = tiny_target(family, attn_implementation="sdpa")
     with torch.no_grad(), TargetAdapter(target, [0]) as adapter:
-        workload = Workload(adapter, None)
+        workload = StepTimer(adapter, None)
         with _attention_calls(monkeypatch) as pretended:
             workload.verify_seconds(num_rows, CONTEXT, WIDTH)
         real_target = _read_target(adapter, num_rows)
@@ -80,7 +80,7 @@ def test_a_cache_of_another_kind_is_really_filled():
     """DeepSeek-V4 is measured on an empty context, or on one that grows."""
     target = tiny_model()
     with TargetAdapter(target, [0]) as adapter:
-        workload = Workload(adapter, _drafter(target))
+        workload = StepTimer(adapter, _drafter(target))
         for num_rows in (1, 3):
             for width in (1, 6, 2):
                 workload.verify_seconds(num_rows, 70, width)
@@ -95,7 +95,7 @@ def test_the_drafters_context_keeps_its_length(window):
     target = tiny_target()
     drafter = _drafter(target, context_window=window)
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        workload = Workload(adapter, drafter)
+        workload = StepTimer(adapter, drafter)
         lengths = []
         for num_drafts in (1, 5, 5, 3):
             workload.draft_seconds(2, 1500, num_drafts)
@@ -109,7 +109,7 @@ def test_tokens_and_states_differ():
     target = tiny_target()
     drafter = _drafter(target)
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        workload = Workload(adapter, drafter)
+        workload = StepTimer(adapter, drafter)
         tokens, states = workload._tokens(3, 6), workload._hidden_states(3, 6)
     assert len(tokens.unique()) == 18
     assert tokens.min() >= 0 and tokens.max() < VOCAB_SIZE // 2
@@ -124,7 +124,7 @@ def test_no_trace_is_left(is_training):
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     generator = torch.get_rng_state()
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        workload = Workload(adapter, drafter)
+        workload = StepTimer(adapter, drafter)
         for num_rows in (1, 2):
             workload.verify_seconds(num_rows, 30, 3)
             workload.draft_seconds(num_rows, 30, 5)
@@ -141,7 +141,7 @@ def test_any_drafter_will_do():
     target = tiny_target()
     drafter = ScriptedDrafter(target, torch.ones(2, 8, dtype=torch.long), [0, 0], 1.0)
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        assert Workload(adapter, drafter).draft_seconds(2, 30, 5) > 0
+        assert StepTimer(adapter, drafter).draft_seconds(2, 30, 5) > 0
 
 
 def test_the_first_turn_does_not_count():
