@@ -3,9 +3,9 @@
 b rows in the batch, K drafts.
 
 A user chooses a `Scheduler`, which holds settings. `Scheduler.start` returns the `Schedule` of one call of `generate`.
-The loop asks it twice per round: how many drafts to make, and, once they are made, how many to verify. The first answer
-may use earlier rounds only. The second may also use this round's confidences, as long as no draft helps to decide
-whether it is verified itself: `docs/scheduling.md` explains why that keeps the output exact.
+The loop asks it twice per round: how many drafts to make, and, once they are made, how many to verify. The first
+answer may use earlier rounds only. The second may also use this round's confidences, as long as no draft helps to
+decide whether it is verified itself: `docs/scheduling.md` explains why that keeps the output exact.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class OnlineCosts:
 
     All times are stored relative to the machine's speed of the moment, so that shapes that were seen under different
     loads, or on contexts of different length, can be compared. Decisions depend on how rounds compare with plain
-    steps. Therefore, after the first few, a round counts only shortly after plain steps with as many rows, and relative
-    to what those took. If rounds were compared only with rounds of their own shape, a ratio that was measured in a slow
-    moment would never be corrected.
+    steps. Therefore, after the first few, a round counts only shortly after plain steps with as many rows, and
+    relative to what those took. If rounds were compared only with rounds of their own shape, a ratio that was measured
+    in a slow moment would never be corrected.
 
     Args:
         profile: costs measured beforehand, if any.
@@ -95,7 +95,7 @@ class OnlineCosts:
         if known is not None:
             self._recent.append((rows, width, outcome.other_seconds / max(known, 1e-9)))
         if known is not None and width == 1:
-            # other rounds are measured against this one, so it must not follow the machine's mood
+            # other rounds are measured against this one, so it must not follow the machine's speed of the moment
             self._verify.add(rows, width, known)
         elif plain or self._verify.count(rows, width) < FEW_SAMPLES:
             self._verify.add(rows, width, outcome.other_seconds / (median(plain) if plain else self._drift))

@@ -52,7 +52,7 @@ class CostCurves:
                 for size in curve:
                     least = min((other for other in curve if other > size), key=curve.__getitem__, default=size)
                     if curve[least] < _LEAST_FALL * curve[size]:
-                        found, smaller = (f"{1e3 * curve[one]:.3g} ms for {rows} x {one}" for one in (least, size))
+                        found, smaller = (f"{1e3 * curve[at]:.3g} ms for {rows} x {at}" for at in (least, size))
                         return f"{found} tokens, but {smaller}"
         return None
 
