@@ -30,7 +30,7 @@ from benchmarks.simulation import SHAPES, random_target
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.packaged import PACKAGED_MODELS
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.scheduling import Batch, Call, FixedScheduler, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling import Batch, CallInfo, FixedScheduler, RoundOutcome, Schedule, Scheduler
 
 # of the untrained drafter
 BLOCK_SIZE = 7
@@ -54,7 +54,7 @@ class Recorded(Scheduler):
         self._scheduler = scheduler
         self.steps: list[Step] = []
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return _Recorded(self._scheduler.start(call), self.steps)
 
 
@@ -70,7 +70,7 @@ class _Recorded(Schedule):
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         return self._schedule.admit(drafted, batch)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: RoundOutcome) -> None:
         seconds = outcome.draft_seconds + outcome.other_seconds
         self._steps.append(Step(outcome.batch.context_length, seconds, outcome.width))
         self._schedule.observe(outcome)

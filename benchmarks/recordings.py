@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.loads import make_load
 from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
-from dspark_hf.generation.scheduling import Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.costs.table import CostTable
 
 # rows of a batch that is recorded, and the context whose costs count
@@ -46,7 +46,7 @@ class _Recorder(Scheduler, Schedule):
         self.token_ids: list[list[list[int]]] = []
         self.margins: list[list[list[float]]] = []
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return self
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
@@ -142,7 +142,7 @@ def replay(schedule: Schedule, texts: Sequence[Text], length: int, clock: Clock,
         drafting = clock.draft_seconds(len(places), num_drafts)
         verifying = clock.verify_seconds(len(places), 1 + max(num_verified))
         is_typical = not (num_drafts and is_behind)
-        schedule.observe(Outcome(batch, num_drafts, num_verified, accepted, drafting, verifying, is_typical))
+        schedule.observe(RoundOutcome(batch, num_drafts, num_verified, accepted, drafting, verifying, is_typical))
         is_behind = not num_drafts
         written.num_tokens += len(places) + sum(accepted)
         written.seconds += drafting + verifying

@@ -25,11 +25,11 @@ from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from benchmarks.recordings import CONTEXT, DISTURBANCE, DISTURBED, Clock, Text, Written, fewer_right, record, replay
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.scheduling import AdaptiveScheduler, Call, FixedScheduler, Scheduler, forget
+from dspark_hf.generation.scheduling import AdaptiveScheduler, CallInfo, FixedScheduler, Scheduler, reset_learned_state
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.costs.profile import measure_costs
 from dspark_hf.generation.scheduling.costs.table import CostTable
-from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.scheduling.costs.workload import StepTimer
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.prompts import encode_prompt, read_prompts
 
@@ -56,9 +56,9 @@ class Session:
 
     def run(self, scheduler: Scheduler, seed: int, max_drafts: int) -> list[Written]:
         """Return what the batches took, whose texts depend on the seed as the noise does."""
-        forget()
+        reset_learned_state()
         clock = Clock(self.costs, self.noise, random.Random(seed))
-        call = Call(self.target, self.drafter, self.num_rows, max_drafts, CONTEXT)
+        call = CallInfo(self.target, self.drafter, self.num_rows, max_drafts, CONTEXT)
         chosen = random.Random(seed).sample(range(len(self.texts)), len(self.texts))
         batches = [
             [self.texts[chosen[(number * self.num_rows + row) % len(chosen)]] for row in range(self.num_rows)]
@@ -75,14 +75,15 @@ def compare(session: Session, num_sessions: int) -> Ratios:
         plain, *fixed = (session.run(FixedScheduler(), seed, count) for count in range(block_size + 1))
         # one for the session: it keeps what it has seen of costs
         default = session.run(AdaptiveScheduler(costs=OnlineCosts()), seed, block_size)
-        speeds = {f"fixed {count}": _speed(batches) for count, batches in enumerate(fixed, start=1)}
-        for name, speed in {**speeds, DEFAULT: _speed(default)}.items():
-            ratios.setdefault(name, []).append(speed / _speed(plain))
-        ratios.setdefault(FIRST, []).append(_speed(default[:1]) / _speed(plain[:1]))
+        speeds = {f"fixed {count}": speed_of(batches) for count, batches in enumerate(fixed, start=1)}
+        for name, speed in {**speeds, DEFAULT: speed_of(default)}.items():
+            ratios.setdefault(name, []).append(speed / speed_of(plain))
+        ratios.setdefault(FIRST, []).append(speed_of(default[:1]) / speed_of(plain[:1]))
     return ratios
 
 
-def _speed(batches: Sequence[Written]) -> float:
+def speed_of(batches: Sequence[Written]) -> float:
+    """Return tokens per second."""
     return sum(one.num_tokens for one in batches) / sum(one.seconds for one in batches)
 
 
@@ -95,12 +96,13 @@ def row_of(num_rows: int, ratios: Ratios) -> str:
     against = [ours / theirs for ours, theirs in zip(default, ratios[best_usual], strict=True)]
     return (
         f"| {num_rows} | {' | '.join(f'{mean(ratios[name]):.2f}' for name in usual)} | {mean(ratios[best]):.2f} "
-        f"({best.removeprefix('fixed ')}) | {_with_error(default)} | {mean(ratios[FIRST]):.2f} "
-        f"| {_with_error(against)} |"
+        f"({best.removeprefix('fixed ')}) | {with_error(default)} | {mean(ratios[FIRST]):.2f} "
+        f"| {with_error(against)} |"
     )
 
 
-def _with_error(values: Sequence[float]) -> str:
+def with_error(values: Sequence[float]) -> str:
+    """Return the mean and its standard error."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values) / sqrt(len(values)):.3f}" if len(values) > 1 else "")
 
 
@@ -110,7 +112,7 @@ def costs_here(target: TargetAdapter, drafter: Drafter, rows: Sequence[int]) -> 
     passes = [(count, CONTEXT, width) for count in rows for width in (*sizes, drafter.block_size + 1)]
     drafts = [(count, CONTEXT, size) for count in rows for size in sizes]
     with target:
-        return measure_costs(Workload(target, drafter), passes, drafts, repeats=REPEATS)
+        return measure_costs(StepTimer(target, drafter), passes, drafts, repeats=REPEATS)
 
 
 def cost_lines(costs: CostTable, rows: Sequence[int], block_size: int) -> list[str]:

@@ -43,7 +43,7 @@ from benchmarks.throughput_report import draw, speculation_table, speed_table, s
 from benchmarks.throughput_store import Store
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.scheduling import forget
+from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 from dspark_hf.prompts import encode_prompt, read_prompts
 
@@ -119,7 +119,7 @@ def measure(
 ) -> dict[str, Measured]:
     """Return what every way took, run by run."""
     measured = {way: Measured() for way in case.ways}
-    forget()
+    reset_learned_state()
     for way in case.ways:
         # kernels are chosen, costs are profiled
         _run(case, way, case.load(num_rows, 0), min(8, max_new_tokens), Measured(), clock)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark_hf.generation.scheduling import forget
+from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 
 torch.set_num_threads(1)
@@ -19,7 +19,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_learnt() -> None:
-    forget()
+    reset_learned_state()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from dspark_hf.generation.scheduling.costs.table import CostTable
-    from dspark_hf.generation.scheduling.costs.workload import Workload
+    from dspark_hf.generation.scheduling.costs.workload import StepTimer
     from dspark_hf.profiling.grid import Grid
 
 
@@ -49,7 +49,7 @@ def profile(
     from dspark_hf.generation.scheduling.costs.keys import drafter_key, profile_key
     from dspark_hf.generation.scheduling.costs.profile import describe_costs
     from dspark_hf.generation.scheduling.costs.storing import save_profile
-    from dspark_hf.generation.scheduling.costs.workload import Workload
+    from dspark_hf.generation.scheduling.costs.workload import StepTimer
     from dspark_hf.generation.targets.adapter import TargetAdapter
     from dspark_hf.loading import load_target
     from dspark_hf.profiling.display import print_costs
@@ -67,7 +67,7 @@ def profile(
         if assistant is not None:
             assistant.check_target(adapter)
         with adapter:
-            workload = Workload(adapter, assistant)
+            workload = StepTimer(adapter, assistant)
             _check_sizes(workload, grid)
             with progress_bar(console) as progress:
                 table, notes = _measure(workload, grid, repeats, progress)
@@ -148,7 +148,7 @@ def _load_drafter(drafter: str, target: Any) -> Any:
     return DSparkAssistantModel.from_pretrained(drafter, dtype=target.dtype).to(target.device).eval()
 
 
-def _check_sizes(workload: Workload, grid: Grid) -> None:
+def _check_sizes(workload: StepTimer, grid: Grid) -> None:
     """Run a plain step, and the most rows and the widest pass once, on hardly any context."""
     rows, width = grid.rows[-1], grid.widths[-1]
     # a target that no drafter can assist says so whatever the sizes
@@ -165,7 +165,7 @@ def _check_sizes(workload: Workload, grid: Grid) -> None:
             raise
 
 
-def _measure(workload: Workload, grid: Grid, repeats: int, progress: Progress) -> tuple[CostTable, list[str]]:
+def _measure(workload: StepTimer, grid: Grid, repeats: int, progress: Progress) -> tuple[CostTable, list[str]]:
     """Return the costs, and what could not be measured for lack of memory."""
     from dspark_hf.generation.scheduling.costs.profile import measure_costs
     from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable

@@ -24,7 +24,7 @@ from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.scheduling.estimator import top_margin
-from dspark_hf.generation.scheduling.interface import Batch, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
@@ -240,7 +240,7 @@ class Rounds:
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         self._schedule.observe(
-            Outcome(
+            RoundOutcome(
                 batch,
                 record.num_drafted,
                 record.num_verified,

@@ -23,7 +23,7 @@ def _contexts(curves: CostCurves) -> list[int]:
 
 
 def _render(size_name: str, curves: CostCurves, context: int, *, is_relative: bool = False) -> Table:
-    seconds = {(rows, size): one for (rows, other, size), one in curves.points.items() if other == context}
+    seconds = {(rows, size): cost for (rows, other, size), cost in curves.points.items() if other == context}
     all_rows, sizes = (sorted({pair[index] for pair in seconds}) for index in (0, 1))
     rendered = Table()
     rendered.add_column(size_name, justify="right")
@@ -32,8 +32,8 @@ def _render(size_name: str, curves: CostCurves, context: int, *, is_relative: bo
     for size in sizes:
         cells = []
         for rows in all_rows:
-            one, least = seconds.get((rows, size)), seconds.get((rows, sizes[0]))
-            cell = "" if one is None else f"{1e3 * one:.2f}"
-            cells.append(f"{cell} {one / least:5.2f}x" if is_relative and one and least else cell)
+            cost, least = seconds.get((rows, size)), seconds.get((rows, sizes[0]))
+            cell = "" if cost is None else f"{1e3 * cost:.2f}"
+            cells.append(f"{cell} {cost / least:5.2f}x" if is_relative and cost and least else cell)
         rendered.add_row(str(size), *cells)
     return rendered

@@ -19,7 +19,7 @@ def draw_costs(table: CostTable, title: str) -> bytes:
     check_plotting()
     import matplotlib
 
-    rows = sorted({one for one, _, _ in table.verify.points})
+    rows = sorted({count for count, _, _ in table.verify.points})
     with matplotlib.rc_context(STYLE):
         has_drafter = bool(table.draft.points)
         num_panels = 3 if has_drafter else 2
@@ -32,7 +32,7 @@ def draw_costs(table: CostTable, title: str) -> bytes:
         if has_drafter:
             _draw(panels[2], table.draft, rows)
             panels[2].set(title="Drafter", xlabel="drafts", ylabel="ms per block")
-        name_colors(figure, ["1 row" if one == 1 else f"{one} rows" for one in rows])
+        name_colors(figure, ["1 row" if count == 1 else f"{count} rows" for count in rows])
         contexts = sorted({context for _, context, _ in table.verify.points})
         told = f"context {contexts[0]:,}"
         if len(contexts) > 1:
@@ -48,7 +48,7 @@ def _draw(axes: Any, curves: CostCurves, all_rows: list[int], *, is_relative: bo
     contexts = sorted({context for _, context, _ in points})
     for index, rows in enumerate(all_rows):
         for context in dict.fromkeys((contexts[0], contexts[-1])):
-            line = {size: seconds for (one, other, size), seconds in points.items() if (one, other) == (rows, context)}
+            line = {size: seconds for (*shape, size), seconds in points.items() if tuple(shape) == (rows, context)}
             if not line:
                 continue
             sizes = sorted(line)

@@ -16,7 +16,7 @@ from benchmarks.loads import make_load, random_prompts
 from benchmarks.recordings import CONTEXT, Clock, Draft, Written, fewer_right, record, replay
 from benchmarks.simulation import random_target
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.scheduling import Call, FixedScheduler
+from dspark_hf.generation.scheduling import CallInfo, FixedScheduler
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
@@ -76,7 +76,7 @@ def test_replayed_rounds_are_those_of_generate(num_drafts, target, drafter):
         **load.options,
     )
     real = drafter.last_statistics
-    schedule = FixedScheduler().start(Call(TargetAdapter(target, []), drafter, 3, num_drafts))
+    schedule = FixedScheduler().start(CallInfo(TargetAdapter(target, []), drafter, 3, num_drafts))
     clock = Clock(_costs(), 0.0, random.Random(0))
     written = replay(schedule, texts, LENGTH, clock, num_drafts)
     assert len(written.rounds) == real.num_target_passes - 1
@@ -87,7 +87,9 @@ def test_replayed_rounds_are_those_of_generate(num_drafts, target, drafter):
 def test_rounds_cost_what_the_table_says():
     """Speeds are those of other costs, or rows that have left still cost."""
     texts = [[Draft(2, (1.0,) * 5)] * 4, [Draft(0, (1.0,) * 5)] * 4]
-    schedule = FixedScheduler().start(Call(TargetAdapter(random_target("tiny", torch.float32, "cpu"), []), None, 2, 2))
+    schedule = FixedScheduler().start(
+        CallInfo(TargetAdapter(random_target("tiny", torch.float32, "cpu"), []), None, 2, 2)
+    )
     written = replay(schedule, texts, 4, Clock(_costs(), 0.0, random.Random(0)), 2)
     # both rows, then the second alone, with room for one draft, and then for none
     assert written.rounds == [(2, 2), (1, 1), (0, 0)]

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.cli.main import app
 from dspark_hf.demo.tiny import write_tiny_pair
-from dspark_hf.generation.scheduling import Call
-from dspark_hf.generation.scheduling.costs import measuring, profile
+from dspark_hf.generation.scheduling import CallInfo
+from dspark_hf.generation.scheduling.costs import profile, workload
 from dspark_hf.generation.scheduling.costs.profile import online_costs
-from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.scheduling.costs.workload import StepTimer
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
 
@@ -64,7 +64,7 @@ def test_generate_finds_what_was_measured(folder, profiles, tmp_path, monkeypatc
     monkeypatch.setattr(profile, "_TABLES", {})
     target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype="auto")
     drafter = DSparkAssistantModel.from_pretrained(folder / "drafter", dtype="auto")
-    call = Call(TargetAdapter(target, drafter.target_layer_ids), drafter, 2, 7, 30)
+    call = CallInfo(TargetAdapter(target, drafter.target_layer_ids), drafter, 2, 7, 30)
     assert online_costs(call).profile is not None
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -150,7 +150,7 @@ def test_deepseek_v4(profiles, tmp_path, monkeypatch, with_drafter):
     assert "DeepseekV4DSparkForCausalLM, bfloat16" in output
     monkeypatch.setattr(profile, "_TABLES", {})
     target = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path / "target")
-    call = Call(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 2, 5, 30)
+    call = CallInfo(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 2, 5, 30)
     assert (online_costs(call).profile is not None) == with_drafter
 
 
@@ -166,7 +166,7 @@ def test_targets_that_cannot_be_assisted(profiles, tmp_path):
 
 def test_ctrl_c_writes_nothing(folder, profiles, monkeypatch):
     """Ctrl-C leaves half a profile, or looks like success."""
-    time, calls = measuring.timed, []
+    time, calls = workload.timed, []
 
     def interrupt(*args):
         calls.append(None)
@@ -212,11 +212,11 @@ def test_memory_for_nothing_is_told(folder, profiles, monkeypatch, error):
 def _run_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError, is_too_large: Callable[[int, int], bool]
 ) -> None:
-    verify = Workload.verify_seconds
+    verify = StepTimer.verify_seconds
 
-    def run_out(self: Workload, num_rows: int, context_length: int, width: int) -> float:
+    def run_out(self: StepTimer, num_rows: int, context_length: int, width: int) -> float:
         if is_too_large(num_rows, context_length):
             raise error
         return verify(self, num_rows, context_length, width)
 
-    monkeypatch.setattr(Workload, "verify_seconds", run_out)
+    monkeypatch.setattr(StepTimer, "verify_seconds", run_out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.scheduling import Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 
 
 class EveryThirdRound(Scheduler):
@@ -11,7 +11,7 @@ class EveryThirdRound(Scheduler):
 
     name = "every third round"
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return _EveryThirdRound()
 
 
@@ -25,5 +25,5 @@ class _EveryThirdRound(Schedule):
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         return batch.cut(drafted.token_ids.shape[1])
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: RoundOutcome) -> None:
         self._num_rounds += 1

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.scheduling.adaptive.memory import DrafterMemory
+from dspark_hf.generation.scheduling.adaptive.memory import DrafterState
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
-from dspark_hf.generation.scheduling.interface import Batch, Outcome
+from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
@@ -98,8 +98,8 @@ def test_texts_are_those_of_each_thread_alone(has_own_drafter, eager_switches):
     assert _together(work) == [True] * NUM_THREADS
 
 
-def _outcome(num_rows: int, width: int) -> Outcome:
-    return Outcome(
+def _outcome(num_rows: int, width: int) -> RoundOutcome:
+    return RoundOutcome(
         Batch((7,) * num_rows, num_rows, 100), width - 1, [width - 1] * num_rows, [0] * num_rows, 1e-3, 1e-2
     )
 
@@ -131,15 +131,15 @@ def test_costs_are_learnt_from_several_threads(eager_switches):
 
 def test_a_drafter_is_judged_from_several_threads(eager_switches):
     """A call fails because another one learns meanwhile how the drafter fares."""
-    memory = DrafterMemory()
+    memory = DrafterState()
 
     def work(number: int) -> None:
         draw = random.Random(number)
         for _ in range(300):
             margins = [[draw.uniform(0, 4) for _ in range(5)] for _ in range(4)]
-            memory.experience.add(margins)
+            memory.recent_margins.add(margins)
             memory.estimator.learn(margins, [5] * 4, [draw.randint(0, 5) for _ in range(4)])
-            assert memory.experience.gains(5, memory.estimator).shape[1] == 5
+            assert memory.recent_margins.gains(5, memory.estimator).shape[1] == 5
             memory.parking(4).count_drafted(4, draw.uniform(-1, 1))
             memory.parking(4).count_trial(has_paid=True)
 

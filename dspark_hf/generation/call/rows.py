@@ -18,7 +18,7 @@ from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.ragged_store import fill_gaps
-from dspark_hf.generation.scheduling.interface import Batch, Call
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
@@ -65,9 +65,9 @@ class CallRows:
         self._rows = list(range(len(input_ids)))
         self._stopped_at: dict[int, int] = {}
 
-    def describe(self, adapter: TargetAdapter, drafter: Drafter) -> Call:
+    def describe(self, adapter: TargetAdapter, drafter: Drafter) -> CallInfo:
         """Return what a scheduler is told when the call starts."""
-        return Call(
+        return CallInfo(
             target=adapter,
             drafter=drafter,
             num_rows=self._sequences.batch_size,

@@ -17,7 +17,7 @@ from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.requests.batch import RequestBatch
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
 from dspark_hf.generation.requests.rows import RequestRow
-from dspark_hf.generation.scheduling.interface import Call, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import CallInfo, Schedule, Scheduler
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.ragged import RaggedTarget
@@ -199,8 +199,8 @@ class RequestStream(Iterator[FinishedRequest]):
             newcomer.prefill()
         return newcomer
 
-    def _call(self, row: RequestRow) -> Call:
-        return Call(
+    def _call(self, row: RequestRow) -> CallInfo:
+        return CallInfo(
             target=self._adapter,
             drafter=self._drafter,
             num_rows=self._max_rows,

@@ -13,8 +13,8 @@ from torch import Tensor
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.confidence import ConfidenceSource
 from dspark_hf.generation.scheduling.costs.online import Costs, round_seconds
+from dspark_hf.generation.scheduling.hardware_aware import ProfiledSchedule, ProfiledScheduler
 from dspark_hf.generation.scheduling.interface import Batch, Schedule
-from dspark_hf.generation.scheduling.profiled import ProfiledSchedule, ProfiledScheduler
 from dspark_hf.generation.scheduling.survival import best_level, possible_survival
 
 # how many rounds old the confidences are that fix the capacity (paper, Section 3.3)
@@ -41,7 +41,7 @@ class AsynchronousScheduler(ProfiledScheduler):
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a round may verify: so many drafts per row on average, none deeper than `depth` levels."""
+    """What a round may verify: `drafts_per_row` on average, none deeper than `depth` levels."""
 
     drafts_per_row: float
     depth: int
@@ -55,7 +55,7 @@ class _Asynchronous(ProfiledSchedule):
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         survival = possible_survival(self._source.read(drafted), batch)
         num_drafts = survival.shape[1]
-        # the first rounds have nothing to go by and verify everything
+        # the first rounds know no capacity yet and verify everything
         is_known = len(self._capacities) == DELAY
         capacity = self._capacities[0] if is_known else Capacity(num_drafts, num_drafts)
         self._capacities.append(self._find_capacity(survival, batch))

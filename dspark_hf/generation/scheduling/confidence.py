@@ -1,4 +1,4 @@
-"""Where a scheduler's confidence comes from: the drafter's head, or the estimator that learns while decoding.
+"""Sources of confidence: the drafter's head, or the estimator that learns while decoding.
 
 b rows, K drafts.
 """
@@ -12,16 +12,15 @@ from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.adaptive.memory import remembered
+from dspark_hf.generation.scheduling.defaults import MOST_IDLE_ROUNDS
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
-from dspark_hf.generation.scheduling.interface import Call, Outcome
+from dspark_hf.generation.scheduling.interface import CallInfo, RoundOutcome
 
 SOURCES = ("head", "online")
-# rounds without a verified draft after which a block is taken to be sure, to see what becomes of it
-_MOST_IDLE = 64
 
 
 class ConfidenceSource(ABC):
-    """Give the chance that each draft is accepted, given that its prefix is."""
+    """Gives the chance that each draft is accepted if the drafts before it are."""
 
     wants_margins: bool = False
 
@@ -30,8 +29,8 @@ class ConfidenceSource(ABC):
         """Return the confidence `(b, K)`, fp32; entry k depends on the drafts before k only."""
 
     @abstractmethod
-    def learn(self, outcome: Outcome) -> None:
-        """Learn what came of the block that was read last."""
+    def learn(self, outcome: RoundOutcome) -> None:
+        """Learn from the fate of the block that was read last."""
 
 
 class HeadConfidence(ConfidenceSource):
@@ -46,17 +45,17 @@ class HeadConfidence(ConfidenceSource):
             )
         return drafted.confidence
 
-    def learn(self, outcome: Outcome) -> None:
-        """Nothing: a head is calibrated beforehand."""
+    def learn(self, outcome: RoundOutcome) -> None:
+        """Do nothing: a head is calibrated beforehand."""
 
 
 class OnlineConfidence(ConfidenceSource):
     """The estimator that needs no trained head.
 
     Args:
-        estimator: it is taught what becomes of the blocks.
-        explores: whether a block is taken to be sure now and then if no draft is verified any more: else a low
-            estimate would never be put right. For schedulers that do not look after that themselves.
+        estimator: learns from the fate of every block.
+        explores: whether to report full confidence once when no draft has been verified for many rounds. Otherwise an
+            estimate that is too low would never be corrected. For schedulers that make no trials themselves.
     """
 
     wants_margins = True
@@ -64,25 +63,25 @@ class OnlineConfidence(ConfidenceSource):
     def __init__(self, estimator: AcceptanceEstimator, *, explores: bool = False):
         self._estimator = estimator
         self._explores = explores
-        # of the block that was read last
+        # margins of the block that was read last
         self.margins: list[list[float]] = []
 
     def read(self, drafted: DraftedBlock) -> Tensor:
         assert drafted.margins is not None
         margins = drafted.margins.cpu()
         self.margins = margins.tolist()
-        # earlier rounds decide on this, so that no draft does
-        if self._explores and self._estimator.num_idle >= _MOST_IDLE:
+        # only earlier rounds decide this, so that no draft decides about itself
+        if self._explores and self._estimator.num_idle >= MOST_IDLE_ROUNDS:
             return torch.ones_like(margins)
         return self._estimator.estimate(margins)
 
-    def learn(self, outcome: Outcome) -> None:
+    def learn(self, outcome: RoundOutcome) -> None:
         if outcome.num_drafted:
             self._estimator.learn(self.margins, outcome.num_verified, outcome.num_accepted)
 
 
 class _HeadOrOnline(ConfidenceSource):
-    """The head's confidence if blocks come with one, else the estimator's."""
+    """The head's confidence if the drafter has a head, else the estimator's."""
 
     wants_margins = True
 
@@ -95,7 +94,7 @@ class _HeadOrOnline(ConfidenceSource):
         self._chosen = self._online if drafted.confidence is None else self._head
         return self._chosen.read(drafted)
 
-    def learn(self, outcome: Outcome) -> None:
+    def learn(self, outcome: RoundOutcome) -> None:
         self._chosen.learn(outcome)
 
 
@@ -110,7 +109,7 @@ def check_source_name(name: str | None) -> str | None:
     return name
 
 
-def find_source(name: str | None, call: Call) -> ConfidenceSource:
+def find_source(name: str | None, call: CallInfo) -> ConfidenceSource:
     """Return the source of that name; None means the head if the drafter has one, else the estimator."""
     if name == "head":
         return HeadConfidence()

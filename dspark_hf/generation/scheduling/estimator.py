@@ -1,4 +1,4 @@
-"""The chance of acceptance from the margin between the two best draft logits, learnt while decoding.
+"""Estimate the chance of acceptance from the margin between the two best draft logits, while decoding.
 
 b rows, K drafts, V vocab.
 """
@@ -13,23 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspark_hf.generation.scheduling.locking import in_turns
-
-# larger margins say no more, and a single proposable token has an infinite one
-MAX_MARGIN = 12.0
-# what is believed before anything is known: bias and slope, and how firmly (1 / variance)
-_PRIOR = np.array([-0.9, 0.7])
-_PRIOR_PRECISION = np.array([2.0, 2.0])
-# drafts that are remembered, so that the fit follows the text
-_NUM_DRAFTS = 256
-# new drafts after which the fit is renewed, and how many at first are fitted round by round
-_FIT_EVERY = 32
-_NUM_EARLY_DRAFTS = 64
-_NUM_STEPS = 4
-# no step changes the log-odds of the drafts at hand by more: far from its goal, a Newton step knows no measure
-_LONGEST_STEP = 2.0
-# steps that change the log-odds by less are the last
-_SHORTEST_STEP = 1e-3
+from dspark_hf.generation.scheduling.defaults import (
+    FIT_EVERY,
+    LONGEST_FIT_STEP,
+    MAX_MARGIN,
+    NUM_FIT_STEPS,
+    NUM_FITTED_DRAFTS,
+    PRIOR_BIAS_AND_SLOPE,
+    PRIOR_PRECISION,
+)
+from dspark_hf.generation.scheduling.locking import locked
 
 
 def top_margin(logits: Tensor) -> Tensor:
@@ -37,7 +30,7 @@ def top_margin(logits: Tensor) -> Tensor:
     best = logits.topk(min(2, logits.shape[-1]), dim=-1).values.float()
     if best.shape[-1] < 2:
         return best.new_full(best.shape[:-1], MAX_MARGIN)
-    # two impossible tokens have no difference
+    # where both are minus infinity their difference is not a number
     margin = (best[..., 0] - best[..., 1]).nan_to_num(nan=0.0, posinf=MAX_MARGIN)
     return margin.clamp(0.0, MAX_MARGIN)
 
@@ -45,8 +38,8 @@ def top_margin(logits: Tensor) -> Tensor:
 class AcceptanceEstimator:
     """A logistic fit of a draft's acceptance, given that its prefix is accepted, on its margin.
 
-    The margin of draft k depends on the drafts before k only, and so does the estimate. The fit is that of the latest
-    drafts whose fate is known. `num_idle` counts the rounds since there was something to learn.
+    The margin of draft k depends only on the drafts before k, and so does the estimate. The fit uses the latest drafts
+    whose fate is known. `num_idle` counts the rounds since one was last known.
 
     Example:
 
@@ -58,50 +51,48 @@ class AcceptanceEstimator:
     """
 
     def __init__(self) -> None:
-        self.bias, self.slope = _PRIOR.tolist()
+        self.bias, self.slope = PRIOR_BIAS_AND_SLOPE
         self.num_idle = 0
-        self._seen: deque[tuple[float, bool]] = deque(maxlen=_NUM_DRAFTS)
+        self._seen: deque[tuple[float, bool]] = deque(maxlen=NUM_FITTED_DRAFTS)
         self._num_new = 0
 
-    @in_turns
+    @locked
     def estimate(self, margins: Tensor) -> Tensor:
         """Return the chance of acceptance `(b, K)`, fp32, for `margins` `(b, K)`."""
         return torch.sigmoid(self.bias + self.slope * margins)
 
-    @in_turns
+    @locked
     def chance(self, margins: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what `estimate` does, on the host and in fp64."""
+        """Return the same as `estimate`, for margins on the host, in fp64."""
         return 1 / (1 + np.exp(-(self.bias + self.slope * margins)))
 
-    @in_turns
+    @locked
     def learn(
         self, margins: Sequence[Sequence[float]], num_verified: Sequence[int], num_accepted: Sequence[int]
     ) -> None:
-        """Learn from one round: of each row the first `num_accepted` drafts were accepted, the next verified not."""
+        """Learn from one round: in each row the first `num_accepted` drafts were accepted and the next one was not."""
         pairs = list(_observed(margins, num_verified, num_accepted))
         self.num_idle = 0 if pairs else self.num_idle + 1
         self._seen.extend(pairs)
         self._num_new += len(pairs)
-        is_early = len(self._seen) <= _NUM_EARLY_DRAFTS
-        if pairs and (is_early or self._num_new >= _FIT_EVERY):
+        is_early = len(self._seen) <= 2 * FIT_EVERY
+        if pairs and (is_early or self._num_new >= FIT_EVERY):
             self._num_new = 0
             self.bias, self.slope = _fit(np.array(self._seen), np.array([self.bias, self.slope]))
 
 
 def _fit(seen: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
-    """Return bias and slope of the most likely fit of margins and fates `(n, 2)`, from the last one on."""
+    """Return bias and slope of the most likely fit of margins and fates `(n, 2)`, starting from the last fit."""
     inputs = np.stack([np.ones(len(seen)), seen[:, 0]], axis=1)
-    for _ in range(_NUM_STEPS):
+    for _ in range(NUM_FIT_STEPS):
         chance = 1 / (1 + np.exp(-inputs @ weights))
-        gradient = inputs.T @ (seen[:, 1] - chance) + _PRIOR_PRECISION * (_PRIOR - weights)
-        curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + np.diag(_PRIOR_PRECISION)
+        gradient = inputs.T @ (seen[:, 1] - chance) + PRIOR_PRECISION * (np.array(PRIOR_BIAS_AND_SLOPE) - weights)
+        curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + PRIOR_PRECISION * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
         length = float(np.abs(inputs @ step).max())
-        weights = weights + step * min(1.0, _LONGEST_STEP / max(length, 1e-9))
-        # a larger margin never speaks against a draft
+        weights = weights + step * min(1.0, LONGEST_FIT_STEP / max(length, 1e-9))
+        # a larger margin must not make a draft less likely
         weights[1] = max(weights[1], 0.0)
-        if length < _SHORTEST_STEP:
-            break
     return float(weights[0]), float(weights[1])
 
 

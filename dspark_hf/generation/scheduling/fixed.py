@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.scheduling.interface import Batch, Call, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Schedule, Scheduler
 
 
 class FixedScheduler(Scheduler):
@@ -11,7 +11,7 @@ class FixedScheduler(Scheduler):
 
     name = "fixed"
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return _Fixed()
 
 

@@ -2,14 +2,15 @@
 
 b rows in the batch, K drafts.
 
-A `Scheduler` is what a user chooses; it holds settings. `Scheduler.start` gives a `Schedule` for one call of
-`generate`, which the loop asks twice a round: how many drafts to make, and, once they are there, how many to verify.
-The first answer may use earlier rounds only. The second may also use the round's confidences, in an order in which no
-draft decides about itself: `docs/scheduling.md` says why that keeps the output exact.
+A user chooses a `Scheduler`, which holds settings. `Scheduler.start` returns the `Schedule` of one call of `generate`.
+The loop asks it twice per round: how many drafts to make, and, once they are made, how many to verify. The first
+answer may use earlier rounds only. The second may also use this round's confidences, as long as no draft helps to
+decide whether it is verified itself: `docs/scheduling.md` explains why that keeps the output exact.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
 @dataclass(frozen=True)
-class Call:
-    """What is known when `generate` starts.
+class CallInfo:
+    """What is known when a call of `generate` starts.
 
     Args:
         target: the target.
         drafter: the drafter.
         num_rows: rows of the batch.
-        max_drafts: drafts per round at most: the block size, or fewer if the user said so.
+        max_drafts: most drafts per round: the block size, or fewer if the user asked for fewer.
         prompt_length: tokens of the longest prompt.
         is_sampling: whether tokens are sampled.
     """
@@ -45,8 +46,8 @@ class Batch:
     """The rows that take part in a round, before it starts.
 
     Args:
-        limits: drafts that each row may verify at most, `b` of them; 0 for a row that waits for others.
-        num_live: rows that still write; the others only cost.
+        limits: most drafts that each row may verify, `b` numbers; 0 for a row that waits for others.
+        num_live: rows that are still being written; the others only cost time.
         context_length: tokens of the longest row.
     """
 
@@ -61,17 +62,17 @@ class Batch:
 
     @property
     def max_drafts(self) -> int:
-        """Drafts of the row that has most room."""
+        """Most drafts that any row may verify."""
         return max(self.limits)
 
     def cut(self, num_drafts: int) -> list[int]:
-        """Return `num_drafts` for every row, or what it has room for."""
+        """Return `num_drafts` for every row, or its limit where that is lower."""
         return [min(num_drafts, limit) for limit in self.limits]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A round that is over.
+class RoundOutcome:
+    """A finished round.
 
     Args:
         batch: its rows.
@@ -80,8 +81,8 @@ class Outcome:
         num_accepted: accepted drafts of every row.
         draft_seconds: time in the drafter.
         other_seconds: the rest of the round: the target's pass, sampling, bookkeeping.
-        is_typical: False if the drafter did work that it does not do in every round: it read the prompts, or what
-            parked rounds left.
+        is_typical: False if the drafter did extra work: it read the prompts, or the hidden states that rounds without
+            drafts left unread.
     """
 
     batch: Batch
@@ -101,28 +102,46 @@ class Outcome:
 class Schedule(ABC):
     """The decisions of one call of `generate`.
 
-    `wants_margins` says whether drafted blocks must come with their margins.
+    `wants_margins` says whether drafted blocks must carry their margins.
     """
 
     wants_margins: bool = False
 
     def num_drafts(self, batch: Batch) -> int:
-        """Return how many drafts to make, 0 for none, from earlier rounds only."""
+        """Return how many drafts to make, decided from earlier rounds only."""
         return batch.max_drafts
 
     @abstractmethod
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         """Return how many drafts of every row to verify, at most its limit."""
 
-    def observe(self, outcome: Outcome) -> None:
-        """Learn from a round that is over; nothing to learn by default."""
+    def observe(self, outcome: RoundOutcome) -> None:
+        """Learn from a finished round; does nothing by default."""
         return
 
 
 class Scheduler(ABC):
-    """A way to choose how many drafts are made and verified.
+    """Choose how many drafts are made and how many are verified.
 
-    `name` is what errors call it: that of the class unless it has another.
+    Subclass it to write a scheduler of your own. `name` is what error messages call it, the class's name by default.
+
+    Example:
+
+        >>> from dspark_hf.generation.scheduling import Batch, Schedule, Scheduler
+        >>> class HalfScheduler(Scheduler):
+        ...     def start(self, call):
+        ...         return HalfSchedule()
+        >>> class HalfSchedule(Schedule):
+        ...     def admit(self, drafted, batch):
+        ...         return batch.cut(batch.max_drafts // 2)
+        >>> HalfScheduler.name
+        'HalfScheduler'
+        >>> schedule = HalfScheduler().start(call=None)
+        >>> batch = Batch(limits=(6, 2), num_live=2)
+        >>> schedule.num_drafts(batch), schedule.admit(None, batch)
+        (6, [3, 2])
+
+        An object of it goes wherever a name does: `target.generate(..., scheduler=HalfScheduler())`.
     """
 
     name: ClassVar[str]
@@ -133,5 +152,14 @@ class Scheduler(ABC):
             cls.name = cls.__name__
 
     @abstractmethod
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         """Return the schedule of one call of `generate`."""
+
+
+def __getattr__(name: str) -> Any:
+    renamed = {"Call": CallInfo, "Outcome": RoundOutcome}
+    if name not in renamed:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: Any = renamed[name]
+    warnings.warn(f"`{name}` is called `{found.__name__}` now. Use that name.", DeprecationWarning, stacklevel=2)
+    return found

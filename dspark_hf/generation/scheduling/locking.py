@@ -1,4 +1,4 @@
-"""What is learnt is shared by all calls of a process, also by those that run in other threads."""
+"""One lock for everything a process learns, since calls in several threads share it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import ParamSpec, TypeVar
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-# one for all: they ask each other, take microseconds, and stay copyable without a lock of their own
+# A single lock: the functions call each other, take microseconds, and objects without a lock can be copied.
 _LOCK = RLock()
 
 
-def in_turns(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Return `function` as one that waits while another thread is in any such function."""
+def locked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let only one thread at a time run any function decorated with this."""
 
     @functools.wraps(function)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -34,7 +34,7 @@ def stop_level(gains: Sequence[float], num_live: int, seconds: Callable[[int], f
     Args:
         gains: the gain of every level.
         num_live: rows that get a token of the target's own.
-        seconds: the time of a round whose pass goes over so many levels.
+        seconds: the time of a round that verifies that many levels.
     """
     expected = float(num_live)
     best = expected / seconds(0)

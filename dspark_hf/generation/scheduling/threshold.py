@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.confidence import ConfidenceSource, check_source_name, find_source
-from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 
 # Transformers' own default of `assistant_confidence_threshold`
 DEFAULT_THRESHOLD = 0.4
@@ -32,7 +32,7 @@ class ThresholdScheduler(Scheduler):
         self.threshold = threshold
         self.confidence = check_source_name(confidence)
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return _Threshold(self.threshold, find_source(self.confidence, call))
 
 
@@ -46,7 +46,7 @@ class _Threshold(Schedule):
         counts = count_confident(self._source.read(drafted), self._threshold)
         return [min(count, limit) for count, limit in zip(counts, batch.limits, strict=True)]
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: RoundOutcome) -> None:
         self._source.learn(outcome)
 
 

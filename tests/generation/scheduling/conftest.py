@@ -14,4 +14,5 @@ from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 def no_known_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "profiles"))
     monkeypatch.setattr(profile, "_TABLES", {})
+    monkeypatch.setattr(profile, "_QUICK", {})
     monkeypatch.setattr(profile, "_ONLINE", {})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
-from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.costs.online import Costs
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.drafters import ScriptedDrafter
@@ -56,7 +56,7 @@ class ClockedAdaptive(Scheduler):
     def __init__(self, costs: Costs):
         self.costs = costs
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return _Clocked(AdaptiveScheduler(costs=self.costs).start(call), self.costs)
 
 
@@ -73,7 +73,7 @@ class _Clocked(Schedule):
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         return self._schedule.admit(drafted, batch)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: RoundOutcome) -> None:
         rows, length = outcome.batch.num_rows, outcome.batch.context_length
         drafting = self._costs.draft_seconds(rows, outcome.num_drafted, length) if outcome.num_drafted else 0.0
         verifying = self._costs.verify_seconds(rows, outcome.width, length)
@@ -92,9 +92,9 @@ def new_drafter() -> Drafter:
 
 def new_call(
     *, drafter: Drafter | None = None, num_rows: int = 1, max_drafts: int = 5, is_sampling: bool = False
-) -> Call:
+) -> CallInfo:
     """Return a call of a tiny target, with a drafter that nothing is known of by default."""
-    return Call(_adapter(), drafter or new_drafter(), num_rows, max_drafts, is_sampling=is_sampling)
+    return CallInfo(_adapter(), drafter or new_drafter(), num_rows, max_drafts, is_sampling=is_sampling)
 
 
 def block_of(confidence: Tensor, margins: Tensor | None = None) -> DraftedBlock:

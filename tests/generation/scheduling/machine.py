@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dspark_hf.generation.scheduling import Batch, Outcome, Schedule
+from dspark_hf.generation.scheduling import Batch, RoundOutcome, Schedule
 from tests.generation.scheduling.fakes import block_of
 
 LARGEST_MARGIN = 6.0
@@ -40,7 +40,7 @@ class Machine:
 
     def outcome(
         self, batch: Batch, num_drafts: int, num_verified: list[int], num_accepted: list[int], *, reading: float = 0.0
-    ) -> Outcome:
+    ) -> RoundOutcome:
         """Return the round's outcome; `reading` are seconds of catching up on what the drafter had not read."""
         rows, width = batch.num_rows, 1 + max(num_verified)
         shape = (rows, num_drafts, width)
@@ -51,7 +51,7 @@ class Machine:
             shake *= 3
         drafting = self.draft_seconds(rows, num_drafts) * shake + reading if num_drafts else 0.0
         verifying = self.verify_seconds(rows, width) * shake + extra
-        return Outcome(batch, num_drafts, num_verified, num_accepted, drafting, verifying, is_typical=not reading)
+        return RoundOutcome(batch, num_drafts, num_verified, num_accepted, drafting, verifying, is_typical=not reading)
 
 
 @dataclass

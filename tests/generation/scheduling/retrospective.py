@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.scheduling import Batch, Call, Schedule, Scheduler
+from dspark_hf.generation.scheduling import Batch, CallInfo, Schedule, Scheduler
 from dspark_hf.generation.scheduling.costs.online import Costs, round_seconds
 from dspark_hf.generation.scheduling.survival import best_level, possible_survival
 
@@ -16,7 +16,7 @@ class RetrospectiveScheduler(Scheduler):
     def __init__(self, costs: Costs):
         self.costs = costs
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return _Retrospective(self.costs)
 
 

@@ -9,7 +9,7 @@ from dspark_hf.generation.scheduling import (
     AsynchronousScheduler,
     Batch,
     HardwareAwareScheduler,
-    Outcome,
+    RoundOutcome,
     Schedule,
     ThresholdScheduler,
 )
@@ -32,7 +32,7 @@ def _play(schedule: Schedule, *, is_right: bool, num_rounds: int = 1, margin: fl
     for _ in range(num_rounds):
         margins = torch.full((1, NUM_DRAFTS), margin)
         counts = schedule.admit(block_of(torch.zeros(1, NUM_DRAFTS), margins), BATCH)
-        schedule.observe(Outcome(BATCH, NUM_DRAFTS, counts, counts if is_right else [0]))
+        schedule.observe(RoundOutcome(BATCH, NUM_DRAFTS, counts, counts if is_right else [0]))
         verified += counts
     return verified
 
@@ -85,7 +85,7 @@ def test_head_teaches_the_estimator_nothing():
     block = block_of(torch.full((1, NUM_DRAFTS), 0.5), torch.full((1, NUM_DRAFTS), 3.0))
     before = online.read(block)
     source.read(block)
-    source.learn(Outcome(BATCH, NUM_DRAFTS, [3], [3]))
+    source.learn(RoundOutcome(BATCH, NUM_DRAFTS, [3], [3]))
     assert torch.equal(online.read(block), before)
 
 

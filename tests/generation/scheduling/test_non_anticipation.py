@@ -21,10 +21,10 @@ from dspark_hf.generation.scheduling import (
     AdaptiveScheduler,
     AsynchronousScheduler,
     Batch,
-    Call,
+    CallInfo,
     FixedScheduler,
     HardwareAwareScheduler,
-    Outcome,
+    RoundOutcome,
     Schedule,
     Scheduler,
     ThresholdScheduler,
@@ -86,10 +86,10 @@ def _play_round(schedule: Schedule, draw: random.Random) -> None:
                 num_accepted[row] += 1
     # times that drafting is worth, where the schedule measures them
     seconds = 1.0 + 0.01 * max(num_verified)
-    schedule.observe(Outcome(batch, num_drafts, num_verified, num_accepted, 0.01 * num_drafts, seconds))
+    schedule.observe(RoundOutcome(batch, num_drafts, num_verified, num_accepted, 0.01 * num_drafts, seconds))
 
 
-def _cases(scheduler: Callable[[], Scheduler], call: Callable[[], Call]):
+def _cases(scheduler: Callable[[], Scheduler], call: Callable[[], CallInfo]):
     """Yield schedules in the middle of a call, a batch and a block of theirs; each schedule decides once."""
     draw = random.Random(1)
     num_cases = 0
@@ -147,7 +147,7 @@ def _batch_is_ruled_by_unverified_drafts(scheduler: Callable[[], Scheduler]) -> 
     return False
 
 
-def _new_call() -> Call:
+def _new_call() -> CallInfo:
     return new_call(num_rows=NUM_ROWS, max_drafts=NUM_DRAFTS)
 
 
@@ -156,7 +156,7 @@ class _Circular(Scheduler, Schedule):
 
     name = "circular"
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return self
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:

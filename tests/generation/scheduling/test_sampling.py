@@ -19,7 +19,7 @@ from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.scheduling import (
     AsynchronousScheduler,
     Batch,
-    Call,
+    CallInfo,
     FixedScheduler,
     HardwareAwareScheduler,
     Schedule,
@@ -125,7 +125,7 @@ class _SelfishScheduler(Scheduler, Schedule):
 
     name = "selfish"
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return self
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
@@ -139,7 +139,7 @@ class _ConformistScheduler(Scheduler, Schedule):
 
     name = "conformist"
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return self
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:

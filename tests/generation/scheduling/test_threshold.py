@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.scheduling import Batch, Call, FixedScheduler, ThresholdScheduler
+from dspark_hf.generation.scheduling import Batch, CallInfo, FixedScheduler, ThresholdScheduler
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
@@ -56,9 +56,9 @@ def _untrained(target: PreTrainedModel, **fields: object) -> DSparkAssistantMode
     return DSparkAssistantModel.from_target(target, **{**options, **fields})
 
 
-def _call(drafter: DSparkAssistantModel | None = None) -> Call:
+def _call(drafter: DSparkAssistantModel | None = None) -> CallInfo:
     target = tiny_target()
-    return Call(TargetAdapter(target), drafter or _untrained(target), 1, BLOCK_SIZE)
+    return CallInfo(TargetAdapter(target), drafter or _untrained(target), 1, BLOCK_SIZE)
 
 
 def _block(confidence: Tensor | None, num_rows: int = 1, num_drafts: int = BLOCK_SIZE) -> DraftedBlock:

@@ -1,48 +1,98 @@
-"""What a process remembers of a drafter from one call of `generate` to the next."""
+"""What a process remembers about a drafter from one call of `generate` to the next.
+
+N blocks, b rows, K drafts; a gain is the expected number of accepted drafts of a level, here per row.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.scheduling.adaptive.experience import Experience
 from dspark_hf.generation.scheduling.adaptive.parking import Parking
+from dspark_hf.generation.scheduling.defaults import FEW_BLOCKS, FEWEST_ROUNDS, NUM_RECENT_BLOCKS, PRIOR_CHANCE
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
-from dspark_hf.generation.scheduling.interface import Call
-from dspark_hf.generation.scheduling.locking import in_turns
+from dspark_hf.generation.scheduling.interface import CallInfo
+from dspark_hf.generation.scheduling.locking import locked
+
+
+class RecentMargins:
+    """The margins of the latest drafted rounds, as samples of the rounds to come.
+
+    The estimator turns them into chances each time they are asked for, so what it learns later also counts for them.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: deque[NDArray[np.float64]] = deque()
+        # counts every block ever added, so that a plan can tell its age
+        self.num_blocks = 0
+
+    @locked
+    def add(self, margins: Sequence[Sequence[float]]) -> None:
+        """Add the margins `(b, K)` of a round's rows, those that had room for all drafts."""
+        self._blocks.append(np.array(margins, dtype=np.float64))
+        self.num_blocks += 1
+        while (
+            len(self._blocks) > FEWEST_ROUNDS
+            and sum(map(len, self._blocks)) - len(self._blocks[0]) >= NUM_RECENT_BLOCKS
+        ):
+            self._blocks.popleft()
+
+    @locked
+    def forget_old(self) -> None:
+        """Keep the latest few blocks."""
+        while len(self._blocks) > FEW_BLOCKS:
+            self._blocks.popleft()
+
+    @locked
+    def gains(self, num_drafts: int, estimator: AcceptanceEstimator) -> NDArray[np.float64]:
+        """Return the gains `(N, num_drafts)`; levels that were not drafted continue the decay of those before."""
+        found = [estimator.chance(margins).cumprod(1).mean(0).tolist() for margins in self._blocks] or [[]]
+        return np.array([_filled_up(gains, num_drafts) for gains in found])
 
 
 @dataclass
-class DrafterMemory:
-    """How a drafter fares: the fit of its acceptance, its recent blocks, and when it was last tried."""
+class DrafterState:
+    """What is known about a drafter: the fit of its acceptance, its recent margins, and whether it is parked."""
 
     estimator: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
-    experience: Experience = field(default_factory=Experience)
+    recent_margins: RecentMargins = field(default_factory=RecentMargins)
     _parking: dict[int, Parking] = field(default_factory=dict)
 
-    @in_turns
+    @locked
     def parking(self, num_rows: int) -> Parking:
-        """Return what is known of batches of about so many rows: what loses with sixteen may pay with one."""
+        """Return the state for batches of about that many rows: drafting may lose with sixteen and pay with one."""
         return self._parking.setdefault(num_rows.bit_length(), Parking())
 
 
-# by target, and there by whether tokens are sampled
-_Memories = WeakKeyDictionary[PreTrainedModel, dict[bool, DrafterMemory]]
+# by target, then by whether tokens are sampled
+_Memories = WeakKeyDictionary[PreTrainedModel, dict[bool, DrafterState]]
 
 _MEMORIES: WeakKeyDictionary[Drafter, _Memories] = WeakKeyDictionary()
 
 
 def forget_drafters() -> None:
-    """Begin anew with all drafters, as a new process does."""
+    """Forget everything about all drafters."""
     _MEMORIES.clear()
 
 
-@in_turns
-def remembered(call: Call) -> DrafterMemory:
-    """Return what is known of the call's drafter with its target, greedy or sampling; it is updated in place."""
+@locked
+def remembered(call: CallInfo) -> DrafterState:
+    """Return the state of the call's drafter with its target, greedy or sampling; schedules update it in place."""
     by_target: _Memories = _MEMORIES.setdefault(call.drafter, WeakKeyDictionary())
     by_use = by_target.setdefault(call.target.model, {})
-    return by_use.setdefault(call.is_sampling, DrafterMemory())
+    return by_use.setdefault(call.is_sampling, DrafterState())
+
+
+def _filled_up(gains: list[float], num_drafts: int) -> list[float]:
+    filled = gains[:num_drafts]
+    decay = filled[-1] ** (1 / len(filled)) if filled else PRIOR_CHANCE
+    while len(filled) < num_drafts:
+        filled.append((filled[-1] if filled else 1.0) * decay)
+    return filled

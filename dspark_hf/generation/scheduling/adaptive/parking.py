@@ -1,70 +1,61 @@
-"""When drafting is given up, when it is tried again, and when a busy drafter is compared with plain steps."""
+"""When to give up drafting, when to try it again, and when to compare it with plain steps."""
 
 from __future__ import annotations
 
-from dspark_hf.generation.scheduling.locking import in_turns
-
-# parked rounds before the first trial, and most between two: a trial loses about one plain step
-_FIRST_GAP = 16
-_LONGEST_GAP = 256
-# trials in a row that must pay before drafting is taken up again: one may be luck
-_NUM_PAID = 2
-# drafted rounds before the first plain steps, which tell what the others cost beside them; how many times more before
-# the next ones, and most between two
-_FIRST_PLAIN_GAP = 4
-_PLAIN_GAP_GROWTH = 4
-_LONGEST_PLAIN_GAP = 64
-# of which a single one may have been disturbed
-_NUM_PLAIN = 2
-# plain steps that drafting may lose before it is given up, for a single row, and at least: gains of one row vary most,
-# and limits lower than these are reached by bad luck
-_MOST_LOSS = 12.0
-_LEAST_LOSS = 2.0
+from dspark_hf.generation.scheduling.defaults import (
+    FIRST_TRIAL_GAP,
+    LEAST_LOSS,
+    LONGEST_TRIAL_GAP,
+    MOST_LOSS,
+    PLAIN_GAPS,
+    TIMES_TO_BELIEVE,
+)
+from dspark_hf.generation.scheduling.locking import locked
 
 
 class Parking:
-    """Count the rounds since the other mode was seen.
+    """Count rounds to decide when the other mode, plain or drafting, should be seen again.
 
-    The gap between trials doubles with each one that fails, so that trials cost below 2% of a long run, and starts
-    anew once drafting pays. `is_parked` says that drafting was given up because it lost time.
+    The gap between trials doubles after each failure, so that trials cost below 2% of a long run. It goes back to its
+    first length once drafting pays. `is_parked` is true after drafting was given up because it lost time.
     """
 
     def __init__(self) -> None:
         self.is_parked = False
         self._balance = Balance()
-        self._gap = _FIRST_GAP
-        self._plain_gap = _FIRST_PLAIN_GAP
+        self._gap = FIRST_TRIAL_GAP
+        self._num_comparisons = 0
         self._num_plain = 0
         self._num_drafted = 0
         self._num_paid = 0
 
     def is_trial_due(self) -> bool:
-        """Return whether a parked drafter should be tried in this round."""
+        """Return whether this round should try a parked drafter."""
         return self._num_plain >= self._gap
 
     def is_plain_step_due(self) -> bool:
-        """Return whether a drafting run should make a plain step."""
-        return self._num_drafted >= self._plain_gap
+        """Return whether this round should be a plain step, to compare drafting with."""
+        return self._num_drafted >= PLAIN_GAPS[self._num_comparisons]
 
-    @in_turns
+    @locked
     def count_plain(self) -> None:
         """Count a round without drafts."""
         self._num_plain += 1
-        if self._num_plain >= _NUM_PLAIN:
+        if self._num_plain >= TIMES_TO_BELIEVE:
             if self.is_plain_step_due():
-                self._plain_gap = min(_PLAIN_GAP_GROWTH * self._plain_gap, _LONGEST_PLAIN_GAP)
+                self._num_comparisons = min(self._num_comparisons + 1, len(PLAIN_GAPS) - 1)
             self._num_drafted = 0
 
-    @in_turns
+    @locked
     def count_drafted(self, num_rows: int, gain: float) -> None:
-        """Count a round of drafts that were expected to pay.
+        """Count a round whose drafts were expected to pay.
 
         Args:
             num_rows: rows that took part.
-            gain: tokens per row beyond those that plain steps would have written meanwhile.
+            gain: tokens per row beyond what plain steps would have written in the same time.
         """
         self._num_plain = 0
-        self._gap = _FIRST_GAP
+        self._gap = FIRST_TRIAL_GAP
         self._num_drafted += 1
         self._balance.add(num_rows, gain)
         if self._balance.is_losing():
@@ -72,33 +63,33 @@ class Parking:
             self._num_paid = 0
             self._balance = Balance()
 
-    @in_turns
+    @locked
     def count_trial(self, *, has_paid: bool) -> None:
-        """Count a trial; after one that paid the next follows at once."""
+        """Count a trial; after one that paid, the next one is due at once."""
         self._num_drafted = 0
         self._num_plain = self._gap if has_paid else 0
         self._num_paid = self._num_paid + 1 if has_paid else 0
-        self.is_parked = self.is_parked and self._num_paid < _NUM_PAID
+        self.is_parked = self.is_parked and self._num_paid < TIMES_TO_BELIEVE
         if not has_paid:
-            self._gap = min(2 * self._gap, _LONGEST_GAP)
+            self._gap = min(2 * self._gap, LONGEST_TRIAL_GAP)
 
 
 class Balance:
-    """What the latest drafting rounds have really lost, whatever was expected of them (Page's cumulative sum).
+    """What recent drafting rounds have really lost, whatever was expected (Page's cumulative sum).
 
-    Losses add up, and gains make up for them, but are not saved: a drafter that was good for one text may be given up
-    in the next. One that gains on the whole hardly ever comes so low.
+    Losses add up and gains reduce them, down to zero but no further: a drafter that was good for one text can still be
+    given up in the next. A drafter that gains on the whole hardly ever reaches the limit.
     """
 
     def __init__(self) -> None:
         self._loss = 0.0
-        self._limit = _MOST_LOSS
+        self._limit = MOST_LOSS
 
     def add(self, num_rows: int, gain: float) -> None:
         """Add a round in which every row gained `gain` tokens on average."""
         self._loss = max(self._loss - gain, 0.0)
-        self._limit = max(_MOST_LOSS / num_rows, _LEAST_LOSS)
+        self._limit = max(MOST_LOSS / num_rows, LEAST_LOSS)
 
     def is_losing(self) -> bool:
-        """Return whether more plain steps were lost than so many rows lose by bad luck."""
+        """Return whether the loss is more than bad luck explains for that many rows."""
         return self._loss > self._limit

@@ -1,4 +1,4 @@
-"""Whether to draft, how far, and which drafts to verify, from what earlier rounds were worth and cost.
+"""Decide whether to draft, how far, and which drafts to verify, from the gains and costs of earlier rounds.
 
 N blocks, K drafts; level j is draft j of every row, its gain the number of them expected to be accepted.
 """
@@ -11,22 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# the best rate is the fixed point of a map that converges in a few steps
-_NUM_STEPS = 3
-# tokens that a level yields at least, so that one that never yielded any has a price, too
-_LEAST_GAIN = 1e-9
+from dspark_hf.generation.scheduling.defaults import LEAST_GAIN, NUM_RATE_STEPS
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do until something new is known.
+    """The decisions for the next few rounds.
 
     Args:
-        num_drafts: the best number of drafts, were one to draft.
-        rate: tokens per second at which rounds are expected to run, at best.
+        num_drafts: the best number of drafts, if the round drafts at all.
+        rate: expected tokens per second with that number of drafts.
         plain_rate: tokens per second without drafts.
-        prices: how many tokens each level must be expected to yield to be worth its time at that rate, one for every
-            draft; below zero where going on is cheaper than stopping.
+        prices: the gain from which each level is worth its time at that rate, one price per draft. A price is below
+            zero where a wider pass is cheaper than a narrower one.
     """
 
     num_drafts: int
@@ -35,9 +32,10 @@ class Plan:
     prices: tuple[float, ...]
 
     def admit(self, gains: Sequence[float]) -> int:
-        """Return how many levels to verify: those before the first whose gain is below its price.
+        """Return how many levels to verify: all before the first whose gain is below its price.
 
-        Prices are of earlier rounds, and the gain of a level depends on the drafts before it only.
+        No draft decides about itself: prices come from earlier rounds, and the gain of a level depends only on the
+        drafts before it.
         """
         for level, (gain, price) in enumerate(zip(gains, self.prices, strict=False)):
             if gain < price:
@@ -48,24 +46,27 @@ class Plan:
 def make_plan(
     gains: NDArray[np.float64], num_live: int, draft_seconds: Sequence[float], verify_seconds: Sequence[float]
 ) -> Plan:
-    """Return the plan that gives the most tokens per second on rounds like the earlier ones.
+    """Return the plan that would have given the most tokens per second in the earlier rounds.
 
-    For a given rate of tokens per second it pays to go on from a level if, of those that can be gone on to, one is
-    expected to yield more than its seconds times the rate; the best rate is the one that rounds cut in that way reach.
-    So steps in the cost are looked past, and a width that costs more than a wider one is never stopped at.
+    Suppose that a rate of tokens per second can be reached. Then going on from a level pays if some later level adds
+    more tokens than its extra seconds times that rate. Cutting every round by this rule yields a new rate, and
+    repeating that converges to the best one. Since every later level is looked at, a single expensive step does not
+    stop a round, and a round never stops at a width that costs more than a wider one.
 
     Args:
-        gains: of every level in earlier rounds `(N, K)`, for all rows.
+        gains: gains of all levels in earlier rounds `(N, K)`, summed over the rows.
         num_live: rows that get a token of the target's own.
-        draft_seconds: by number of drafts, from 1 on, `K` of them.
-        verify_seconds: of a round, without drafting, by levels verified, from 0 on, `K + 1` of them; may fall.
+        draft_seconds: `K` times, for 1 draft, 2 drafts and so on.
+        verify_seconds: `K + 1` times of a round without its drafting, for 0 verified levels, 1 level and so on; they
+            may fall.
     """
     seconds = np.asarray(verify_seconds)
     plain_rate = num_live / verify_seconds[0]
     totals = num_live + np.concatenate([np.zeros((len(gains), 1)), gains.cumsum(1)], axis=1)
     dearness = _least_seconds_per_gain(gains.mean(0), seconds)
     rate, num_drafts = plain_rate, 1
-    for _ in range(_NUM_STEPS):
+    # the best rate is a fixed point, found by iteration
+    for _ in range(NUM_RATE_STEPS):
         rates = []
         for count, drafting in enumerate(draft_seconds, start=1):
             levels = (gains[:, :count] >= rate * dearness[:count, count - 1]).cumprod(1).sum(1)
@@ -77,16 +78,18 @@ def make_plan(
 
 
 def _least_seconds_per_gain(mean_gains: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return `[j, k - 1]`: the seconds that a token of the level behind `j` costs, if one goes on to the best level
-    of those up to `k`.
+    """Return `[j, k - 1]`: the seconds per token of level `j + 1`, when a round with `k` drafts goes on to the level
+    that makes them fewest.
 
-    Levels further on are taken to yield as much less than that one as they did on average.
+    Gains of levels behind `j + 1` are not known yet. They are taken to be in the same proportion to its gain as their
+    means are.
     """
     num_drafts = len(mean_gains)
-    mean_gains = np.maximum(mean_gains, _LEAST_GAIN)
+    mean_gains = np.maximum(mean_gains, LEAST_GAIN)
     reached = np.concatenate([[0.0], mean_gains.cumsum()])
     is_further = np.tri(num_drafts, num_drafts + 1, dtype=bool) == 0
     yields = np.where(is_further, reached - reached[:-1, None], 1.0)
+    # seconds from level j to each later level, per token gained on the way; then the least up to level k
     chords = np.where(is_further, (seconds - seconds[:-1, None]) / yields, np.inf)
     return np.minimum.accumulate(chords, axis=1)[:, 1:] * mean_gains[:, None]
 

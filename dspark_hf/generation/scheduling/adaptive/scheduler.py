@@ -1,40 +1,36 @@
-"""The default: draft as far as it pays, and not at all where it does not."""
+"""The default scheduler: draft as far as that pays, and not at all where it does not."""
 
 from __future__ import annotations
 
 from enum import Enum
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.scheduling.adaptive.memory import DrafterMemory, remembered
+from dspark_hf.generation.scheduling.adaptive.memory import DrafterState, remembered
 from dspark_hf.generation.scheduling.adaptive.planning import Plan, make_plan
 from dspark_hf.generation.scheduling.confidence import OnlineConfidence
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from dspark_hf.generation.scheduling.costs.profile import online_costs
-from dspark_hf.generation.scheduling.interface import Batch, Call, Outcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.defaults import (
+    FEW_BLOCKS,
+    FEW_DRAFTS,
+    FEW_TOKENS,
+    MOST_SURPRISE,
+    PLAN_EVERY,
+    REQUIRED_GAIN,
+)
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.survival import possible_survival
-
-# drafting must promise so much more than plain decoding: estimates err, and plain text is what users compare with
-_REQUIRED_GAIN = 1.02
-# drafted rounds between two plans, and how many at first are planned one by one
-_PLAN_EVERY = 4
-_NUM_EARLY_BLOCKS = 8
-# tokens of a pass, over all rows, with which drafting is tried while costs are unknown: most machines take so many
-# at little more than the price of one
-_FEW_TOKENS = 16
-_MOST_DRAFTS = 3
-# a round that took longer or shorter by more than this factor than such rounds do was disturbed
-_MOST_SURPRISE = 1.25
 
 
 class AdaptiveScheduler(Scheduler):
-    """Choose from measured costs and from how drafts fared whether to draft at all, how far, and what to verify.
+    """Decide whether to draft, how far, and what to verify, from measured costs and from the drafts' success so far.
 
-    Costs come from this process's own rounds, which are remembered from call to call, and from the profile of this
-    machine if there is one. Where drafting does not pay it stops ("parks") and is tried again now and then,
-    ever more rarely. Confidence comes from the margin between the two best draft logits.
+    Costs come from this process's own rounds, remembered from call to call, and from this machine's profile if there
+    is one. Where drafting does not pay it stops ("parks") and is tried again from time to time, less and less often.
+    Confidence comes from the margin between the two best draft logits.
 
     Args:
-        costs: what passes cost; default as said above.
+        costs: what passes cost; default: as described above.
     """
 
     name = "adaptive"
@@ -42,7 +38,7 @@ class AdaptiveScheduler(Scheduler):
     def __init__(self, *, costs: Costs | None = None):
         self.costs = costs
 
-    def start(self, call: Call) -> Schedule:
+    def start(self, call: CallInfo) -> Schedule:
         return _Adaptive(self.costs or online_costs(call), remembered(call))
 
 
@@ -56,7 +52,7 @@ class _Mode(Enum):
 class _Adaptive(Schedule):
     wants_margins = True
 
-    def __init__(self, costs: Costs, memory: DrafterMemory):
+    def __init__(self, costs: Costs, memory: DrafterState):
         self._costs = costs
         self._memory = memory
         self._source = OnlineConfidence(memory.estimator)
@@ -72,7 +68,7 @@ class _Adaptive(Schedule):
         if isinstance(self._costs, OnlineCosts) and not self._costs.knows(batch.num_rows):
             return self._learning_drafts(batch)
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
-        if plan.rate > _REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
+        if plan.rate > REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
             self._mode = _Mode.drafting if is_busy else _Mode.plain
         elif parking.is_trial_due():
@@ -80,17 +76,17 @@ class _Adaptive(Schedule):
         return 0 if self._mode is _Mode.plain else plan.num_drafts
 
     def _learning_drafts(self, batch: Batch) -> int:
-        """Return two plain steps and two short blocks in turns: of each kind, only the second is like later ones."""
+        """Alternate two plain steps and two short blocks: the first of each pair also pays for the change."""
         if self._num_rounds % 4 < 2:
             return 0
         self._mode = _Mode.learning
-        return min(batch.max_drafts, max(_FEW_TOKENS // batch.num_rows - 1, 1), _MOST_DRAFTS)
+        return min(batch.max_drafts, max(FEW_TOKENS // batch.num_rows - 1, 1), FEW_DRAFTS)
 
     def _current_plan(self, batch: Batch) -> Plan:
-        experience = self._memory.experience
-        num_blocks = experience.num_blocks
-        # the first blocks teach most
-        age = num_blocks if num_blocks < _NUM_EARLY_BLOCKS else num_blocks // _PLAN_EVERY + _NUM_EARLY_BLOCKS
+        recent_margins = self._memory.recent_margins
+        num_blocks = recent_margins.num_blocks
+        # the first blocks change the plan most
+        age = num_blocks if num_blocks < FEW_BLOCKS else num_blocks // PLAN_EVERY + FEW_BLOCKS
         is_for = (batch.num_rows, batch.num_live, batch.max_drafts, age)
         if self._plan is None or self._plan_is_for != is_for:
             rows, length = batch.num_rows, batch.context_length
@@ -99,7 +95,7 @@ class _Adaptive(Schedule):
             # a plain step costs no more than a pass over drafts, whatever noise may say
             passes[0] = min(passes)
             self._plan = make_plan(
-                batch.num_live * experience.gains(batch.max_drafts, self._memory.estimator),
+                batch.num_live * recent_margins.gains(batch.max_drafts, self._memory.estimator),
                 batch.num_live,
                 [self._costs.draft_seconds(rows, count, length) for count in counts],
                 passes,
@@ -111,10 +107,10 @@ class _Adaptive(Schedule):
         gains: list[float] = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
         if self._mode is _Mode.drafting and self._plan is not None:
             return batch.cut(self._plan.admit(gains))
-        # a trial is there to see what becomes of the drafts
+        # a trial verifies everything, to see what becomes of the drafts
         return batch.cut(len(gains))
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: RoundOutcome) -> None:
         self._num_rounds += 1
         self._source.learn(outcome)
         if isinstance(self._costs, OnlineCosts):
@@ -123,14 +119,14 @@ class _Adaptive(Schedule):
             self._remember(outcome)
         self._count(outcome)
 
-    def _remember(self, outcome: Outcome) -> None:
-        # a row at its end, or one that waits, says nothing about rounds to come
+    def _remember(self, outcome: RoundOutcome) -> None:
+        # a row near its end, or one that waits, is not like rounds to come
         pairs = zip(self._source.margins, outcome.batch.limits, strict=True)
         margins = [row for row, limit in pairs if limit >= outcome.num_drafted]
         if margins:
-            self._memory.experience.add(margins)
+            self._memory.recent_margins.add(margins)
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, outcome: RoundOutcome) -> None:
         parking = self._memory.parking(outcome.batch.num_rows)
         if self._mode is _Mode.plain:
             parking.count_plain()
@@ -138,20 +134,20 @@ class _Adaptive(Schedule):
             parking.count_drafted(outcome.batch.num_rows, _gain(outcome, self._costs))
         elif self._mode is _Mode.trial and self._plan is not None:
             parking.count_trial(has_paid=_gain(outcome, self._costs) > 0)
-            self._memory.experience.forget_old()
+            self._memory.recent_margins.forget_old()
             self._plan = None
 
 
-def _gain(outcome: Outcome, costs: Costs) -> float:
-    """Return the tokens per row that a round gave beyond those that plain steps would have given in its time.
+def _gain(outcome: RoundOutcome, costs: Costs) -> float:
+    """Return how many more tokens per row a round gave than plain steps would have given in its time.
 
-    Other programs make single rounds slow, and the mean of few rounds with them, while what a plain step takes is a
-    median: the time of a round counts only as far as it is near what such rounds take.
+    The time of a plain step is a median, so other programs hardly change it, but they can make a single round very
+    slow. The round's time is therefore clipped to be near what such rounds usually take.
     """
     rows, length = outcome.batch.num_rows, outcome.batch.context_length
     verifying = costs.verify_seconds(rows, outcome.width, length)
     usual = verifying + costs.draft_seconds(rows, outcome.num_drafted, length)
     seconds = outcome.draft_seconds + outcome.other_seconds
-    seconds = min(max(seconds, usual / _MOST_SURPRISE), usual * _MOST_SURPRISE)
+    seconds = min(max(seconds, usual / MOST_SURPRISE), usual * MOST_SURPRISE)
     tokens_per_row = 1 + sum(outcome.num_accepted) / max(outcome.batch.num_live, 1)
     return tokens_per_row - seconds / min(costs.verify_seconds(rows, 1, length), verifying)

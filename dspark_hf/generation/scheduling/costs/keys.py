@@ -1,4 +1,4 @@
-"""What costs depend on: a target, a drafter and the machine, as keys under which costs are kept."""
+"""Keys under which costs are kept: they name what the costs of a target or a drafter depend on."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from dspark_hf.generation.scheduling.costs.storing import ProfileKey
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.provenance import processor_name
 
-# parts of the names of numbers and lists in a configuration that change nothing in the time a pass takes: token ids,
-# how far positions go and how they are turned
+# numbers and lists in a configuration whose names contain one of these do not change the time of a pass: token ids,
+# the number of positions, rotary embeddings
 _WITHOUT_COST = ("architectures", "label2id", "token_id", "position", "rope_")
 
-# weights that every call looks at, to see whether layers were replaced: all of them would take a third of a second for
-# DeepSeek-V4-Flash, and who quantises a model replaces most
+# How many weights every call checks, to notice replaced layers. Checking all would take a third of a second for
+# DeepSeek-V4-Flash, and quantising a model replaces most of them.
 _NUM_WATCHED = 64
 
-# what holds a weight, its dtype and its size
+# the class, the dtype and the size of a weight
 _Weight = tuple[str, torch.dtype, torch.Size]
 
-# weights by name, of a model as it was when its fingerprint was taken
+# a model's weights by name, as they were when its fingerprint was taken
 _Watched = dict[str, _Weight]
 
 _FINGERPRINTS: WeakKeyDictionary[Any, tuple[_Watched, str]] = WeakKeyDictionary()
@@ -47,7 +47,7 @@ def profile_key(target: TargetAdapter) -> ProfileKey:
 
 
 def drafter_key(drafter: Drafter) -> str:
-    """Return what a drafter's costs depend on, beside the target's key."""
+    """Return what a drafter's costs depend on, besides the target's key."""
     dtype = str(getattr(drafter, "dtype", "")).removeprefix("torch.")
     device = "" if getattr(drafter, "device", None) is None else _device_name(drafter)
     return "-".join(filter(None, (type(drafter).__name__, _fingerprint(drafter), dtype, device)))
@@ -56,7 +56,7 @@ def drafter_key(drafter: Drafter) -> str:
 def _fingerprint(model: Any) -> str:
     """Return a short text that is the same for models whose passes do the same work."""
     known = _FINGERPRINTS.get(model)
-    # layers may have been replaced meanwhile, as by quantising
+    # layers may have been replaced since, for example by quantising
     if known is None or not _still_has(model, known[0]):
         weights = _weights(model)
         watched = dict(list(weights.items())[:: math.ceil(len(weights) / _NUM_WATCHED) or 1])
@@ -89,14 +89,16 @@ def _hash_shape(model: Any, weights: _Watched) -> str:
 
 
 def _shaping(value: Any) -> Any:
-    """Return what shapes a pass and no module shows: whole numbers, as of heads or a window, and kinds of layers."""
+    """Return what shapes a pass but shows in no module: whole numbers, such as heads or a window, and layer kinds."""
     if isinstance(value, dict):
-        named = {str(name): _shaping(one) for name, one in value.items()}
-        return {name: one for name, one in named.items() if one not in (None, [], {}) and not _is_without_cost(name)}
+        named = {str(name): _shaping(field) for name, field in value.items()}
+        return {
+            name: field for name, field in named.items() if field not in (None, [], {}) and not _is_without_cost(name)
+        }
     if isinstance(value, (list, tuple)):
-        # words by themselves choose modules, which are looked at
-        kept = [one if isinstance(one, str) else _shaping(one) for one in value]
-        return [one for one in kept if one is not None]
+        # lists may hold names, as of layer kinds; a name that stands alone chooses modules, which are looked at anyway
+        kept = [item if isinstance(item, str) else _shaping(item) for item in value]
+        return [item for item in kept if item is not None]
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -110,8 +112,8 @@ def _device_name(model: Any) -> str:
 
 
 def places(model: Any) -> list[str]:
-    """Return the devices and other memory that a model's layers lie on."""
-    # accelerate may have spread the layers, also over memory that they are loaded from
+    """Return where a model's layers lie: devices, and other memory such as a disk."""
+    # accelerate may have spread the layers, also over memory that they are loaded from when needed
     places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     return sorted(places) if len(places) > 1 else [str(model.device)]
 

@@ -1,4 +1,4 @@
-"""What rounds cost: a profile measured beforehand, or what this process has seen of its own rounds."""
+"""What rounds cost, learned from this process's own rounds, with or without a profile measured beforehand."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from statistics import median
 from typing import Protocol
 
 from dspark_hf.generation.scheduling.costs.curves import bend_at, find_bends, fit_line
-from dspark_hf.generation.scheduling.interface import Batch, Outcome
-from dspark_hf.generation.scheduling.locking import in_turns
-
-# rounds of a shape whose median counts: many, since only what they have in common with earlier ones must stay
-_NUM_SAMPLES = 127
-# rounds whose median is the common factor: as many as a slow moment lasts
-_NUM_RECENT = 7
-# samples of a shape that are taken although no plain step was made lately
-_FEW = 3
-# batches so many times larger or smaller cost alike enough to go by
-_NEAR = 2
-# samples of a shape that count as much as what all shapes together say
-_TRUST = 4.0
-# share of the drafter's time that does not depend on the number of drafts: its backbone runs over whole blocks
-_FIXED_SHARE = 0.5
-# no step takes less than this share of the quickest that was measured, wherever lines and bends may lead
-_LEAST_SHARE = 0.1
+from dspark_hf.generation.scheduling.defaults import (
+    FEW_SAMPLES,
+    FIXED_SHARE,
+    LEAST_SHARE,
+    NEAR,
+    NUM_MOMENT,
+    NUM_SAMPLES,
+    TRUST,
+)
+from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome
+from dspark_hf.generation.scheduling.locking import locked
 
 
 class Costs(Protocol):
@@ -47,29 +41,32 @@ def round_seconds(costs: Costs, batch: Batch, num_drafts: int) -> Callable[[int]
 
 
 class OnlineCosts:
-    """Costs measured while decoding: medians of the latest rounds of every shape, smoothed.
+    """Costs learned while decoding: for every shape, the smoothed median of its latest rounds.
 
-    Rounds are few and machines moody, so what is known of one shape also says something of others: costs lie near a
-    profile if there is one, else near a line, over tokens for a pass and over drafts for the drafter. Curves may fall:
-    kernels work in tiles, and a pass over sixteen tokens can be quicker than one over twelve.
-    All times are kept relative to a common factor that follows the machine, so that a shape that was last seen at
-    another load, or on a shorter context, is still comparable. What decisions hang on is how rounds compare with plain
-    steps: but for the first few, rounds count only close behind plain steps of as many rows, and by what those took.
-    Rounds that were compared with their like alone would keep a wrong ratio, as from a slow moment, for ever.
+    A shape is a number of rows and a size. Rounds are few and noisy, so every shape also borrows from the others:
+    costs are expected to lie on the profile if there is one, else on a line, over tokens for a pass and over drafts
+    for the drafter. The more rounds of a shape were seen, the closer its cost follows them. Curves may fall: kernels
+    work in tiles, and a pass over sixteen tokens can be quicker than one over twelve.
+
+    All times are stored relative to the machine's speed of the moment, so that shapes that were seen under different
+    loads, or on contexts of different length, can be compared. Decisions depend on how rounds compare with plain
+    steps. Therefore, after the first few, a round counts only shortly after plain steps with as many rows, and
+    relative to what those took. If rounds were compared only with rounds of their own shape, a ratio that was measured
+    in a slow moment would never be corrected.
 
     Args:
-        profile: what was measured beforehand, if anything.
+        profile: costs measured beforehand, if any.
     """
 
     def __init__(self, profile: Costs | None = None) -> None:
         self.profile = profile
         self._verify = _Times()
         self._draft = _Times()
-        # rows, width, and the time against the known one
-        self._recent: deque[tuple[int, int, float]] = deque(maxlen=_NUM_RECENT)
+        # rows, width, and the time divided by the known one
+        self._recent: deque[tuple[int, int, float]] = deque(maxlen=NUM_MOMENT)
 
-    def beside(self, profile: Costs | None) -> OnlineCosts:
-        """Return these costs beside another profile; what one of them learns, both know."""
+    def with_profile(self, profile: Costs | None) -> OnlineCosts:
+        """Return these costs on top of `profile`; what either object learns, both know."""
         other = OnlineCosts(profile)
         other._verify, other._draft, other._recent = self._verify, self._draft, self._recent
         return other
@@ -78,17 +75,17 @@ class OnlineCosts:
     def _drift(self) -> float:
         return median(factor for _, _, factor in self._recent) if self._recent else 1.0
 
-    @in_turns
+    @locked
     def knows(self, num_rows: int) -> bool:
-        """Return whether there is a profile, or plain and drafting rounds of about so many rows were measured."""
+        """Return whether there is a profile, or both plain and drafting rounds of about that many rows were seen."""
         if self.profile is not None:
             return True
-        near = [rows for rows in self._verify.rows if num_rows / _NEAR <= rows <= num_rows * _NEAR]
+        near = [rows for rows in self._verify.rows if num_rows / NEAR <= rows <= num_rows * NEAR]
         sizes = {size for rows in near for size in self._verify.sizes(rows)}
         return 1 in sizes and len(sizes) > 1 and bool(self._draft.rows)
 
-    @in_turns
-    def observe(self, outcome: Outcome) -> None:
+    @locked
+    def observe(self, outcome: RoundOutcome) -> None:
         """Learn from a round."""
         rows, drafts, width = outcome.batch.num_rows, outcome.num_drafted, outcome.width
         known = self._verify.median(rows, width)
@@ -98,42 +95,42 @@ class OnlineCosts:
         if known is not None:
             self._recent.append((rows, width, outcome.other_seconds / max(known, 1e-9)))
         if known is not None and width == 1:
-            # the measure of all others
+            # other rounds are measured against this one, so it must not follow the machine's speed of the moment
             self._verify.add(rows, width, known)
-        elif plain or self._verify.count(rows, width) < _FEW:
+        elif plain or self._verify.count(rows, width) < FEW_SAMPLES:
             self._verify.add(rows, width, outcome.other_seconds / (median(plain) if plain else self._drift))
         if drafts and not outcome.is_typical:
             self._draft.pass_over(drafts)
-        elif drafts and (plain or self._draft.count(rows, drafts) < _FEW):
+        elif drafts and (plain or self._draft.count(rows, drafts) < FEW_SAMPLES):
             self._draft.add(rows, drafts, outcome.draft_seconds / (median(plain) if plain else self._drift))
 
-    @in_turns
+    @locked
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
-        """Return the seconds of a pass over `width` tokens of each row, with all that goes with it."""
+        """Return the seconds of a round with a pass over `width` tokens of each row, without drafting."""
 
-        def expected(one: int) -> float:
+        def expected(size: int) -> float:
             if self.profile is not None:
-                return self.profile.verify_seconds(num_rows, one, context_length)
-            return self._verify.told_by_others(num_rows, one)
+                return self.profile.verify_seconds(num_rows, size, context_length)
+            return self._verify.predict_from_other_batches(num_rows, size)
 
-        return self._drift * self._verify.bent(num_rows, width, expected)
+        return self._drift * self._verify.smoothed(num_rows, width, expected)
 
-    @in_turns
+    @locked
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
         if (profile := self.profile) is not None:
-            return self._drift * self._draft.bent(
-                num_rows, num_drafts, lambda one: profile.draft_seconds(num_rows, one, context_length)
+            return self._drift * self._draft.smoothed(
+                num_rows, num_drafts, lambda size: profile.draft_seconds(num_rows, size, context_length)
             )
         nearest = self._draft.nearest_rows(num_rows)
-        # rows share the drafter's weights, and add their own work
-        scale = 1.0 if nearest == num_rows else 0.5 + 0.5 * num_rows / nearest
-        intercept, slope = self._draft.line(nearest, start=_FIXED_SHARE)
-        return self._drift * scale * self._draft.bent(nearest, num_drafts, lambda one: intercept + slope * one)
+        # all rows share the reading of the drafter's weights, and each adds its own work
+        scale = 1.0 if nearest == num_rows else FIXED_SHARE + (1 - FIXED_SHARE) * num_rows / nearest
+        intercept, slope = self._draft.line(nearest, start=FIXED_SHARE)
+        return self._drift * scale * self._draft.smoothed(nearest, num_drafts, lambda size: intercept + slope * size)
 
 
 class _Times:
-    """Seconds by number of rows and size of a step, the latest ones of each."""
+    """The latest seconds of steps, by number of rows and size."""
 
     def __init__(self) -> None:
         self._samples: dict[int, dict[int, deque[float]]] = {}
@@ -153,18 +150,18 @@ class _Times:
         return list(self._samples.get(rows, {}))
 
     def add(self, rows: int, size: int, seconds: float) -> None:
-        """Add a sample; the first of a size, which also pays for choosing kernels and making room, is left out."""
+        """Add a sample; the first of a size is left out, since it also pays for choosing kernels and for memory."""
         if size in self._seen:
-            self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=_NUM_SAMPLES)).append(seconds)
+            self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=NUM_SAMPLES)).append(seconds)
             self._medians.pop((rows, size), None)
-            # a plan asks for these once per width
+            # these are kept because a plan asks for every width
             self._line = None
             self._other_bends.clear()
             self._floor = None
         self.pass_over(size)
 
     def pass_over(self, size: int) -> None:
-        """Note that a step of that size was made, and do not count it."""
+        """Note that a step of that size was made, without counting its time."""
         self._seen.add(size)
 
     def count(self, rows: int, size: int) -> int:
@@ -180,36 +177,41 @@ class _Times:
 
     def nearest_rows(self, rows: int) -> int:
         """Return the measured number of rows that is nearest to `rows`."""
-        return min(self._samples, key=lambda one: abs(one - rows))
+        return min(self._samples, key=lambda measured: abs(measured - rows))
 
     def line(self, rows: int, *, start: float) -> tuple[float, float]:
-        """Return the line through a number of rows' medians; through a single one, from `start` of it at size 0."""
+        """Return intercept and slope of the line through the medians of `rows` rows.
+
+        With a single median, the line starts from the share `start` of it at size 0.
+        """
         medians, counts = self._curve(rows)
         if len(medians) > 1:
             return fit_line(medians, counts)
         [(size, seconds)] = medians.items()
         return start * seconds, (1 - start) * seconds / size
 
-    def told_by_others(self, rows: int, size: int) -> float:
-        """Return what steps of other numbers of rows say: what counts most is the number of tokens of a step."""
+    def predict_from_other_batches(self, rows: int, size: int) -> float:
+        """Return the seconds that batches of other sizes suggest: mainly, the number of tokens of a step counts."""
         if self._line is None:
             points, weights = self._over_products(list(self._samples))
             self._line = fit_line(points, weights)
         intercept, slope = self._line
         if rows not in self._other_bends:
             points, weights = self._over_products([other for other in self._samples if other != rows])
-            self._other_bends[rows] = find_bends(points, weights, lambda one: intercept + slope * one, trust=_TRUST)
+            self._other_bends[rows] = find_bends(
+                points, weights, lambda tokens: intercept + slope * tokens, trust=TRUST
+            )
         value = intercept + slope * rows * size + bend_at(self._other_bends[rows], rows * size)
         return max(value, self._least())
 
     def _least(self) -> float:
         if self._floor is None:
             medians = [self._curve(rows)[0].values() for rows in self._samples]
-            self._floor = _LEAST_SHARE * min((seconds for of_rows in medians for seconds in of_rows), default=0.0)
+            self._floor = LEAST_SHARE * min((seconds for of_rows in medians for seconds in of_rows), default=0.0)
         return self._floor
 
     def _over_products(self, chosen: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
-        """Return the medians of the chosen numbers of rows by rows times size, and their weights."""
+        """Return the medians of the chosen numbers of rows, by number of tokens, and their weights."""
         points: dict[int, float] = {}
         weights: dict[int, float] = {}
         for rows in chosen:
@@ -220,10 +222,10 @@ class _Times:
                 weights[place] = old + counts[size]
         return points, weights
 
-    def bent(self, rows: int, size: int, expected: Callable[[int], float]) -> float:
-        """Return the seconds of a size: what is `expected`, bent towards the medians of that many rows."""
+    def smoothed(self, rows: int, size: int, expected: Callable[[int], float]) -> float:
+        """Return the seconds of a size: the `expected` ones, moved towards the medians of that many rows."""
         medians, counts = self._curve(rows)
-        value = expected(size) + bend_at(find_bends(medians, counts, expected, trust=_TRUST), size)
+        value = expected(size) + bend_at(find_bends(medians, counts, expected, trust=TRUST), size)
         return max(value, self._least())
 
     def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:

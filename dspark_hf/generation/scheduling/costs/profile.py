@@ -11,12 +11,11 @@ import torch
 from transformers.utils import logging
 
 from dspark_hf.generation.scheduling.costs.keys import drafter_key, places, profile_key
-from dspark_hf.generation.scheduling.costs.measuring import measure
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
-from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path, save_profile
+from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable, Point
-from dspark_hf.generation.scheduling.costs.workload import Workload
-from dspark_hf.generation.scheduling.interface import Call
+from dspark_hf.generation.scheduling.costs.workload import StepTimer, disagree, lower_quartile, measure
+from dspark_hf.generation.scheduling.interface import CallInfo
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.provenance import describe_run
 
@@ -25,31 +24,38 @@ logger = logging.get_logger(__name__)
 _QUICK_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _QUICK_REPEATS = 3
 _QUICK_CONTEXT = 128
+# costs that fall by more than noise as steps grow: to this share of a smaller step's
+_SUSPICIOUS_FALL = 0.9
 
-# when and how large a profile's file was; None if there is none
+# path, time and size of a profile's file; None if there is none
 _Stamp = tuple[str, int, int] | None
 
-_TABLES: dict[tuple[ProfileKey, str], tuple[_Stamp, CostTable | None]] = {}
+# what is known of a target and a drafter, and what it was made of
+_TABLES: dict[tuple[ProfileKey, str], tuple[tuple[_Stamp, CostTable | None], CostTable | None]] = {}
+# what calls have measured on first use, by the file that it stands in for; it ends with the process
+_QUICK: dict[tuple[Path, str], CostTable] = {}
 _ONLINE: dict[tuple[ProfileKey, str], OnlineCosts] = {}
 
 
-def online_costs(call: Call) -> OnlineCosts:
-    """Return what this process has seen of such a target and drafter, beside a stored profile; updated in place."""
+def online_costs(call: CallInfo) -> OnlineCosts:
+    """Return what this process has learned about such a target and drafter, on top of a stored profile, if any."""
     keys = _keys(call)
     costs = _ONLINE.setdefault(keys, OnlineCosts())
-    # of this call: one with more rows, which another profile covers or none, may run at the same time
-    return costs.beside(_covering_profile(call, keys))
+    # the profile belongs to this call alone: another call with more rows may run at the same time, without one
+    return costs.with_profile(_covering_profile(call, keys))
 
 
 def forget_costs() -> None:
-    """Begin anew with all costs that this process has seen of its rounds; stored profiles stay."""
+    """Forget the costs that this process has measured and seen; stored profiles stay."""
     _ONLINE.clear()
+    _QUICK.clear()
+    _TABLES.clear()
 
 
-def find_profile(call: Call) -> CostTable:
-    """Return the profile of the target and the drafter; what is missing is measured, stored, and said once.
+def find_profile(call: CallInfo) -> CostTable:
+    """Return the profile of the target and the drafter; what is missing is measured for this process, and said once.
 
-    Points that are stored already stay as they are.
+    Such a measurement is quick, perhaps beside other programs, so it is not stored. Stored costs go before it.
     """
     key, drafter = _keys(call)
     known = _covering_profile(call, (key, drafter))
@@ -61,25 +67,24 @@ def find_profile(call: Call) -> CostTable:
     context = _quick_context(call)
     passes = [(count, context, width) for count in rows for width in widths]
     drafts = [(count, context, size) for count in rows for size in sorted({1, call.max_drafts})]
-    table = measure_costs(Workload(call.target, call.drafter), passes, drafts, repeats=_QUICK_REPEATS)
-    stored = _known(key, drafter)
-    # what was stored may have been measured thoroughly
-    table = table if stored is None else table.merged_with(stored)
-    what = f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s"
-    try:
-        path = save_profile(key, drafter, table, describe_costs(call.target))
-        hint = "; `dspark-hf profile` measures more thoroughly" if _can_be_profiled(call.target.model) else ""
-        logger.warning_once(f"{what}, and stored it in {path}{hint}.")
-    except OSError as error:
-        logger.warning_once(f"{what}. It could not be stored, and is lost with this process. ({error})")
-    _TABLES[key, drafter] = _stamp(profile_path(key)), table
-    return table
+    table = measure_costs(StepTimer(call.target, call.drafter), passes, drafts, repeats=_QUICK_REPEATS)
+    hint = "; `dspark-hf profile` measures thoroughly, and stores it" if _can_be_profiled(call.target.model) else ""
+    logger.warning_once(
+        f"Measured what {type(call.target.model).__name__} costs here in {perf_counter() - start:.1f} s, for this "
+        f"process alone{hint}."
+    )
+    place = profile_path(key), drafter
+    _QUICK[place] = _QUICK[place].merged_with(table) if place in _QUICK else table
+    _TABLES.pop((key, drafter), None)
+    found = _known(key, drafter)
+    assert found is not None
+    return found
 
 
 def describe_costs(target: TargetAdapter) -> dict[str, Any]:
     """Return where costs measured now come from: the target's name, hardware, versions, date."""
     run = describe_run(is_on_cpu=target.model.device.type == "cpu")
-    # not the command line: within `generate` it is a stranger's
+    # without the command line, which inside `generate` is that of another program
     return {
         "target": target.model.config.name_or_path,
         "hardware": run.hardware,
@@ -91,45 +96,74 @@ def describe_costs(target: TargetAdapter) -> dict[str, Any]:
 
 
 def measure_costs(
-    workload: Workload,
+    workload: StepTimer,
     passes: list[Point],
     drafts: list[Point],
     *,
     repeats: int,
     advance: Callable[[], None] = lambda: None,
 ) -> CostTable:
-    """Return the measured costs of passes of the target and of drafting."""
-    # by size of the context, whose caches are built once, and inside by turns
+    """Return the measured costs of passes of the target and of drafting.
+
+    Where they look disturbed they are measured again. What then still cannot be true is lowered, and said.
+    """
+    # by rows and context, so that caches are built once for each; within these, steps take turns
     verify: dict[Point, float] = {}
     draft: dict[Point, float] = {}
     for shape in dict.fromkeys((rows, context) for rows, context, _ in (*passes, *drafts)):
         steps: list[tuple[Callable[[int, int, int], float], Point]]
         steps = [(workload.verify_seconds, point) for point in passes if point[:2] == shape]
         steps += [(workload.draft_seconds, point) for point in drafts if point[:2] == shape]
-        # what the caller samples must not depend on what was measured; what is put back was taken from other threads
+        # Measuring must not change what the caller samples. Only where modules draw: putting the generator back would
+        # also undo the draws of other threads.
         with torch.random.fork_rng(range(torch.cuda.device_count()), enabled=workload.draws_at_random):
-            times = measure(steps, lambda step: step[0](*step[1]), repeats=repeats, advance=advance)
+            times = measure(
+                steps,
+                lambda step: step[0](*step[1]),
+                repeats=repeats,
+                advance=advance,
+                is_doubtful=lambda times: any(map(disagree, times.values())) or _falls(times),
+            )
         for (run, point), seconds in times.items():
             (verify if run == workload.verify_seconds else draft)[point] = seconds
-    return CostTable(CostCurves(verify), CostCurves(draft))
+    table = CostTable(CostCurves(verify), CostCurves(draft))
+    if table.doubt is not None:
+        logger.warning(
+            f"Measured {table.doubt}, time and again: other programs must have run here. Used the lower cost for both."
+        )
+    return table.without_doubt()
 
 
-def _keys(call: Call) -> tuple[ProfileKey, str]:
+def _falls(times: dict[tuple[Callable[[int, int, int], float], Point], list[float]]) -> bool:
+    """Return whether a larger step of the same kind costs less than a smaller one by more than noise."""
+    costs = {step: lower_quartile(samples) for step, samples in times.items()}
+    return any(
+        run == other_run and larger[2] > point[2] and costs[other_run, larger] < _SUSPICIOUS_FALL * cost
+        for (run, point), cost in costs.items()
+        for other_run, larger in costs
+    )
+
+
+def _keys(call: CallInfo) -> tuple[ProfileKey, str]:
     return profile_key(call.target), drafter_key(call.drafter)
 
 
-def _covering_profile(call: Call, keys: tuple[ProfileKey, str]) -> CostTable | None:
+def _covering_profile(call: CallInfo, keys: tuple[ProfileKey, str]) -> CostTable | None:
     table = _known(*keys)
     is_enough = table is not None and table.covers(call.num_rows, call.max_drafts, _quick_context(call))
     return table if is_enough else None
 
 
 def _known(key: ProfileKey, drafter: str) -> CostTable | None:
-    """Return the stored profile; the file is read when it is new or has changed."""
-    stamp = _stamp(profile_path(key))
+    """Return what is stored, and measured by this process; the file is read when it is new or has changed."""
+    path = profile_path(key)
+    stamp, quick = _stamp(path), _QUICK.get((path, drafter))
     known = _TABLES.get((key, drafter))
-    if known is None or known[0] != stamp:
-        known = _TABLES[key, drafter] = stamp, None if stamp is None else load_profile(key, drafter)
+    if known is None or known[0] != (stamp, quick):
+        stored = None if stamp is None else load_profile(key, drafter)
+        # what was stored may have been measured thoroughly
+        both = quick.merged_with(stored) if quick and stored else quick or stored
+        known = _TABLES[key, drafter] = (stamp, quick), both
     return known[1]
 
 
@@ -141,7 +175,7 @@ def _stamp(path: Path) -> _Stamp:
     return str(path), found.st_mtime_ns, found.st_size
 
 
-def _quick_context(call: Call) -> int:
+def _quick_context(call: CallInfo) -> int:
     context = max(_QUICK_CONTEXT, call.prompt_length)
     limit = getattr(call.target.config, "max_position_embeddings", None)
     return context if limit is None else max(min(context, limit - call.max_drafts - 1), 1)

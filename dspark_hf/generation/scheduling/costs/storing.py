@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import cached_assets_path
+from transformers.utils import logging
 
 from dspark_hf.files import write_whole
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable, Point
+
+logger = logging.get_logger(__name__)
 
 FOLDER_VARIABLE = "DSPARK_HF_PROFILES"
 _FORMAT = 1
@@ -47,25 +50,37 @@ def profile_path(key: ProfileKey, folder: Path | None = None) -> Path:
 
 
 def load_profile(key: ProfileKey, drafter: str | None, folder: Path | None = None) -> CostTable | None:
-    """Return what is stored of a target and one of its drafters, or None without a readable file."""
-    fields = _read(profile_path(key, folder))
-    if fields is None:
-        return None
+    """Return what is stored of a target and one of its drafters, or None without a file that can be believed.
+
+    A file that is there and is passed over is named in a warning.
+    """
+    path = profile_path(key, folder)
     try:
+        fields = _read(path)
+        if fields is None:
+            return None
         draft = {} if drafter is None else fields["drafters"].get(drafter, {})
-        return CostTable(
+        table = CostTable(
             _curves(fields["verify"]["curves"], "seconds_by_width"),
             _curves(draft.get("curves", []), "seconds_by_drafts"),
         )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        # someone wrote something else into it
-        return None
+        doubt = table.doubt
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # not what `save_profile` writes
+        doubt = f"{type(error).__name__}: {error}"
+    if doubt is None:
+        return table
+    logger.warning_once(
+        f"Passed over the stored costs in {path}, which cannot be true ({doubt}). Delete that file, or replace "
+        "it with `dspark-hf profile`."
+    )
+    return None
 
 
 def save_profile(
     key: ProfileKey, drafter: str | None, table: CostTable, measured: Mapping[str, Any], folder: Path | None = None
 ) -> Path:
-    """Write a profile, whole or not at all, and return its path; other drafters' costs in the file stay.
+    """Write a profile, all of it or nothing, and return its path; other drafters' costs in the file stay.
 
     Args:
         key: the target.
@@ -78,7 +93,10 @@ def save_profile(
         OSError: if it cannot be written.
     """
     path = profile_path(key, folder)
-    others = (_read(path) or {}).get("drafters")
+    try:
+        others = (_read(path) or {}).get("drafters")
+    except ValueError:
+        others = None
     drafters = dict(others) if isinstance(others, dict) else {}
     if drafter is not None:
         drafters[drafter] = {"measured": measured, "curves": _rows(table.draft, "seconds_by_drafts")}
@@ -99,24 +117,31 @@ def _default_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def _cache_folder() -> Path:
-    # it makes the folder, and is asked for in every call of generate
+    # cached because it makes the folder, and every call of generate asks for it
     return cached_assets_path("dspark_hf", namespace="profiles", subfolder="costs")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds, or None if there is none.
+
+    Raises:
+        ValueError: if it is no profile of this format.
+    """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+    except OSError:
         return None
-    # a file of another format is measured anew
-    return fields if isinstance(fields, dict) and fields.get("format") == _FORMAT else None
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
+        raise ValueError(f"`format` must be {_FORMAT}")
+    return fields
 
 
 def _rows(curves: CostCurves, name: str) -> list[dict[str, Any]]:
     grouped: dict[tuple[int, int], dict[str, float]] = {}
     for (rows, context, size), seconds in sorted(curves.points.items()):
-        # a tenth of a microsecond is more than a clock can tell
-        grouped.setdefault((rows, context), {})[str(size)] = round(seconds, 7)
+        # a tenth of a microsecond is more than a clock can tell, and nothing takes no time
+        grouped.setdefault((rows, context), {})[str(size)] = max(round(seconds, 7), 1e-7)
     return [{"rows": rows, "context": context, name: curve} for (rows, context), curve in grouped.items()]
 
 

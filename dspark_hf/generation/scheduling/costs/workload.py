@@ -1,12 +1,13 @@
-"""Steps of a target and a drafter at a given size, run for the time they take.
+"""Time single steps of a target and a drafter at a given size.
 
 B rows, W tokens of a pass, K drafts, M tapped layers, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from transformers import GenerationConfig
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer, is_stateful
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
-from dspark_hf.generation.scheduling.costs.measuring import timed
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.interface import TargetState
@@ -22,17 +22,82 @@ from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import PLAIN_LAYERS
 from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
 
-# tokens of a piece: a whole context's hidden states may need more memory than its caches
+# tokens that are processed at once: the hidden states of a whole context may need more memory than its caches
 _PIECE = 1024
-# neighbouring tokens shall lie far apart in the vocabulary
+# neighbouring tokens are to lie far apart in the vocabulary
 _STRIDE = 7919
 
+# series of turns at most, of which all but the first are for costs that look disturbed
+_MOST_SERIES = 3
+# an upper quartile this many times the lower one tells of other programs
+_MOST_SPREAD = 1.5
 
-class Workload:
-    """Run passes and drafts of any size, through the very code that `generate` runs.
+_Step = TypeVar("_Step")
 
-    One row runs as an unpadded prompt does, several as a padded batch does. Where the cache allows it, contexts are
-    not computed but made up: what a step costs depends on their length alone.
+
+def measure(
+    steps: Sequence[_Step],
+    seconds_of: Callable[[_Step], float],
+    *,
+    repeats: int = 5,
+    advance: Callable[[], None] = lambda: None,
+    is_doubtful: Callable[[dict[_Step, list[float]]], bool] = lambda times: False,
+) -> dict[_Step, float]:
+    """Return every step's time, the lower quartile of all turns that count: disturbances only ever add.
+
+    A first turn that is not counted lets kernels be chosen and memory be found.
+
+    Args:
+        steps: what to measure.
+        seconds_of: runs a step and returns its seconds.
+        repeats: turns that count.
+        advance: called after every run of the first series, `(repeats + 1) * len(steps)` times.
+        is_doubtful: told every step's latest times in ascending order; if true, another series of `repeats` turns
+            follows, twice at most.
+    """
+    times: dict[_Step, list[float]] = {step: [] for step in steps}
+    for series in range(_MOST_SERIES):
+        latest: dict[_Step, list[float]] = {step: [] for step in steps}
+        for turn in range(repeats + 1):
+            # another step goes first each time
+            first = turn * len(steps) // (repeats + 1)
+            for step in [*steps[first:], *steps[:first]]:
+                seconds = seconds_of(step)
+                if turn:
+                    latest[step].append(seconds)
+                if not series:
+                    advance()
+        latest = {step: sorted(samples) for step, samples in latest.items()}
+        times = {step: sorted(times[step] + samples) for step, samples in latest.items()}
+        if not is_doubtful(latest):
+            break
+    return {step: lower_quartile(samples) for step, samples in times.items()}
+
+
+def lower_quartile(samples: Sequence[float]) -> float:
+    """Return the lower quartile of sorted samples."""
+    return samples[(len(samples) - 1) // 4]
+
+
+def disagree(samples: Sequence[float]) -> bool:
+    """Return whether the quartiles of sorted samples lie further apart than a quiet machine's."""
+    return samples[-1 - (len(samples) - 1) // 4] > _MOST_SPREAD * lower_quartile(samples)
+
+
+def timed(run: Callable[[], object], wait: Callable[[], object]) -> float:
+    """Return the seconds that `run` takes until `wait` has returned."""
+    wait()
+    start = perf_counter()
+    run()
+    wait()
+    return perf_counter() - start
+
+
+class StepTimer:
+    """Time passes and drafts of any size, through the same code that `generate` runs.
+
+    One row runs like an unpadded prompt, several run like a padded batch. Where the cache allows it, contexts are made
+    up instead of computed: the cost of a step depends only on their length.
 
     Args:
         adapter: the target, entered by the caller, with at least one tapped layer.
@@ -62,7 +127,7 @@ class Workload:
         """
         target = self._target_at(num_rows, context_length)
         token_ids = self._tokens(num_rows, width)
-        # the result is fetched, as in a round: that waits for all devices
+        # the result is fetched, as in a round, which waits for all devices
         seconds = timed(lambda: target.verify(token_ids).logits.argmax(-1).tolist(), self._wait)
         target.keep([0] * num_rows)
         return seconds
@@ -77,7 +142,7 @@ class Workload:
         positions = starts[:, None] + torch.arange(num_drafts + 1, device=self._device)
 
         def run() -> None:
-            # read and dropped: the context keeps its length
+            # zero tokens are kept, so the context keeps its length
             context.extend(states, positions, [0] * num_rows)
             context.draft(anchors, starts, num_drafts, _choose_best).token_ids.tolist()
 
@@ -148,11 +213,12 @@ class Workload:
 
     def _reset(self, num_rows: int, context_length: int) -> None:
         if self._shape != (num_rows, context_length):
-            # one size at a time: caches of long contexts are large
+            # only one size is kept, since caches of long contexts are large
             self._shape, self._target, self._context = (num_rows, context_length), None, None
 
     def _tokens(self, num_rows: int, width: int) -> Tensor:
-        # all different, so that a mixture sends them to different experts; special ones lie at the vocabulary's ends
+        # all different, so that a mixture of experts spreads them; the upper half of the vocabulary and token 0, where
+        # special tokens usually lie, are left out
         count = max(self._adapter.vocab_size // 2, 1)
         numbers = 1 + torch.arange(num_rows * width, device=self._device)
         return (numbers * _STRIDE % count).view(num_rows, width)
@@ -160,7 +226,7 @@ class Workload:
     def _hidden_states(self, num_rows: int, width: int) -> Tensor:
         assert self._drafter is not None
         size = self._adapter.hidden_size * len(self._drafter.target_layer_ids)
-        # different for every token, as above; without a draw from the generator that sampling uses
+        # different for every token, as above, without drawing from the generator that sampling uses
         waves = torch.arange(num_rows * width * size, device=self._device, dtype=torch.float32).sin()
         return waves.view(num_rows, width, size).to(self._adapter.model.dtype)
 

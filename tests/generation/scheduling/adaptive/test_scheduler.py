@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
-from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, FixedScheduler, Outcome, Schedule
+from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, FixedScheduler, RoundOutcome, Schedule
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call, new_drafter
 from tests.generation.scheduling.machine import Machine, Text, write
@@ -218,7 +218,7 @@ def test_rows_at_their_end_do_not_count():
         count = schedule.num_drafts(batch)
         verified = schedule.admit(block_of(torch.zeros(3, count), torch.full((3, count), 5.0)), batch) if count else []
         verified = verified or [0, 0, 0]
-        schedule.observe(Outcome(batch, count, verified, verified, 1e-3, 1.0))
+        schedule.observe(RoundOutcome(batch, count, verified, verified, 1e-3, 1.0))
     assert schedule.num_drafts(Batch((MAX_DRAFTS,), 1)) == MAX_DRAFTS
 
 

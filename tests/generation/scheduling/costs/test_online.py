@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dspark_hf.generation.scheduling import Batch, Outcome
+from dspark_hf.generation.scheduling import Batch, RoundOutcome
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts, round_seconds
 from tests.generation.scheduling.fakes import ListedCosts
 from tests.generation.scheduling.machine import Machine
@@ -14,7 +14,7 @@ from tests.generation.scheduling.machine import Machine
 CONTEXT = 100
 
 
-def _run(machine: Machine, rows: int, count: int, **options: float) -> Outcome:
+def _run(machine: Machine, rows: int, count: int, **options: float) -> RoundOutcome:
     batch = Batch((count,) * rows, rows, CONTEXT)
     return machine.outcome(batch, count, [count] * rows, [0] * rows, **options)
 
@@ -107,7 +107,7 @@ def test_rounds_scale_a_profile():
     """On a machine that is slower than when it was profiled, shapes not seen yet look fast."""
     costs = OnlineCosts(PROFILE)
     for _ in range(20):
-        costs.observe(Outcome(Batch((5,), 1, CONTEXT), 0, [0], [0], 0.0, 3.0))
+        costs.observe(RoundOutcome(Batch((5,), 1, CONTEXT), 0, [0], [0], 0.0, 3.0))
     assert [costs.verify_seconds(1, width, CONTEXT) for width in (1, 4, 6)] == pytest.approx([3.0, 6.0, 6.6], rel=0.02)
     assert costs.draft_seconds(1, 5, CONTEXT) == pytest.approx(3 * 0.18, rel=0.02)
 
@@ -118,9 +118,9 @@ def test_rounds_overrule_a_profile():
     for number in range(200):
         # a drafting run with a plain step now and then
         if number % 10 == 0:
-            costs.observe(Outcome(Batch((5,), 1, CONTEXT), 0, [0], [0], 0.0, 1.0))
+            costs.observe(RoundOutcome(Batch((5,), 1, CONTEXT), 0, [0], [0], 0.0, 1.0))
         else:
-            costs.observe(Outcome(Batch((5,), 1, CONTEXT), 5, [5], [0], 0.5, 4.4))
+            costs.observe(RoundOutcome(Batch((5,), 1, CONTEXT), 5, [5], [0], 0.5, 4.4))
     wide, plain = costs.verify_seconds(1, 6, CONTEXT), costs.verify_seconds(1, 1, CONTEXT)
     assert wide / plain == pytest.approx(4.4, rel=0.15)
     assert costs.draft_seconds(1, 5, CONTEXT) / plain == pytest.approx(0.5, rel=0.2)
@@ -146,7 +146,7 @@ def test_no_step_is_free(seed):
         for count in (0, 0, *draw.choices(range(6), k=40)):
             batch = Batch((5,), 1, CONTEXT)
             seconds = draw.uniform(0.001, 0.005) if count < 3 else draw.uniform(0.05, 0.5)
-            costs.observe(Outcome(batch, count, [count], [0], draw.uniform(0.001, 0.1) * count, seconds))
+            costs.observe(RoundOutcome(batch, count, [count], [0], draw.uniform(0.001, 0.1) * count, seconds))
         for rows in (1, 2):
             assert all(costs.verify_seconds(rows, width, CONTEXT) > 0 for width in range(1, 7))
             assert all(costs.draft_seconds(rows, count, CONTEXT) > 0 for count in range(1, 6))
@@ -164,7 +164,7 @@ def test_a_wider_pass_may_be_cheaper():
     for _ in range(60):
         for width in (1, 2, 3, 4):
             batch = Batch((3,) * 4, 4, CONTEXT)
-            costs.observe(Outcome(batch, width - 1, [width - 1] * 4, [0] * 4, 0.01, _in_tiles(4, width)))
+            costs.observe(RoundOutcome(batch, width - 1, [width - 1] * 4, [0] * 4, 0.01, _in_tiles(4, width)))
     for width in (1, 2, 3, 4):
         assert costs.verify_seconds(4, width, CONTEXT) == pytest.approx(_in_tiles(4, width), rel=0.05)
     # three rows of four are twelve tokens, as four rows of three are

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from dspark_hf.generation.scheduling.costs import storing
 from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path, save_profile
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 
@@ -79,7 +80,7 @@ def test_every_part_of_the_key_counts(profiles, change):
         '{"format": 1, "verify": {"curves": []}, "drafters": 3}',
     ],
 )
-def test_other_files_are_measured_anew(profiles, text):
+def test_other_files_are_passed_over(profiles, text):
     """A damaged file, or one of another version, stops `generate`, or cannot be replaced."""
     path = profile_path(KEY)
     path.parent.mkdir(parents=True)
@@ -87,6 +88,39 @@ def test_other_files_are_measured_anew(profiles, text):
     assert load_profile(KEY, "drafter") is None
     save_profile(KEY, "drafter", TABLE, MEASURED)
     assert load_profile(KEY, "drafter").draft.points == TABLE.draft.points
+
+
+BUSY = {1: 0.147, 2: 0.264, 3: 0.303, 4: 0.234, 6: 0.186, 8: 0.138}
+
+
+@pytest.mark.parametrize(
+    "by_width",
+    [BUSY, {1: 0.1, 8: float("nan")}, {1: -0.1}, {1: 0}],
+    ids=["falling", "not a number", "negative", "zero"],
+)
+@pytest.mark.parametrize("part", ["verify", "draft"])
+def test_costs_that_cannot_be_true_are_passed_over(profiles, monkeypatch, by_width, part):
+    """A profile from a busy moment decides in all later processes, and nobody is told which file to delete."""
+    path = save_profile(KEY, "drafter", TABLE, MEASURED)
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    curves = (fields["verify"] if part == "verify" else fields["drafters"]["drafter"])["curves"]
+    curves[0]["seconds_by_width" if part == "verify" else "seconds_by_drafts"] = by_width
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    told: list[str] = []
+    monkeypatch.setattr(storing.logger, "warning_once", told.append)
+    assert load_profile(KEY, "drafter") is None
+    [message] = told
+    assert str(path) in message
+    assert "Delete that file" in message
+    save_profile(KEY, "drafter", TABLE, MEASURED)
+    assert load_profile(KEY, "drafter") is not None
+    assert len(told) == 1
+
+
+def test_no_step_is_stored_as_free(profiles):
+    """A step that takes less than a clock can tell is stored as zero, and the whole file is passed over."""
+    save_profile(KEY, None, CostTable(CostCurves({(1, 1, 1): 1e-9})), MEASURED)
+    assert load_profile(KEY, None) is not None
 
 
 def test_a_failed_write_leaves_the_old_file(profiles, monkeypatch):

@@ -78,3 +78,34 @@ def test_preferred_measurements_win():
     merged = old.merged_with(CostTable(CostCurves({(1, 128, 1): 9.0})))
     assert merged.verify.points == {(1, 128, 1): 9.0, (2, 128, 1): 2.0}
     assert merged.draft.points == old.draft.points
+
+
+# measured by chance while other programs ran, and real ones: two rows of Gemma 3 270M, whose kernels work in tiles
+BUSY = {1: 0.147, 2: 0.264, 3: 0.303, 4: 0.234, 6: 0.186, 8: 0.138}
+TILES = {1: 1.02, 2: 1.80, 3: 2.01, 4: 2.72, 5: 3.34, 6: 3.49, 7: 4.25, 8: 2.26}
+
+
+def _one_row(by_width: dict[int, float]) -> CostCurves:
+    return CostCurves({(1, 128, width): seconds for width, seconds in by_width.items()})
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_costs_are_finite_positive_seconds(seconds):
+    """A schedule divides by nothing, or compares with what is no number."""
+    with pytest.raises(ValueError, match="must be finite and positive"):
+        _one_row({1: 1.0, 2: seconds})
+
+
+def test_costs_that_fall_too_far_are_doubted():
+    """Eight tokens that seem cheaper than one, and three dearer than either, decide how far to draft."""
+    assert _one_row(BUSY).doubt == "138 ms for 1 x 8 tokens, but 303 ms for 1 x 3"
+    assert CostTable(_one_row(TILES), _one_row(BUSY)).doubt == _one_row(BUSY).doubt
+    assert CostTable(_one_row(TILES), _one_row(TILES)).doubt is None
+
+
+def test_costs_in_doubt_are_lowered():
+    """What other programs added stays in a measurement; or true costs are changed with it."""
+    lowered = _one_row(BUSY).without_doubt()
+    assert {width: seconds for (_, _, width), seconds in lowered.points.items()} == {**BUSY, 3: 0.138}
+    assert lowered.doubt is None
+    assert _one_row(TILES).without_doubt().points == _one_row(TILES).points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
-from dspark_hf.generation.scheduling.costs.workload import Workload
+from dspark_hf.generation.scheduling.costs.workload import StepTimer, disagree, measure, timed
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.ragged import RaggedTarget
@@ -60,7 +61,7 @@ def test_a_pretended_context_costs_what_a_real_one_does(family, num_rows, monkey
     """Attention of a measured pass runs over other sizes than in `generate`."""
     target = tiny_target(family, attn_implementation="sdpa")
     with torch.no_grad(), TargetAdapter(target, [0]) as adapter:
-        workload = Workload(adapter, None)
+        workload = StepTimer(adapter, None)
         with _attention_calls(monkeypatch) as pretended:
             workload.verify_seconds(num_rows, CONTEXT, WIDTH)
         real_target = _read_target(adapter, num_rows)
@@ -79,7 +80,7 @@ def test_a_cache_of_another_kind_is_really_filled():
     """DeepSeek-V4 is measured on an empty context, or on one that grows."""
     target = tiny_model()
     with TargetAdapter(target, [0]) as adapter:
-        workload = Workload(adapter, _drafter(target))
+        workload = StepTimer(adapter, _drafter(target))
         for num_rows in (1, 3):
             for width in (1, 6, 2):
                 workload.verify_seconds(num_rows, 70, width)
@@ -94,7 +95,7 @@ def test_the_drafters_context_keeps_its_length(window):
     target = tiny_target()
     drafter = _drafter(target, context_window=window)
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        workload = Workload(adapter, drafter)
+        workload = StepTimer(adapter, drafter)
         lengths = []
         for num_drafts in (1, 5, 5, 3):
             workload.draft_seconds(2, 1500, num_drafts)
@@ -108,7 +109,7 @@ def test_tokens_and_states_differ():
     target = tiny_target()
     drafter = _drafter(target)
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        workload = Workload(adapter, drafter)
+        workload = StepTimer(adapter, drafter)
         tokens, states = workload._tokens(3, 6), workload._hidden_states(3, 6)
     assert len(tokens.unique()) == 18
     assert tokens.min() >= 0 and tokens.max() < VOCAB_SIZE // 2
@@ -123,7 +124,7 @@ def test_no_trace_is_left(is_training):
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     generator = torch.get_rng_state()
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        workload = Workload(adapter, drafter)
+        workload = StepTimer(adapter, drafter)
         for num_rows in (1, 2):
             workload.verify_seconds(num_rows, 30, 3)
             workload.draft_seconds(num_rows, 30, 5)
@@ -140,4 +141,60 @@ def test_any_drafter_will_do():
     target = tiny_target()
     drafter = ScriptedDrafter(target, torch.ones(2, 8, dtype=torch.long), [0, 0], 1.0)
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
-        assert Workload(adapter, drafter).draft_seconds(2, 30, 5) > 0
+        assert StepTimer(adapter, drafter).draft_seconds(2, 30, 5) > 0
+
+
+def test_the_first_turn_does_not_count():
+    """Choosing kernels and finding memory is taken for the cost of a step."""
+    runs: Counter[str] = Counter()
+
+    def seconds_of(step: str) -> float:
+        runs[step] += 1
+        return 100.0 if runs[step] == 1 else {"a": 1.0, "b": 2.0}[step]
+
+    advances = []
+    assert measure(["a", "b"], seconds_of, repeats=4, advance=lambda: advances.append(None)) == {"a": 1.0, "b": 2.0}
+    assert len(advances) == 10
+
+
+def test_a_disturbance_does_not_count():
+    """A slow moment of the machine makes a step dear."""
+    samples = iter([0.0, 5.0, 1.1, 9.0, 1.0, 7.0])
+    assert measure(["a"], lambda _: next(samples), repeats=5) == {"a": 1.1}
+    assert measure(["a"], lambda _: 3.0, repeats=1) == {"a": 3.0}
+
+
+def test_steps_take_turns():
+    """A slow minute hits one step alone."""
+    order: list[int] = []
+
+    def seconds_of(step: int) -> float:
+        order.append(step)
+        return 0.0
+
+    measure(range(3), seconds_of, repeats=2)
+    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+
+
+def test_timed_waits_before_and_after():
+    """Work that still runs is counted, or work that was started is not."""
+    calls: list[str] = []
+    assert timed(lambda: calls.append("run"), lambda: calls.append("wait")) >= 0
+    assert calls == ["wait", "run", "wait"]
+
+
+def test_doubtful_times_are_measured_again():
+    """Times from a busy moment are kept although the machine is quiet again; or measuring never ends."""
+    samples = iter([0.0, 9.0, 9.0, 3.0, 0.0, 1.0, 1.0, 1.0])
+    assert measure(["a"], lambda _: next(samples), repeats=3, is_doubtful=lambda times: disagree(times["a"])) == {
+        "a": 1.0
+    }
+    assert list(samples) == []
+
+
+def test_quiet_times_are_measured_once():
+    """Every measurement takes three times as long."""
+    samples = iter([0.0, 1.0, 1.2, 1.1])
+    assert measure(["a"], lambda _: next(samples), repeats=3, is_doubtful=lambda times: disagree(times["a"])) == {
+        "a": 1.0
+    }

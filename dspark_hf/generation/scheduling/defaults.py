@@ -1,0 +1,90 @@
+"""The hand-set numbers of the default scheduler and of what it learns from.
+
+None comes from the paper, whose schedulers need no more than costs and confidence. "Plain choice" marks a number that
+was chosen for the reason given beside it and never tuned by itself; `benchmarks/replay.py` measures what all of them
+come to together. Run it before and after a change.
+"""
+
+from __future__ import annotations
+
+# --- whether to draft (adaptive/scheduler.py)
+# Drafting must promise this many times the speed of plain decoding. Plain choice: about the error of a median cost.
+REQUIRED_GAIN = 1.02
+# Drafted rounds between two plans. Plain choice: planning must not cost much.
+PLAN_EVERY = 4
+# Drafted rounds at the start that each get a plan of their own, and blocks that still count once drafting was given
+# up. Plain choice: few enough for a handful of trials to change the verdict.
+FEW_BLOCKS = 8
+# Tokens of a pass, over all rows, while costs are unknown. Plain choice: most machines take 16 tokens at little more
+# than the price of one (benchmarks/results, tables of costs).
+FEW_TOKENS = 16
+# Drafts per row while costs are unknown. Plain choice: the smallest block that benchmarks/throughput.py measures.
+FEW_DRAFTS = 3
+# A round's time counts only up to this many times the usual one, up or down. Plain choice: five times the noise of 5%
+# that benchmarks/replay.py assumes.
+MOST_SURPRISE = 1.25
+
+# --- when to give up drafting and when to try again (adaptive/parking.py)
+# Parked rounds before the first trial. Plain choice: early trials cost about a sixteenth.
+FIRST_TRIAL_GAP = 16
+# Parked rounds between two trials at most. Plain choice: a trial loses about one plain step, and
+# all of them stay below 2% of a long run.
+LONGEST_TRIAL_GAP = 256
+# Plain steps, and trials that pay, needed before they count. Plain choice: one may be luck, or disturbed.
+TIMES_TO_BELIEVE = 2
+# Drafted rounds before the first, the second and all later comparisons with plain steps. Plain choice: at the end a
+# comparison costs a thirtieth of the time.
+PLAIN_GAPS = (4, 16, 64)
+# Plain steps that drafting may lose before it is given up, with one row; with several, their share of it. Plain
+# choice: the acceptance of a single row varies most, and lower limits were reached by bad luck.
+MOST_LOSS = 12.0
+# The least that this share may be, for large batches. Plain choice.
+LEAST_LOSS = 2.0
+
+# --- what recent blocks say (adaptive/memory.py, adaptive/planning.py)
+# Blocks of single rows that count. Plain choice: enough to average over easy and hard places, few enough to follow the
+# text.
+NUM_RECENT_BLOCKS = 48
+# Rounds that count however many rows they have. Plain choice.
+FEWEST_ROUNDS = 4
+# Chance of a draft before anything is known. Plain choice.
+PRIOR_CHANCE = 0.7
+# Steps towards the best rate. Plain choice: they converge in a few.
+NUM_RATE_STEPS = 3
+# Tokens that a level yields at least. Plain choice: any number that is not zero.
+LEAST_GAIN = 1e-9
+
+# --- how sure a draft is (estimator.py, confidence.py)
+# Margins above this one count as this one. Plain choice: the fit is sure of such drafts already.
+MAX_MARGIN = 12.0
+# Bias and slope of the fit before anything is known. Plain choice: a margin of 1.3 is even odds.
+PRIOR_BIAS_AND_SLOPE = (-0.9, 0.7)
+# How firmly they are believed: one over the variance. Plain choice.
+PRIOR_PRECISION = 2.0
+# Drafts that are fitted. Plain choice: few enough to follow the text.
+NUM_FITTED_DRAFTS = 256
+# New drafts between two fits; up to twice as many in all, every round is fitted. Plain choice.
+FIT_EVERY = 32
+# Newton steps of a fit. Plain choice: each fit starts from the last one.
+NUM_FIT_STEPS = 4
+# Most that one of them changes the log-odds. Plain choice: far from its goal, a Newton step goes too far.
+LONGEST_FIT_STEP = 2.0
+# Rounds without a verified draft after which a whole block is verified. Plain choice: costs below 2% of the rounds.
+MOST_IDLE_ROUNDS = 64
+
+# --- what steps cost (costs/online.py)
+# Rounds of a shape whose median counts. Plain choice: many, so that only what they have in common stays.
+NUM_SAMPLES = 127
+# Rounds whose median is the machine's speed of the moment. Plain choice: as many as a slow moment lasts.
+NUM_MOMENT = 7
+# Samples of a shape that are taken although no plain step was made lately. Plain choice.
+FEW_SAMPLES = 3
+# Batches up to this many times larger or smaller count as known. Plain choice.
+NEAR = 2
+# Samples of a shape that weigh as much as what all shapes together say. Plain choice.
+TRUST = 4.0
+# Share of the drafter's time that depends neither on drafts nor on rows. Plain choice: its backbone runs over whole
+# blocks, and rows share its weights.
+FIXED_SHARE = 0.5
+# No step takes less than this share of the quickest that was measured. Plain choice: lines must not lead below zero.
+LEAST_SHARE = 0.1
