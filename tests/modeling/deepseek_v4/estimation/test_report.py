@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import doctest
 import io
 import json
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 from rich.console import Console
 
 from dspark_hf.modeling.deepseek_v4 import estimation
-from dspark_hf.modeling.deepseek_v4.estimation import report as report_module
-from dspark_hf.modeling.deepseek_v4.estimation import weights as weights_module
 from dspark_hf.modeling.deepseek_v4.estimation.devices import DEVICES, GIB, USABLE_SHARE, count_devices
 from dspark_hf.modeling.deepseek_v4.estimation.display import print_report, remarks
 from dspark_hf.modeling.deepseek_v4.estimation.formats import CacheFormat, WeightFormat
@@ -122,10 +119,3 @@ def test_nothing_heavy_is_imported(path):
     assert not roots & {"torch", "transformers", "accelerate", "safetensors"}
     ours = {module for module in modules if module.startswith("dspark_hf")}
     assert all(module.startswith("dspark_hf.modeling.deepseek_v4.estimation.") for module in ours)
-
-
-def test_docstring_examples():
-    """An example in the documentation does not run."""
-    results = [doctest.testmod(module) for module in (report_module, weights_module)]
-    assert sum(result.attempted for result in results) > 0
-    assert sum(result.failed for result in results) == 0
