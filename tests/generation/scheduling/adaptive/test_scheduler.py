@@ -183,7 +183,7 @@ def test_no_pass_over_drafts_beats_a_plain_step_by_itself():
     """Noise makes wide passes look quicker than plain steps, and hopeless drafts are made for their sake."""
     drafter, known = new_drafter(), MACHINES["processor"]()
     write(_start(known, drafter=drafter), known, _wrong, 400)
-    # given up for single rows only: for four, nothing but the plan stands against drafts that cost more than they yield
+    # given up for single rows only: for four, nothing but the plan stands against drafts
     machine = Machine(1.0, -0.01, 0.35, 0.0)
     text = write(_start(machine, drafter=drafter, num_rows=4), machine, _wrong, 16, num_rows=4)
     assert text.num_drafted == [0] * 16
