@@ -82,8 +82,12 @@ def test_the_fewest_devices_that_suffice(num_bytes):
         assert (one.count - 1) * usable < num_bytes <= one.count * usable
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("weight_format", WeightFormat)
+# every model, and every format
+@pytest.mark.parametrize(
+    ("name", "weight_format"),
+    [(name, list(WeightFormat)[number % len(WeightFormat)]) for number, name in enumerate(CONFIGURATIONS)]
+    + [(PRO, weight_format) for weight_format in WeightFormat],
+)
 def test_fits_80_columns(name, weight_format):
     """A number is cut or a table is torn on a usual terminal."""
     console = Console(width=80, record=True, file=io.StringIO())
