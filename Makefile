@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
 # further arguments of the demo, the tests or the benchmark
 ARGS ?=
+# as many processes as there are cores, with a thread each; ARGS='-n 0' for one process, which a debugger can follow
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 RUN := $(VENV)/bin/
 PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
@@ -15,8 +17,8 @@ PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo         SmolLM2 answers questions, plain and with DSpark        (ARGS='--max-new-tokens 64')"
-	@echo "make test         the tests, in about a minute                            (ARGS='tests/generation -x')"
-	@echo "make test-all     the slow ones too"
+	@echo "make test         the tests, in about three minutes on two cores          (ARGS='tests/generation -x')"
+	@echo "make test-all     the slow ones too, in some minutes more"
 	@echo "make test-oldest  the tests on the oldest supported Transformers"
 	@echo "make bench        overhead of a round and speed                           (ARGS='--prompts FILE.jsonl')"
 	@echo "make quality      lint, format and type checks"
@@ -27,10 +29,10 @@ demo: $(VENV)/.weights
 	@$(RUN)python -m dspark_hf demo $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN)python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.weights
-	OMP_NUM_THREADS=2 $(RUN)python -m pytest -q -m "not gpu and not hub" $(ARGS)
+	$(PYTEST) -m "not gpu and not hub" $(ARGS)
 
 test-oldest:
 	$(MAKE) test VENV=.venv/oldest TRANSFORMERS=transformers==5.17.0

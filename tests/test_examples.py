@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from dspark_hf.demo.tiny import write_tiny_pair
@@ -15,6 +16,7 @@ from dspark_hf.demo.tiny import write_tiny_pair
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.slow
 def test_quickstart_notebook():
     """The first thing a newcomer opens does not run."""
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)

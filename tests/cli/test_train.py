@@ -131,6 +131,7 @@ def test_mistakes_are_told(arguments: tuple[str, ...], message: str, folder: Pat
     assert message in output
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_would(folder: Path) -> None:
     """With `accelerate launch` processes would see the same data, drift apart or write over each other."""
     with socket.socket() as free:

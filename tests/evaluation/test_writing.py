@@ -101,9 +101,13 @@ def test_page_needs_nothing_else(evaluation, figures):
 def test_names_cannot_break_the_page_or_leave_the_folder(evaluation):
     """A name with odd characters runs code in the reader's browser, breaks a figure, or opens another folder."""
     name = '../<script>alert("1")</script>&$x_1$'
-    figures = draw_figures(_renamed(evaluation, name))
+    # every kind of figure once
+    greedy = replace(evaluation, sets=tuple(one for one in evaluation.sets if one.temperature == 0)[:1])
+    renamed = _renamed(greedy, name)
+    figures = draw_figures(renamed)
+    assert len(figures) > 3
     assert all("/" not in figure.name for figure in figures)
-    html = render_report(_renamed(evaluation, name), figures)
+    html = render_report(renamed, figures)
     page = _Page()
     page.feed(html)
     assert "script" not in page.tags

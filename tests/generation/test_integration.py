@@ -71,14 +71,14 @@ def test_changed_seam_is_reported(restored, monkeypatch):
 
 
 def test_environment_variable_prevents_installation():
-    """There is no way to import us without the patch."""
+    """There is no way to import us without the patch, or an empty variable prevents it, too."""
     code = (
-        "import dspark_hf; from dspark_hf.generation.integration import is_installed; "
-        "raise SystemExit(int(is_installed()))"
+        "import os, dspark_hf; from dspark_hf.generation.integration import install_unless_refused, is_installed\n"
+        "before = is_installed(); os.environ['DSPARK_HF_NO_INSTALL'] = ''; install_unless_refused()\n"
+        "raise SystemExit(2 * before + is_installed())"
     )
-    for value, expected in (("1", 0), ("", 1)):
-        environment = {"DSPARK_HF_NO_INSTALL": value, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
-        assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == expected
+    environment = {"DSPARK_HF_NO_INSTALL": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 1
 
 
 def test_user_values_of_the_knobs_are_told_from_defaults():

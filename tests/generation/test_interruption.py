@@ -108,16 +108,18 @@ def _check_cache(target: PreTrainedModel, cache: Any, text: Tensor, inputs: dict
     assert torch.equal(_next_turn(target, ids, mask, cache), _next_turn(target, ids, mask))
 
 
-@pytest.mark.parametrize("what", FAILING)
+# a pass of DeepSeek-V4 takes long: its cache sees every failure once
 @pytest.mark.parametrize(
-    ("family", "num_rows"),
-    [("llama", 1), ("gemma3_text", 1), ("gemma4_text", 1), ("deepseek_v4", 1), ("deepseek_v4", 3)],
+    ("family", "num_rows", "what"),
+    [(family, 1, what) for family in ("llama", "gemma3_text", "gemma4_text") for what in FAILING]
+    + [("deepseek_v4", 1, "streamer"), ("deepseek_v4", 3, "processor"), ("deepseek_v4", 3, "criterion")],
 )
 def test_no_rejected_drafts_stay(family, num_rows, what):
     """After an error of the user's own code, the next turn with the same cache reads drafts that were rejected."""
     target, inputs = _target(family), ragged_prompts(num_rows)
     plain = target.generate(**inputs, **OPTIONS)
-    for length in (inputs["input_ids"].shape[1] + 1, LENGTH, LENGTH + 2):
+    lengths = (inputs["input_ids"].shape[1] + 1, LENGTH, LENGTH + 2)
+    for length in lengths[: 2 if family == "deepseek_v4" else 3]:
         drafter = _erring_drafter(target, plain, num_padded(inputs), length)
         cache = _empty_cache(target)
         with pytest.raises(Interrupt):

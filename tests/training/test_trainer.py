@@ -296,7 +296,11 @@ def test_a_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"compile_loss": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_checkpointing": True}, pytest.param({"compile_loss": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_ways_to_save_time_or_memory_change_nothing(options: dict[str, Any], tmp_path: Path) -> None:
     """Checkpointed layers or a compiled loss would train another drafter."""
     target = tiny_target()

@@ -316,6 +316,7 @@ def test_prompts_that_are_none(target):
 def test_cancel(target):
     """A cancelled request goes on, is lost, or takes others with it."""
     first, second, never, third = _requests(((5, 60), (4, 30), (3, 30), (6, 20)))
+    streamer, num_written = Recorder(), []
 
     def source():
         yield first
@@ -323,17 +324,22 @@ def test_cancel(target):
         yield from [None] * 4
         first.cancel()
         never.cancel()
+        num_written.append(len(streamer.tokens))
         yield None
         yield never
         yield third
 
     drafter = StreamDrafter(target, [_alone(target, one) for one in (first, second, third)])
+    first.options["streamer"] = streamer
     finished = {
         one.request: one for one in generate_stream(target, source(), drafter=drafter, max_rows=3, scheduler="fixed")
     }
     assert all(one.error is None for one in finished.values())
     written = finished[first].token_ids
     assert 5 < len(written) < 65
+    # not one round more
+    assert [len(written)] == num_written
+    del first.options["streamer"]
     assert torch.equal(written, _alone(target, first)[: len(written)])
     assert finished[never].token_ids is None
     for request in (second, third):

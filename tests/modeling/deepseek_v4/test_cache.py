@@ -13,12 +13,12 @@ from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_config, tiny_model
 @pytest.mark.parametrize(
     ("width", "indexer_dtype"), [(2, None), (5, None), (9, None), (16, None), (5, "fp4"), (16, "fp4")]
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_accept_and_reject_pattern(seed, width, indexer_dtype):
     """Rejected drafts leave a trace in the cache, and the text after them is wrong."""
     model = tiny_model(seed, indexer_dtype=indexer_dtype)
     torch.manual_seed(100 + seed)
-    text = torch.randint(VOCAB, (3, 120))
+    text = torch.randint(VOCAB, (3, 90))
     lengths = [7, 1, 20]
     mask = torch.tensor([[column >= 20 - length for column in range(20)] for length in lengths])
     prompt = torch.zeros(3, 20, dtype=torch.long)

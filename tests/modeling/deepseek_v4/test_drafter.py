@@ -107,7 +107,7 @@ def test_changes_no_token(num_rows):
     mask = torch.ones_like(token_ids)
     for row in range(1, num_rows):
         mask[row, : 5 * row] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(
         target.generate(token_ids, **options), target.generate(token_ids, assistant_model=drafter, **options)
     )

@@ -49,7 +49,7 @@ def test_equals_the_oracle(change, monkeypatch):
 
 
 @pytest.mark.parametrize(("cache_dtype", "indexer_dtype"), [(None, None), ("fp8", None), (None, "fp4")])
-@pytest.mark.parametrize("steps", [[1] * 60, [6] * 10, [17, 17, 17, 9], [3, 50, 1, 1, 1, 4], [40] + [1] * 20])
+@pytest.mark.parametrize("steps", [[1] * 60, [6] * 10, [17, 17, 17, 9], [3, 50, 1, 1, 1, 4]])
 def test_pieces_equal_the_whole(steps, cache_dtype, indexer_dtype):
     """A text processed in pieces through the cache differs from one processed at once."""
     model = tiny_model(2, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype)

@@ -21,7 +21,7 @@ def _prompts(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _generate(model, token_ids, mask, **options):
-    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": PAD, **options}
+    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": PAD, **options}
     return model.generate(token_ids, attention_mask=mask, **settings)
 
 
@@ -37,10 +37,10 @@ def _check_greedy(seed: int, num_rows: int, num_tokens: int, **fields: str) -> N
 
 
 @pytest.mark.parametrize("num_rows", [1, 4])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_drafter_changes_no_token(seed, num_rows):
     """Greedy text with a drafter is not the text without one."""
-    _check_greedy(seed, num_rows, 40)
+    _check_greedy(seed, num_rows, 30)
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "fp8"])
@@ -48,7 +48,7 @@ def test_a_drafter_changes_no_token(seed, num_rows):
 def test_a_drafter_changes_no_token_with_rounded_keys(num_rows, cache_dtype):
     """Keys that are rounded in the cache make a verify pass see other entries than plain decoding."""
     _check_greedy(
-        3, num_rows, 40, indexer_dtype="fp4", **({} if cache_dtype is None else {"cache_dtype": cache_dtype})
+        3, num_rows, 24, indexer_dtype="fp4", **({} if cache_dtype is None else {"cache_dtype": cache_dtype})
     )
 
 
@@ -100,7 +100,7 @@ def test_sampling_with_a_drafter_follows_the_target():
     model = tiny_model(6)
     drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8, block_size=3)
     torch.manual_seed(0)
-    num_draws = 4000
+    num_draws = 2500
     token_ids = torch.tensor([[5, 9, 12]]).expand(num_draws, -1)
     options = {"do_sample": True, "max_new_tokens": 3, "top_k": 4, "temperature": 1.5}
     counts = []

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_hf.modeling.deepseek_v4.chat import Response, ToolCall, encode_messages, encoding, parse_response, parsing
+from dspark_hf.modeling.deepseek_v4.chat import Response, ToolCall, encode_messages, parse_response
 from tests.modeling.deepseek_v4.chat.conversations import arguments, case, names, texts
 
 EOS = "<｜end▁of▁sentence｜>"
@@ -149,10 +147,3 @@ def test_damaged(content, start, length):
         assert isinstance(parse_response(damaged), Response)
     except ValueError as error:
         assert str(error).startswith("`text` must ")
-
-
-def test_docstring_examples():
-    """An example in the documentation does not run."""
-    results = [doctest.testmod(module) for module in (encoding, parsing)]
-    assert sum(result.attempted for result in results) == 3
-    assert sum(result.failed for result in results) == 0
