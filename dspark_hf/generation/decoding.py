@@ -26,9 +26,8 @@ from dspark_hf.generation.scheduling.interface import Batch, Call, Scheduler
 from dspark_hf.generation.statistics import Round, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
-from dspark_hf.generation.targets.interface import TargetPass, TargetState
+from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass, TargetState
 from dspark_hf.generation.targets.ragged import RaggedTarget
-from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
 
 
 @torch.no_grad()
@@ -138,11 +137,10 @@ class _Run(Rounds):
     def _target_state(self, model_kwargs: dict[str, Any]) -> TargetState:
         mask = model_kwargs.get("attention_mask")
         ids = self._sequences.padded()
-        if isinstance(model_kwargs[CACHE_KEY], RowwiseCache):
-            return RowwiseTarget(self._adapter, ids, self._config, model_kwargs, self._knobs.num_drafts + 1)
-        if len(ids) == 1 and (mask is None or bool(mask.all())):
+        has_rows = isinstance(model_kwargs[CACHE_KEY], RowwiseCache)
+        if len(ids) == 1 and not has_rows and (mask is None or bool(mask.all())):
             return SingleRowTarget(self._adapter, ids, self._config, model_kwargs)
-        return RaggedTarget(self._adapter, ids, self._config, model_kwargs)
+        return RaggedTarget(self._adapter, ids, self._config, model_kwargs, widest=self._knobs.num_drafts + 1)
 
     def _call(self) -> Call:
         return Call(

@@ -67,7 +67,7 @@ class Rounds(ABC):
         num_verified = [0] * len(anchors) if drafted is None else self._schedule.admit(drafted, batch)
         tokens = _verified_tokens(anchors, drafted, max(num_verified))
         with statistics.timed("verify_seconds", device):
-            target_pass = self._target.verify(tokens.to(device))
+            target_pass = self._target.verify(tokens.to(device), None if drafted is None else drafted.parents)
         statistics.num_target_passes += 1
         scores = self._scores(target_pass, tokens[:, 1:])
         num_accepted, bonus = self._accept(drafted, num_verified, scores)
@@ -78,7 +78,7 @@ class Rounds(ABC):
         num_kept = self._commit(target_pass, scores, new_tokens, num_accepted)
         self._num_processed = [old + new for old, new in zip(self._num_processed, num_kept, strict=True)]
         self._count_round(drafted, num_verified, num_accepted, num_kept)
-        self._target.keep(num_kept)
+        self._target.keep([range(count) for count in num_kept])
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
         self._drop_rows()
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
@@ -97,6 +97,11 @@ class Rounds(ABC):
         with self._statistics.timed("draft_seconds", self._adapter.model.device):
             self._context.catch_up()
             drafted = self._context.context.draft(anchors, positions, num_drafts, self._sample_draft)
+        if drafted.parents is not None:
+            raise ValueError(
+                "`parents` of a drafted block must be None, got a tree. Decoding accepts chains only: draft one token "
+                "for each position."
+            )
         if self._margins:
             drafted = replace(drafted, margins=torch.stack(self._margins, dim=1))
         return drafted
