@@ -149,7 +149,7 @@ class Rounds:
                 record.num_drafted, record.confidence = drafted.token_ids.shape[1], drafted.confidence
                 record.num_verified = self._schedule.admit(drafted, batch)
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
-            target_pass = self._verify(tokens)
+            target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
             scores = rows.scores(target_pass, tokens[:, 1:])
             record.num_accepted, bonus = self._accept(drafted, record.num_verified, scores)
             new_tokens = _accepted_tokens(tokens, record.num_accepted, bonus)
@@ -191,6 +191,11 @@ class Rounds:
         self._margins = []
         with self._statistics.timed("draft_seconds", self._adapter.model.device):
             drafted = self._context.draft(anchors, positions, num_drafts, self._sample_draft)
+        if drafted.parents is not None:
+            raise ValueError(
+                "`parents` of a drafted block must be None, got a tree. Decoding accepts chains only: draft one token "
+                "for each position."
+            )
         return replace(drafted, margins=torch.stack(self._margins, dim=1)) if self._margins else drafted
 
     def _sample_draft(self, slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -200,10 +205,10 @@ class Rounds:
         probs = self._rows.probabilities(scores)
         return _draw(scores, probs).to(logits.device), probs
 
-    def _verify(self, tokens: Tensor) -> TargetPass:
-        """Return the target's pass over `tokens` `(b, W)`."""
+    def _verify(self, tokens: Tensor, parents: Tensor | None) -> TargetPass:
+        """Return the target's pass over `tokens` `(b, W)`, which continue each other as `parents` say."""
         with self._statistics.timed("verify_seconds", self._adapter.model.device):
-            target_pass = self._target.verify(tokens.to(self._adapter.model.device))
+            target_pass = self._target.verify(tokens.to(self._adapter.model.device), parents)
         self._statistics.num_target_passes += 1
         return target_pass
 
@@ -227,7 +232,7 @@ class Rounds:
     def _keep(self, target_pass: TargetPass, num_kept: list[int]) -> None:
         """Roll the target back to the kept tokens, and let the drafter read their hidden states."""
         self._num_processed = [old + new for old, new in zip(self._num_processed, num_kept, strict=True)]
-        self._target.keep(num_kept)
+        self._target.keep([range(count) for count in num_kept])
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
 
     @contextmanager

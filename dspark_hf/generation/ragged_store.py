@@ -53,6 +53,18 @@ class RaggedStore:
                 for store in (self.keys, self.values)
             )
 
+    def close_up(self, starts: Tensor, tokens: Tensor) -> None:
+        """Move what lies `tokens[r]` slots behind `starts[r]`, `(B, N)` and `(B)`, to the N slots from there on."""
+        if self.keys is not None and self.values is not None:
+            starts, tokens = starts.to(self.keys.device)[:, None], tokens.to(self.keys.device)
+            slots = starts + torch.arange(tokens.shape[1], device=starts.device)
+            for store in (self.keys, self.values):
+                source, target = (
+                    index[:, None, :, None].expand(-1, store.shape[1], -1, store.shape[3])
+                    for index in (starts + tokens, slots)
+                )
+                store.scatter_(2, target, store.gather(2, source))
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         if self.keys is not None and self.values is not None:

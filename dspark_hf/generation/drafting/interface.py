@@ -31,12 +31,17 @@ class DraftedBlock:
     None without a confidence head; `margins` `(B, K)`, fp32, how far the best logit of each slot lies above the
     second, filled in by the decoding loop where a scheduler wants it. `confidence[:, k]` and `margins[:, k]` depend on
     the drafts before k only.
+
+    `parents` `(1 + K,)` says which token of the anchor and its drafts each one continues, by index, -1 for the anchor;
+    None is a chain, in which each continues the one before. Targets process trees, but `generate` accepts chains only:
+    it refuses a block with parents.
     """
 
     token_ids: Tensor
     probs: Tensor | None
     confidence: Tensor | None
     margins: Tensor | None = None
+    parents: Tensor | None = None
 
     @property
     def num_drafts(self) -> int:

@@ -20,9 +20,9 @@ from dspark_hf.generation.requests.rows import RequestRow
 from dspark_hf.generation.scheduling.interface import CallInfo, Schedule, Scheduler
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
-from dspark_hf.generation.targets.rowwise import RowwiseCache
 
 # between two looks for requests while none is being decoded
 _IDLE_SECONDS = 0.005
@@ -96,7 +96,8 @@ class RequestStream(Iterator[FinishedRequest]):
         try:
             RaggedCache(target, 1)
         except ValueError as error:
-            raise _unfit(target, "Call `target.generate` for each, unpadded.") from error
+            if not _has_own_rows(target):
+                raise _unfit(target) from error
         self._drafter = drafter
         self._scheduler = read_options(target.generation_config, drafter, target, scheduler).scheduler
         self._max_rows = max_rows
@@ -240,10 +241,8 @@ class RequestStream(Iterator[FinishedRequest]):
         num_drafts = self._drafter.block_size
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
         _check_options(input_ids, config)
-        if isinstance(prepared[CACHE_KEY], RowwiseCache):
-            raise _unfit(model, "Call `target.generate` for each, or for batches.")
         speculation = read_options(config, self._drafter, model, self._scheduler)
-        target = RaggedTarget(self._adapter, input_ids, config, prepared)
+        target = RaggedTarget(self._adapter, input_ids, config, prepared, widest=num_drafts + 1)
         if target.has_token_types:
             raise ValueError(
                 "`token_type_ids` must be left out in a stream, got some. Others in the pass may have none: call "
@@ -336,8 +335,17 @@ def _as_row(values: Any, device: torch.device) -> Tensor:
     return tensor[None] if tensor.ndim == 1 else tensor
 
 
-def _unfit(target: PreTrainedModel, remedy: str) -> ValueError:
+def _has_own_rows(target: Any) -> bool:
+    """Return whether `generate` prepares a cache of the target's own whose rows have their own lengths."""
+    prepared: dict[str, Any] = {}
+    input_ids = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+    target.generate(input_ids, custom_generate=_keep_in(prepared), max_new_tokens=1)
+    return isinstance(prepared.get(CACHE_KEY), RowwiseCache)
+
+
+def _unfit(target: PreTrainedModel) -> ValueError:
     return ValueError(
         "`target` must have full or sliding attention under 'eager' or 'sdpa', without ALiBi, and a cache of "
-        f"Transformers, to decode requests that come and go, got {type(target).__name__}. {remedy}"
+        f"Transformers, to decode requests that come and go, got {type(target).__name__}. Call `target.generate` for "
+        "each, unpadded."
     )

@@ -10,9 +10,8 @@ from transformers import GenerationConfig
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
-from dspark_hf.generation.targets.interface import TargetState
+from dspark_hf.generation.targets.interface import RowwiseCache, TargetState
 from dspark_hf.generation.targets.ragged import RaggedTarget
-from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
 
 
 def choose_target(
@@ -36,8 +35,7 @@ def choose_target(
         ValueError: if the target, its cache or an input cannot be handled row by row.
     """
     mask = model_kwargs.get("attention_mask")
-    if isinstance(model_kwargs[CACHE_KEY], RowwiseCache):
-        return RowwiseTarget(adapter, input_ids, generation_config, model_kwargs, widest)
-    if len(input_ids) == 1 and (mask is None or bool(mask.all())):
+    has_rows = isinstance(model_kwargs[CACHE_KEY], RowwiseCache)
+    if len(input_ids) == 1 and not has_rows and (mask is None or bool(mask.all())):
         return SingleRowTarget(adapter, input_ids, generation_config, model_kwargs)
-    return RaggedTarget(adapter, input_ids, generation_config, model_kwargs)
+    return RaggedTarget(adapter, input_ids, generation_config, model_kwargs, widest=widest)

@@ -16,12 +16,13 @@ from transformers.cache_utils import CacheLayerMixin
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length, stop_recording
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import TargetPass
+from dspark_hf.generation.targets.trees import check_kept, refuse_tree
 
 _PER_TOKEN_KWARGS = ("token_type_ids", "mm_token_type_ids")
 
 
 class SingleRowTarget:
-    """Run the target on one unpadded row.
+    """Run the target on one unpadded row, drafts in a chain.
 
     Args:
         adapter: the target, entered by the caller.
@@ -29,6 +30,8 @@ class SingleRowTarget:
         generation_config: the prepared generation configuration.
         model_kwargs: what `generate` prepared for the forward pass.
     """
+
+    takes_trees = False
 
     def __init__(
         self,
@@ -85,9 +88,10 @@ class SingleRowTarget:
         self._length = self._prompt_length = past_length + num_tokens
         return target_pass
 
-    def verify(self, token_ids: Tensor) -> TargetPass:
-        """Process anchor and drafts `(1, W)`."""
+    def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
+        """Process anchor and drafts `(1, W)`; `parents` `(W,)`, if given, must describe a chain."""
         width, past_length = token_ids.shape[1], self._length
+        refuse_tree(parents, width, "one unpadded row")
         inputs = self._model.prepare_inputs_for_generation(
             token_ids, next_sequence_length=width, is_first_iteration=False, **self._lengthened(width, past_length)
         )
@@ -127,11 +131,13 @@ class SingleRowTarget:
             attentions=outputs.get("attentions"),
         )
 
-    def keep(self, num_kept: Sequence[int]) -> None:
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Crop the cache behind the kept tokens."""
-        self._length += num_kept[0]
+        check_kept(kept, self._width)
+        num_kept = len(kept[0])
+        self._length += num_kept
         # even a crop of nothing is needed: it trims sliding layers to their window
-        self._cache.crop(num_kept[0] - self._width)
+        self._cache.crop(num_kept - self._width)
         self._width = 0
 
     def select_rows(self, rows: Tensor) -> None:

@@ -1,9 +1,6 @@
-"""Several rows of different lengths over one preallocated cache, for any target with ordinary attention.
+"""Several rows of different lengths over one cache: its own for targets with ordinary attention, else the model's.
 
-A row's token at position p lies in slot p; left padding is gone. Each pass writes at per-row slots and the attention
-mask is built from slots and lengths, so a rollback is a change of length.
-
-B batch, T tokens, C slots, H key/value heads, E head_dim.
+B batch, P prompt, S columns so far, T tokens, W of a verify pass.
 """
 
 from __future__ import annotations
@@ -13,23 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
-from dspark_hf.generation.compat import (
-    CACHE_KEY,
-    attention_implementation,
-    empty_cache_like,
-    mask_length,
-)
-from dspark_hf.generation.ragged_store import RaggedLengths
+from dspark_hf.generation.compat import CACHE_KEY, mask_length
 from dspark_hf.generation.targets.adapter import TargetAdapter
-from dspark_hf.generation.targets.interface import TargetPass
+from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass
 from dspark_hf.generation.targets.padding import full_mask, pack_order, run_packed
-from dspark_hf.generation.targets.ragged_cache import RaggedCache, RaggedLayer
+from dspark_hf.generation.targets.prompts import check_inputs, check_own_cache, check_positions, embedded_types
+from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.targets.trees import Tree, check_kept, read_tree, refuse_tree
 
 
 class RaggedTarget:
     """Run the target on a batch of left-padded rows, each at its own length.
+
+    `cache` holds the rows: the one in `model_kwargs` where that is a `RowwiseCache`, as DeepSeek-V4's, else a
+    `RaggedCache`, which takes trees.
 
     Args:
         adapter: the target, entered by the caller.
@@ -37,6 +33,7 @@ class RaggedTarget:
         generation_config: the prepared generation configuration.
         model_kwargs: what `generate` prepared for the forward pass: the cache, and the attention mask `(B, S)`, S at
             least P where the cache came with tokens; None means no padding.
+        widest: tokens a row that a verify pass may have to take back.
 
     Raises:
         ValueError: if the target, its cache or an input cannot be handled row by row.
@@ -48,32 +45,52 @@ class RaggedTarget:
         input_ids: Tensor,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
+        *,
+        widest: int,
     ):
         self._adapter = adapter
-        self._model: PreTrainedModel = adapter.model
-        _check_inputs(adapter, generation_config, model_kwargs)
-        cache, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
-        self._given = cache
+        self._model: Any = adapter.model
         self._wants_hidden_states = bool(generation_config.output_hidden_states)
-        self.cache = RaggedCache(adapter.model, len(input_ids))
-        past_length = int(cache.get_seq_length())
+        given, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
+        ragged: RaggedCache | None = None
+        if isinstance(given, RowwiseCache):
+            check_own_cache(given, model_kwargs, widest)
+        else:
+            check_inputs(adapter, generation_config, model_kwargs)
+            ragged = RaggedCache(adapter.model, len(input_ids), given)
+        self.cache: RowwiseCache = given if ragged is None else ragged
+        past_length = int(given.get_seq_length())
         mask = full_mask(input_ids, attention_mask, past_length, mask_length(generation_config, attention_mask))
-        if mask.shape[1] == input_ids.shape[1]:
-            input_ids = input_ids[:, past_length:]
-        _check_positions(model_kwargs.get("position_ids"), mask, past_length)
-        self._num_padded = (mask.shape[1] - mask.long().sum(-1)).tolist()
         self._new_mask = mask[:, past_length:]
-        self._prompt_ids = input_ids
+        self._prompt_ids = input_ids[:, past_length:] if mask.shape[1] == input_ids.shape[1] else input_ids
         # those of the next pass, or the one of every token in it
         self._token_types: Tensor | None = None
-        given_types = _embedded_types(adapter, model_kwargs.get("token_type_ids"))
-        if given_types is not None:
-            given_types = given_types[:, -self._new_mask.shape[1] :].expand(len(input_ids), -1)
-            self._token_types = given_types.gather(1, pack_order(self._new_mask)[0])
-            self._last_types = given_types[:, -1:]
-        if past_length:
-            _adopt(self.cache, cache, mask[:, :past_length])
+        if ragged is not None:
+            check_positions(model_kwargs.get("position_ids"), mask, past_length)
+            self._set_token_types(embedded_types(adapter, model_kwargs.get("token_type_ids")))
+            ragged.adopt(mask[:, :past_length])
+        # left padding is gone once the prompts are packed; a returned cache has its columns again
+        missing: list[int] = (~self._new_mask).sum(-1).tolist()
+        self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
+        self._is_filled = False
+        # of the last verify pass, until its tokens are kept
+        self._starts: list[int] | None = None
         self._width = 0
+        self._tree: Tree | None = None
+
+    def _set_token_types(self, given: Tensor | None) -> None:
+        if given is not None:
+            given = given[:, -self._new_mask.shape[1] :].expand(len(self._prompt_ids), -1)
+            self._token_types = given.gather(1, pack_order(self._new_mask)[0])
+            self._last_types = given[:, -1:]
+
+    def _lengths(self) -> list[int]:
+        return list(self.cache.lengths) or [0] * len(self._prompt_ids)
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether a verify pass may hold several drafts for one position."""
+        return self.cache.takes_trees
 
     @property
     def has_token_types(self) -> bool:
@@ -81,33 +98,39 @@ class RaggedTarget:
         return self._token_types is not None
 
     def prefill(self) -> TargetPass:
-        """Process the prompts, packed to slot 0, with logits of every row's last token."""
+        """Process the prompts, packed to their rows' front, with logits of every row's last token."""
+        starts = self._lengths()
         target_pass = run_packed(self._run, self._prompt_ids, self._new_mask)
         if self._token_types is not None:
             self._token_types = self._last_types
-        self.cache.lengths.add(target_pass.num_tokens)
+        self.cache.keep(starts, [range(count) for count in target_pass.num_tokens])
+        self._is_filled = True
         return target_pass
 
-    def verify(self, token_ids: Tensor) -> TargetPass:
-        """Process every row's anchor and drafts `(B, W)`."""
+    def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
+        """Process every row's anchor and drafts `(B, W)`, which continue each other as `parents` `(W,)` say."""
         width = token_ids.shape[1]
-        self._width = width
-        return self._run(token_ids, [width] * len(token_ids), torch.arange(width, device=token_ids.device), num_real=1)
+        if not self.takes_trees:
+            refuse_tree(parents, width, type(self._model).__name__)
+        self._width, self._tree = width, read_tree(parents, width)
+        self._starts = self._lengths()
+        columns = torch.arange(width, device=token_ids.device)
+        return self._run(token_ids, [width] * len(token_ids), columns, are_drafts=True)
 
     def _run(
-        self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, num_real: int | None = None
+        self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, *, are_drafts: bool = False
     ) -> TargetPass:
-        """Run over `token_ids` `(B, T)`; `num_real` of each row are no padding, if `num_tokens` does not say so."""
-        positions = self.cache.lengths.device[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
+        positions, inputs = self.cache.pass_inputs(
+            num_tokens, token_ids.shape[1], token_ids.device, self._tree, are_drafts=are_drafts
+        )
         keeps, types = self._adapter.accepts("logits_to_keep"), self._token_types
         outputs = self._model(
             input_ids=token_ids,
-            position_ids=self._known(positions, num_tokens if num_real is None else [num_real] * len(num_tokens)),
-            attention_mask=self._masks(token_ids.shape[1]),
             use_cache=True,
             output_hidden_states=self._wants_hidden_states or None,
             return_dict=True,
             **{CACHE_KEY: self.cache},
+            **inputs,
             **({"logits_to_keep": kept_logits} if keeps else {}),
             **({} if types is None else {"token_type_ids": types.expand(-1, token_ids.shape[1])}),
         )
@@ -119,142 +142,30 @@ class RaggedTarget:
             hidden_states=outputs.get("hidden_states"),
         )
 
-    def _known(self, positions: Tensor, num_real: list[int]) -> Tensor:
-        """Return `positions` `(B, T)`, those of padding drawn back to the last one that a learned embedding knows."""
-        limit, lengths = getattr(self._adapter.config, "max_position_embeddings", None), self.cache.lengths.host
-        if limit is None or max(lengths) + positions.shape[1] <= limit:
-            return positions
-        # drafts end at the limit; a text that has come past it, as rotary embeddings let it, has all its positions
-        last = [
-            limit - 1 if length + count <= limit else length + positions.shape[1]
-            for length, count in zip(lengths, num_real, strict=True)
-        ]
-        return positions.minimum(torch.tensor(last, device=positions.device)[:, None])
-
-    def _masks(self, num_tokens: int) -> Tensor | dict[str, Tensor]:
-        kinds = {"sliding_attention" if window else "full_attention": window for window in self.cache.windows}
-        masks = {kind: self._mask(num_tokens, window) for kind, window in kinds.items()}
-        # a model with one kind of layer takes one mask, a hybrid one a mask per kind
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _mask(self, num_tokens: int, window: int | None) -> Tensor:
-        lengths = self.cache.lengths
-        slots = torch.arange(max(lengths.host) + num_tokens, device=lengths.device.device)
-        query = (lengths.device[:, None] + torch.arange(num_tokens, device=slots.device))[..., None]
-        visible = slots <= query
-        if window:
-            visible &= slots > query - window
-        visible = visible[:, None]
-        if attention_implementation(self._model) != "eager":
-            return visible
-        dtype = self._model.dtype
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
-    def keep(self, num_kept: Sequence[int]) -> None:
-        """Lengthen every row by its kept tokens."""
-        self.cache.lengths.add(num_kept)
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Let every row hold its kept tokens, and no others of the pass."""
+        assert self._starts is not None
+        check_kept(kept, self._width, self._tree)
+        self.cache.keep(self._starts, kept)
+        self._starts = None
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self.cache.select_rows(rows)
+        self._num_padded = [self._num_padded[row] for row in rows.tolist()]
         if self._token_types is not None:
             self._token_types = self._token_types[rows]
 
     def append_rows(self, other: RaggedTarget) -> None:
         """Append the rows of another run of the same target, which ends there; neither has token types."""
         self.cache.append_rows(other.cache)
+        self._num_padded = self._num_padded + other._num_padded
 
-    def returned_cache(self) -> Cache:
-        """Return a cache as plain `generate` would: left-padded rows; what follows a finished row's end is zero.
-
-        A cache that the user brought is filled in place.
-        """
-        starts, lengths = self._num_padded, self.cache.lengths.host
-        width = max(start + length for start, length in zip(starts, lengths, strict=True))
-        padded = empty_cache_like(self._model)
-        for index, layer in enumerate(self.cache.layers):
-            if isinstance(layer, RaggedLayer) and layer.store.keys is not None and layer.store.values is not None:
-                keys = _left_padded(layer.store.keys, starts, lengths, width)
-                values = _left_padded(layer.store.values, starts, lengths, width)
-                padded.update(keys, values, index)
-        self._given.layers = padded.layers
-        return self._given
+    def returned_cache(self) -> Any:
+        """Return a cache as plain `generate` would; one that the user brought is filled in place."""
+        return self.cache.returned(self._num_padded)
 
     def release(self) -> None:
-        """Nothing: a cache of the user's is filled only when it is returned."""
-
-
-_TEXT_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", CACHE_KEY)
-
-
-def _check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    others = sorted(
-        name
-        for name, value in model_kwargs.items()
-        # transformers 5.24: mm_encoder_outputs is an empty dict where there are no images
-        if value is not None
-        and not (isinstance(value, dict) and not value)
-        and name not in _TEXT_INPUTS
-        and not name.startswith("output_")
-    )
-    if others or not adapter.accepts("position_ids"):
-        raise ValueError(
-            "`assistant_model` must be left out for several rows, or padded ones, unless the target takes "
-            f"`position_ids` and the input is text alone, got {others or type(adapter.model).__name__}. Generate the "
-            "rows one by one, unpadded."
-        )
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError(
-            "`output_attentions` must be False for several rows, or padded ones, when a drafter assists, got True. "
-            "Generate the rows one by one, unpadded."
-        )
-
-
-def _check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int) -> None:
-    """Raise a `ValueError` unless `position_ids` count the real tokens of `mask` `(B, S)`, as positions do here."""
-    new = mask[:, past_length:]
-    implied = (mask.long().cumsum(-1) - 1)[:, past_length:]
-    # vision-language models have several planes of them
-    given = implied if position_ids is None else position_ids[..., -new.shape[1] :]
-    is_other = (given != implied) & new
-    if bool(is_other.any()):
-        some = given.expand_as(is_other)[is_other][:8].tolist()
-        raise ValueError(
-            "`position_ids` must count the tokens that `attention_mask` leaves, for several rows, or padded ones, "
-            f"when a drafter assists, got {some}. Leave them out, or generate the rows one by one, unpadded."
-        )
-
-
-def _embedded_types(adapter: TargetAdapter, token_type_ids: Tensor | None) -> Tensor | None:
-    """Return the token types that the target embeds, None if it has none or they only tell text from images."""
-    if token_type_ids is None or adapter.config is adapter.model.config:
-        return token_type_ids
-    if bool(token_type_ids.any()):
-        raise ValueError(
-            "`token_type_ids` must be 0, those of text, for several rows, or padded ones, when a drafter assists, got "
-            f"{int(token_type_ids.max())}. Generate the rows one by one, unpadded."
-        )
-    return None
-
-
-def _adopt(ragged: RaggedCache, given: Any, mask: Tensor) -> None:
-    """Fill a ragged cache from a left-padded one whose tokens `mask` `(B, S)` marks."""
-    order, counts = pack_order(mask)
-    lengths = RaggedLengths(len(mask), mask.device)
-    for layer, source in zip(ragged.layers, given.layers, strict=True):
-        if not isinstance(layer, RaggedLayer) or source.keys is None:
-            continue
-        # a sliding layer kept its window only; earlier slots are never looked at again
-        missing = mask.shape[1] - source.keys.shape[2]
-        states = [torch.nn.functional.pad(x, (0, 0, missing, 0)) for x in (source.keys, source.values)]
-        index = order[:, None, :, None].expand(-1, states[0].shape[1], -1, -1)
-        keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in states)
-        layer.store.write(keys, values, lengths.host, lengths.device)
-    ragged.lengths.set(counts)
-
-
-def _left_padded(states: Tensor, starts: list[int], lengths: list[int], width: int) -> Tensor:
-    padded = states.new_zeros(states.shape[0], states.shape[1], width, states.shape[3])
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        padded[row, :, start : start + length] = states[row, :, :length]
-    return padded
+        """Take back what an interrupted round left in a cache of the user's."""
+        if self._is_filled:
+            self.cache.release(self._starts, self._num_padded)

@@ -1,14 +1,18 @@
 """A cache for several rows of different lengths, for any target with ordinary attention.
 
-A row's token at position p lies in slot p, so a rollback is a change of length.
+A row's token at position p lies in slot p; left padding is gone. Each pass writes behind every row's end, and the
+attention mask is built from slots and lengths, so a rollback is a change of length. Only of a tree's tokens those that
+stay may have to move.
 
-B batch, T tokens, H key/value heads, E head_dim.
+B batch, S columns so far, T tokens, W of a pass, H key/value heads, E head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -19,6 +23,9 @@ from dspark_hf.generation.compat import (
     is_placeholder_layer,
 )
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
+from dspark_hf.generation.targets.masks import visible_slots
+from dspark_hf.generation.targets.padding import pack_order
+from dspark_hf.generation.targets.trees import Tree, is_front
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -63,12 +70,21 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """A cache for `model` in which every row has its own length.
 
+    Args:
+        model: the target.
+        batch_size: number of rows.
+        given: the cache that the rows come from, and are returned in; None if they are not.
+
     Raises:
         ValueError: if a layer of the model is no ordinary or sliding attention.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int):
-        self.lengths = RaggedLengths(batch_size, model.device)
+    takes_trees = True
+    max_rollback = None
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, given: Any = None):
+        self._model, self._given = model, given
+        self._rows = RaggedLengths(batch_size, model.device)
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
         template = empty_cache_like(model)
@@ -81,27 +97,121 @@ class RaggedCache(Cache):
                     f"{type(layer).__name__}, as {type(model).__name__} has. Generate the rows one by one, unpadded."
                 )
             self.windows.append(getattr(layer, "sliding_window", None))
-            layers.append(layer if is_placeholder_layer(layer) else RaggedLayer(self.lengths))
+            layers.append(layer if is_placeholder_layer(layer) else RaggedLayer(self._rows))
         super().__init__(layers=layers)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens of every row are kept."""
+        return self._rows.host
+
+    def adopt(self, mask: Tensor) -> None:
+        """Take over the tokens of the left-padded cache that was given, which `mask` `(B, S)` marks."""
+        if mask.shape[1] == 0:
+            return
+        order, counts = pack_order(mask)
+        for layer, source in zip(self.layers, self._given.layers, strict=True):
+            if not isinstance(layer, RaggedLayer) or source.keys is None:
+                continue
+            # a sliding layer kept its window only; earlier slots are never looked at again
+            missing = mask.shape[1] - source.keys.shape[2]
+            states = [torch.nn.functional.pad(x, (0, 0, missing, 0)) for x in (source.keys, source.values)]
+            index = order[:, None, :, None].expand(-1, states[0].shape[1], -1, -1)
+            keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in states)
+            layer.store.write(keys, values, self._rows.host, self._rows.device)
+        self._rows.set(counts)
 
     def pretend_length(self, length: int) -> None:
         """Let every row hold `length` tokens that nobody wrote, to measure what a pass over such a context costs."""
         # the next write makes room for them, filled with zeros
-        self.lengths.set([length] * len(self.lengths.host))
+        self._rows.set([length] * len(self._rows.host))
+
+    def pass_inputs(
+        self, num_tokens: list[int], width: int, device: torch.device, tree: Tree | None, *, are_drafts: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the positions `(B, W)` of a pass, and the model's positions and masks."""
+        steps = torch.arange(width, device=device) if tree is None else torch.tensor(tree.depths, device=device)
+        positions = self._rows.device[:, None] + steps
+        known = self._known(positions, [1] * len(num_tokens) if are_drafts else num_tokens)
+        return positions, {"position_ids": known, "attention_mask": self._masks(positions, tree)}
+
+    def _known(self, positions: Tensor, num_real: list[int]) -> Tensor:
+        """Return `positions` `(B, W)`, those of padding drawn back to the last one that a learned embedding knows."""
+        config, lengths = self._model.config.get_text_config(decoder=True), self._rows.host
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None or max(lengths) + positions.shape[1] <= limit:
+            return positions
+        # drafts end at the limit; a text that has come past it, as rotary embeddings let it, has all its positions
+        last = [
+            limit - 1 if length + count <= limit else length + positions.shape[1]
+            for length, count in zip(lengths, num_real, strict=True)
+        ]
+        return positions.minimum(torch.tensor(last, device=positions.device)[:, None])
+
+    def _masks(self, positions: Tensor, tree: Tree | None) -> Tensor | dict[str, Tensor]:
+        kinds = {"sliding_attention" if window else "full_attention": window for window in self.windows}
+        masks = {kind: self._mask(positions, window, tree) for kind, window in kinds.items()}
+        # a model with one kind of layer takes one mask, a hybrid one a mask per kind
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, positions: Tensor, window: int | None, tree: Tree | None) -> Tensor:
+        num_slots = max(self._rows.host) + positions.shape[1]
+        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree)[:, None]
+        if attention_implementation(self._model) != "eager":
+            return visible
+        dtype = self._model.dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+    def keep(self, starts: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
+        """Lengthen every row by its kept tokens, which close up where others lie between them."""
+        if not all(is_front(row) for row in kept):
+            self._close_up(kept)
+        self._rows.set([start + len(row) for start, row in zip(starts, kept, strict=True)])
+
+    def _close_up(self, kept: Sequence[Sequence[int]]) -> None:
+        count = max(len(row) for row in kept)
+        # a row that keeps fewer moves nothing behind them
+        tokens = torch.tensor([[*row, *range(len(row), count)] for row in kept])
+        for layer in self.layers:
+            if isinstance(layer, RaggedLayer):
+                layer.store.close_up(self._rows.device, tokens)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
-        self.lengths.select_rows(rows)
+        self._rows.select_rows(rows)
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.store.select_rows(rows)
 
     def append_rows(self, other: RaggedCache) -> None:
         """Append the rows of another cache of the same model."""
-        self.lengths.append_rows(other.lengths)
+        self._rows.append_rows(other._rows)
         for layer, new in zip(self.layers, other.layers, strict=True):
             if isinstance(layer, RaggedLayer) and isinstance(new, RaggedLayer) and layer.is_initialized:
                 layer.store.append_rows(new.store)
+
+    def returned(self, num_padded: Sequence[int]) -> Any:
+        """Return the given cache, filled with left-padded rows; what follows a finished row's end is zero."""
+        lengths = self._rows.host
+        width = max(start + length for start, length in zip(num_padded, lengths, strict=True))
+        padded = empty_cache_like(self._model)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, RaggedLayer) and layer.store.keys is not None and layer.store.values is not None:
+                keys = _left_padded(layer.store.keys, num_padded, lengths, width)
+                values = _left_padded(layer.store.values, num_padded, lengths, width)
+                padded.update(keys, values, index)
+        self._given.layers = padded.layers
+        return self._given
+
+    def release(self, starts: Sequence[int] | None, num_padded: Sequence[int]) -> None:
+        """Nothing: a cache of the user's is filled only when it is returned."""
+
+
+def _left_padded(states: Tensor, starts: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
+    padded = states.new_zeros(states.shape[0], states.shape[1], width, states.shape[3])
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        padded[row, :, start : start + length] = states[row, :, :length]
+    return padded
 
 
 def _check_attention_kinds(model: PreTrainedModel) -> None:

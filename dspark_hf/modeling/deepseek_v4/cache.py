@@ -47,6 +47,11 @@ class CompressedStore:
         self.tail.select_rows(rows)
         self.entries.select_rows(rows)
 
+    def append_rows(self, other: CompressedStore, num_rows: int, num_new: int) -> None:
+        """Append the `num_new` rows of another store of the same layer to these `num_rows`."""
+        self.tail.append_rows(other.tail, num_rows, num_new)
+        self.entries.append_rows(other.entries, num_rows, num_new)
+
     @property
     def num_bytes(self) -> int:
         """Memory in bytes."""
@@ -88,6 +93,11 @@ class DeepseekV4LayerCache(CacheLayerMixin):
         for store in self._stores:
             store.select_rows(rows)
 
+    def append_rows(self, other: DeepseekV4LayerCache, num_rows: int, num_new: int) -> None:
+        """Append the `num_new` rows of another cache of the same layer to these `num_rows`."""
+        for store, new in zip(self._stores, other._stores, strict=True):
+            store.append_rows(new, num_rows, num_new)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: stores make room when they are written."""
 
@@ -111,7 +121,7 @@ class DeepseekV4LayerCache(CacheLayerMixin):
 
 
 class DeepseekV4DSparkCache(DynamicCache):
-    """Cache of a `DeepseekV4DSparkForCausalLM`, with exact rollback per row.
+    """Cache of a `DeepseekV4DSparkForCausalLM`, with exact rollback per row; a `RowwiseCache` of drafts in a chain.
 
     Args:
         config: the model's configuration; `max_rollback` tokens can be taken back, `cache_dtype` says how vectors are
@@ -126,6 +136,8 @@ class DeepseekV4DSparkCache(DynamicCache):
         >>> cache.get_seq_length()
         0
     """
+
+    takes_trees = False
 
     def __init__(self, config: DeepseekV4DSparkConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -203,6 +215,22 @@ class DeepseekV4DSparkCache(DynamicCache):
             )
         self.lengths = lengths
 
+    def pass_inputs(
+        self, num_tokens: list[int], width: int, device: torch.device, tree: Any, *, are_drafts: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the positions `(B, T)` of a pass over `width` tokens a row, and the mask of those that are real."""
+        columns = torch.arange(width, device=device)
+        positions = torch.tensor(self.lengths or [0] * len(num_tokens), device=device)[:, None] + columns
+        # without a mask every token is real; the cache knows what came before
+        is_padded = min(num_tokens) < width
+        is_real = columns < torch.tensor(num_tokens, device=device)[:, None] if is_padded else None
+        return positions, {"attention_mask": is_real}
+
+    def keep(self, starts: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
+        """Take back every row's tokens behind the kept ones, the first of those that follow `starts[r]`."""
+        ends = [start + len(row) for start, row in zip(starts, kept, strict=True)]
+        self.take_back([length - end for length, end in zip(self.lengths, ends, strict=True)])
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of all rows, as Transformers asks for it.
 
@@ -225,6 +253,25 @@ class DeepseekV4DSparkCache(DynamicCache):
         index = rows.tolist()
         self.lengths = [self.lengths[row] for row in index]
         self._longest = [self._longest[row] for row in index]
+
+    def append_rows(self, other: DeepseekV4DSparkCache) -> None:
+        """Append the rows of another cache of the same model, which ends there."""
+        for store, new in zip(self._stores, other._stores, strict=True):
+            store.append_rows(new, len(self.lengths), len(other.lengths))
+        self.lengths = self.lengths + other.lengths
+        self._longest = self._longest + other._longest
+        self.num_columns = max(self.num_columns, other.num_columns)
+
+    def returned(self, num_padded: Sequence[int]) -> DeepseekV4DSparkCache:
+        """Return the cache; its columns are those of a left-padded output, with `num_padded[r]` before each row."""
+        self.num_columns = max(padded + length for padded, length in zip(num_padded, self.lengths, strict=True))
+        return self
+
+    def release(self, starts: Sequence[int] | None, num_padded: Sequence[int]) -> None:
+        """Take back what an interrupted pass left behind the lengths `starts`, if there was one."""
+        if starts is not None:
+            self.keep(starts, [()] * len(starts))
+        self.returned(num_padded)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rearrange the rows, for beam search."""

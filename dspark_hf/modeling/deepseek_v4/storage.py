@@ -149,6 +149,14 @@ class _Slots:
         if self._stored is not None:
             self._stored = tuple(store[rows.to(store.device)] for store in self._stored)
 
+    def append_rows(self, other: _Slots, num_rows: int, num_new: int) -> None:
+        """Append the `num_new` rows of other slots of the same kind to these `num_rows`."""
+        # rows that have written nothing yet, or less than others, get empty slots
+        own = self._stored or _nothing_like(other._stored, num_rows)
+        new = other._stored or _nothing_like(self._stored, num_new)
+        if own is not None and new is not None:
+            self._stored = tuple(_stacked(*pair) for pair in zip(own, new, strict=True))
+
     @property
     def num_bytes(self) -> int:
         """Memory in bytes."""
@@ -224,3 +232,12 @@ def _grown(store: Tensor, capacity: int) -> Tensor:
     larger = store.new_zeros(len(store), capacity, store.shape[2])
     larger[:, : store.shape[1]] = store
     return larger
+
+
+def _nothing_like(stored: tuple[Tensor, ...] | None, num_rows: int) -> tuple[Tensor, ...] | None:
+    return None if stored is None else tuple(part.new_zeros(num_rows, 0, part.shape[2]) for part in stored)
+
+
+def _stacked(store: Tensor, other: Tensor) -> Tensor:
+    capacity = max(store.shape[1], other.shape[1])
+    return torch.cat([_grown(part, capacity) if part.shape[1] < capacity else part for part in (store, other)])

@@ -523,25 +523,45 @@ def test_targets_without_a_ragged_cache():
     recurrent = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="`target` must have full or sliding attention"):
         generate_stream(recurrent, [], drafter=StreamDrafter(recurrent, [PROMPT]))
-    # only the cache that `generate` prepares tells of this one
-    rowwise = tiny_model()
-    (finished,) = generate_stream(
-        rowwise, [Request(PROMPT, {"max_new_tokens": 4})], drafter=StreamDrafter(rowwise, [PROMPT])
-    )
-    assert "`target` must have full or sliding attention" in str(finished.error)
+
+
+# beyond the window of 16 and the ratios of 4 and 8 on either side of a join; the first prompt completes no entry
+V4_SIZES = ((3, 22), (40, 6), (17, 30), (1, 9), (8, 25), (2, 3), (29, 12), (5, 40))
+
+
+@pytest.mark.parametrize("indexer_dtype", [None, "fp4"])
+@pytest.mark.parametrize(("max_rows", "kind"), [(3, "scripted"), (2, "untrained"), (8, "scripted"), (1, "scripted")])
+def test_cache_with_rows_of_its_own(max_rows, kind, indexer_dtype):
+    """A request that joins, or leaves, changes the text of others in DeepSeek-V4's own cache."""
+    rowwise = tiny_model(indexer_dtype=indexer_dtype)
+    requests = _requests(V4_SIZES)
+    texts = [_alone(rowwise, request) for request in requests]
+    drafter = _drafter(kind, rowwise, texts)
+    for one in generate_stream(rowwise, _drip(requests), drafter=drafter, max_rows=max_rows):
+        assert one.error is None
+        assert torch.equal(one.token_ids, texts[one.request.key])
+
+
+def test_cache_that_cannot_take_a_pass_back():
+    """A request whose drafts DeepSeek-V4's cache cannot take back ends the stream."""
+    rowwise = tiny_model(max_rollback=3)
+    (finished,) = generate_stream(rowwise, _requests(((5, 20),)), drafter=_drafter("untrained", rowwise, []))
+    assert "`max_rollback` must be at least 6, the tokens of a verify pass, got 3" in str(finished.error)
 
 
 def test_kinds_of_layers_that_transformers_does_not_know(tmp_path):
     """A target of our own classes ends in a KeyError, unless Transformers' class of the same kind was imported."""
     write_tiny_checkpoint(tmp_path)
     model = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path)
+    (request,) = _requests(((5, 12),))
     kinds = {kind: cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(kind, None) for kind in set(model.config.layer_types)}
     kinds = {kind: layer for kind, layer in kinds.items() if layer is not None}
     try:
-        with pytest.raises(ValueError, match="`target` must have full or sliding attention"):
-            generate_stream(model, [], drafter=StreamDrafter(model, [PROMPT]))
+        (finished,) = generate_stream(model, [request], drafter=_drafter("untrained", model, []))
     finally:
         cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.update(kinds)
+    assert finished.error is None
+    assert torch.equal(finished.token_ids, _alone(model, request))
 
 
 @pytest.mark.parametrize("threshold", [0.4, 0.6])

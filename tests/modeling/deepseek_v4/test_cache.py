@@ -63,6 +63,71 @@ def test_state_equals_a_fresh_prefill(indexer_dtype):
                 torch.testing.assert_close(store.entries.read(0, count), other.entries.read(0, count))
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("indexer_dtype", [None, "fp4"])
+def test_rows_that_join_and_leave(seed, indexer_dtype):
+    """A row that joins a batch, or stays when others leave, goes on from another state than that of its own text."""
+    model = tiny_model(seed, indexer_dtype=indexer_dtype)
+    torch.manual_seed(200 + seed)
+    text = torch.randint(VOCAB, (8, 90))
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits
+        rows, lengths, cache = [], [], None
+        for newcomer in range(len(text)):
+            # none, one or many entries; some rows were longer before
+            length = int(torch.randint(1, 45, ()))
+            joined = model(text[newcomer : newcomer + 1, :length]).past_key_values
+            model(torch.randint(VOCAB, (1, 5)), past_key_values=joined)
+            joined.take_back([5])
+            rows.append(newcomer)
+            lengths.append(length)
+            if cache is None:
+                cache = joined
+            else:
+                cache.append_rows(joined)
+            for _ in range(2):
+                kept = torch.randint(0, 6, (len(rows),)).tolist()
+                drafts = torch.randint(VOCAB, (len(rows), 5))
+                for index, count in enumerate(kept):
+                    drafts[index, :count] = text[rows[index], lengths[index] : lengths[index] + count]
+                logits = model(drafts, past_key_values=cache).logits
+                for index, count in enumerate(kept):
+                    wanted = expected[rows[index], lengths[index] : lengths[index] + count]
+                    torch.testing.assert_close(logits[index, :count], wanted, atol=5e-4, rtol=5e-4)
+                cache.take_back([5 - count for count in kept])
+                lengths = [length + count for length, count in zip(lengths, kept, strict=True)]
+            assert cache.lengths == lengths
+            staying = torch.randperm(len(rows))[:3]
+            cache.select_rows(staying)
+            rows, lengths = ([values[index] for index in staying.tolist()] for values in (rows, lengths))
+        for index, row in enumerate(rows):
+            fresh = model(text[row : row + 1, : lengths[index]]).past_key_values
+            _assert_same_state(model, cache, index, fresh, lengths[index])
+
+
+def _assert_same_state(model, cache, row, fresh, length):
+    """Compare what a row may read: its window, its complete entries and the tokens behind them."""
+    at = torch.tensor([length])
+    for layer, expected in zip(cache.layers, fresh.layers, strict=True):
+        near = (layer.window.positions(at) > length - model.config.sliding_window)[0]
+        near &= layer.window.positions(at)[0] >= 0
+        _assert_close(layer.window.read()[row, near], expected.window.read()[0, near])
+        for store, other in ((layer.compressed, expected.compressed), (layer.index, expected.index)):
+            if store is None:
+                continue
+            ratio = 4 if layer.index is not None else 8
+            if length >= ratio:
+                entries = (which.entries.read(0, length // ratio) for which in (store, other))
+                own, wanted = entries
+                _assert_close(own[row], wanted[0])
+            needed = (store.tail.positions(at) >= max((length // ratio - 1) * ratio, 0))[0]
+            _assert_close(store.tail.read()[row, needed], other.tail.read()[0, needed])
+
+
+def _assert_close(own, wanted):
+    torch.testing.assert_close(own, wanted, atol=5e-4, rtol=5e-4)
+
+
 def test_too_long_a_rollback_is_refused():
     """More tokens are taken back than the rings remember, and the text goes on from a corrupt state."""
     model = tiny_model(0, max_rollback=4)

@@ -17,10 +17,9 @@ from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placehol
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
-from dspark_hf.generation.targets.interface import TargetState
+from dspark_hf.generation.targets.interface import RowwiseCache, TargetState
 from dspark_hf.generation.targets.ragged import RaggedTarget
-from dspark_hf.generation.targets.ragged_cache import PLAIN_LAYERS
-from dspark_hf.generation.targets.rowwise import RowwiseCache, RowwiseTarget
+from dspark_hf.generation.targets.ragged_cache import PLAIN_LAYERS, RaggedCache
 
 # tokens that are processed at once: the hidden states of a whole context may need more memory than its caches
 _PIECE = 1024
@@ -129,7 +128,7 @@ class StepTimer:
         token_ids = self._tokens(num_rows, width)
         # the result is fetched, as in a round, which waits for all devices
         seconds = timed(lambda: target.verify(token_ids).logits.argmax(-1).tolist(), self._wait)
-        target.keep([0] * num_rows)
+        target.keep([range(0)] * num_rows)
         return seconds
 
     @torch.no_grad()
@@ -168,15 +167,17 @@ class StepTimer:
             return self._rowwise_target(cache, num_rows, context_length)
         if num_rows == 1:
             return self._single_row_target(cache, context_length)
-        target = RaggedTarget(self._adapter, tokens, GenerationConfig(), {CACHE_KEY: empty_cache_like(model)})
+        target = RaggedTarget(
+            self._adapter, tokens, GenerationConfig(), {CACHE_KEY: empty_cache_like(model)}, widest=1
+        )
+        assert isinstance(target.cache, RaggedCache)
         target.cache.pretend_length(context_length)
         return target
 
     def _rowwise_target(self, cache: Any, num_rows: int, context_length: int) -> TargetState:
-        def make(length: int) -> RowwiseTarget:
-            return RowwiseTarget(
-                self._adapter, self._tokens(num_rows, length), GenerationConfig(), {CACHE_KEY: cache}, widest=1
-            )
+        def make(length: int) -> RaggedTarget:
+            tokens = self._tokens(num_rows, length)
+            return RaggedTarget(self._adapter, tokens, GenerationConfig(), {CACHE_KEY: cache}, widest=1)
 
         for length in _pieces(context_length - 1, num_rows):
             make(length).prefill()

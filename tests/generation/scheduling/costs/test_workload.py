@@ -48,8 +48,12 @@ def _attention_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any
 def _read_target(adapter: TargetAdapter, num_rows: int) -> Any:
     """Return the target that `generate` would use, after it has really read a prompt."""
     kwargs = {CACHE_KEY: empty_cache_like(adapter.model)}
-    kind = SingleRowTarget if num_rows == 1 else RaggedTarget
-    target = kind(adapter, torch.randint(2, VOCAB_SIZE, (num_rows, CONTEXT)), GenerationConfig(), kwargs)
+    prompts = torch.randint(2, VOCAB_SIZE, (num_rows, CONTEXT))
+    target: Any = (
+        SingleRowTarget(adapter, prompts, GenerationConfig(), kwargs)
+        if num_rows == 1
+        else RaggedTarget(adapter, prompts, GenerationConfig(), kwargs, widest=WIDTH)
+    )
     target.prefill()
     return target
 
@@ -84,7 +88,7 @@ def test_a_cache_of_another_kind_is_really_filled():
         for num_rows in (1, 3):
             for width in (1, 6, 2):
                 workload.verify_seconds(num_rows, 70, width)
-                assert workload._target._cache.lengths == [70] * num_rows
+                assert workload._target.cache.lengths == [70] * num_rows
         with pytest.raises(ValueError, match="`max_rollback` must be at least"):
             workload.verify_seconds(1, 70, target.config.max_rollback + 1)
 

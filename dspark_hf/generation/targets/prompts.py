@@ -1,0 +1,82 @@
+"""What a call brings for rows at their own lengths: checked, and told what of it counts.
+
+B batch, P prompt, S columns so far.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.interface import RowwiseCache
+
+_TEXT_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", CACHE_KEY)
+
+
+def check_own_cache(cache: RowwiseCache, model_kwargs: dict[str, Any], widest: int) -> None:
+    """Raise a `ValueError` unless a target's own cache takes `widest` tokens back, and the input is token ids."""
+    if cache.max_rollback is not None and widest > cache.max_rollback:
+        raise ValueError(
+            f"`max_rollback` must be at least {widest}, the tokens of a verify pass, got {cache.max_rollback}. Set "
+            f"`model.config.max_rollback = {widest}`, or draft fewer tokens."
+        )
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "`inputs_embeds` must be left out when a drafter assists this target, got embeddings. Pass `input_ids`: "
+            "both models need the tokens."
+        )
+
+
+def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless the input is text whose positions can be given, and nobody wants attentions."""
+    others = sorted(
+        name
+        for name, value in model_kwargs.items()
+        # transformers 5.24: mm_encoder_outputs is an empty dict where there are no images
+        if value is not None
+        and not (isinstance(value, dict) and not value)
+        and name not in _TEXT_INPUTS
+        and not name.startswith("output_")
+    )
+    if others or not adapter.accepts("position_ids"):
+        raise ValueError(
+            "`assistant_model` must be left out for several rows, or padded ones, unless the target takes "
+            f"`position_ids` and the input is text alone, got {others or type(adapter.model).__name__}. Generate the "
+            "rows one by one, unpadded."
+        )
+    if generation_config.return_dict_in_generate and generation_config.output_attentions:
+        raise ValueError(
+            "`output_attentions` must be False for several rows, or padded ones, when a drafter assists, got True. "
+            "Generate the rows one by one, unpadded."
+        )
+
+
+def check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int) -> None:
+    """Raise a `ValueError` unless `position_ids` count the real tokens of `mask` `(B, S)`, as positions do here."""
+    new = mask[:, past_length:]
+    implied = (mask.long().cumsum(-1) - 1)[:, past_length:]
+    # vision-language models have several planes of them
+    given = implied if position_ids is None else position_ids[..., -new.shape[1] :]
+    is_other = (given != implied) & new
+    if bool(is_other.any()):
+        some = given.expand_as(is_other)[is_other][:8].tolist()
+        raise ValueError(
+            "`position_ids` must count the tokens that `attention_mask` leaves, for several rows, or padded ones, "
+            f"when a drafter assists, got {some}. Leave them out, or generate the rows one by one, unpadded."
+        )
+
+
+def embedded_types(adapter: TargetAdapter, token_type_ids: Tensor | None) -> Tensor | None:
+    """Return the token types that the target embeds, None if it has none or they only tell text from images."""
+    if token_type_ids is None or adapter.config is adapter.model.config:
+        return token_type_ids
+    if bool(token_type_ids.any()):
+        raise ValueError(
+            "`token_type_ids` must be 0, those of text, for several rows, or padded ones, when a drafter assists, got "
+            f"{int(token_type_ids.max())}. Generate the rows one by one, unpadded."
+        )
+    return None
