@@ -110,7 +110,7 @@ class RowwiseCache(Protocol):
         ...
 
     def keep(self, starts: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
-        """Let row r hold `starts[r]` tokens, as before the last pass, and those at the indices `kept[r]` of the pass."""
+        """Let row r hold `starts[r]` tokens, as before the last pass, and those at `kept[r]` of the pass."""
         ...
 
     def select_rows(self, rows: Tensor) -> None:
