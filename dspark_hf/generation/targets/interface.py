@@ -69,10 +69,6 @@ class TargetState(Protocol):
         """Keep only `rows` of the batch, in that order."""
         ...
 
-    def append_rows(self, other: Any) -> None:
-        """Append the rows of another run of the same target, which ends there; only `generate_stream` asks for it."""
-        ...
-
     def returned_cache(self) -> Any:
         """Return the cache in Transformers' own form."""
         ...
@@ -114,7 +110,7 @@ class RowwiseCache(Protocol):
         ...
 
     def keep(self, starts: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
-        """Let row r hold `starts[r]` tokens, as before the last pass, and the pass's at the indices `kept[r]`."""
+        """Let row r hold `starts[r]` tokens, as before the last pass, and those at `kept[r]` of the pass."""
         ...
 
     def select_rows(self, rows: Tensor) -> None:
