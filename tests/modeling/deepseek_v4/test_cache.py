@@ -99,7 +99,7 @@ def test_reset_forgets():
         cache = model(torch.randint(VOCAB, (2, 44))).past_key_values
         cache.reset()
         logits = model(text, past_key_values=cache).logits
-        torch.testing.assert_close(logits, model(text).logits)
+        torch.testing.assert_close(logits, model(text).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("indexer_dtype", [None, "fp4"])

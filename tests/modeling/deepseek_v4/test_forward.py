@@ -127,7 +127,7 @@ def test_rotation_of_the_indexer(size):
     """The indexer's vectors are rotated otherwise than released, and round to other keys."""
     vectors = torch.randn(7, size)
     expected = torch.stack([hadamard_rotate(vector.double()) for vector in vectors])
-    torch.testing.assert_close(hadamard(vectors).double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(hadamard(vectors).double(), expected, atol=1e-5, rtol=1e-5)
     assert hadamard(vectors.bfloat16()).dtype == torch.bfloat16
     # a vector's result does not depend on its neighbours, bit for bit
     assert torch.equal(hadamard(vectors)[3], hadamard(vectors[3]))
@@ -171,10 +171,11 @@ def test_embeddings_instead_of_tokens():
         with pytest.raises(ValueError, match="`input_ids` must be given"):
             model(inputs_embeds=embeds)
         both = model(token_ids, inputs_embeds=embeds).logits
-        torch.testing.assert_close(both, model(token_ids).logits)
+        torch.testing.assert_close(both, model(token_ids).logits, atol=1e-4, rtol=1e-4)
         hashless = tiny_model(6, num_hash_layers=0)
         embeds = hashless.get_input_embeddings()(token_ids)
-        torch.testing.assert_close(hashless(inputs_embeds=embeds).logits, hashless(token_ids).logits)
+        expected = hashless(token_ids).logits
+        torch.testing.assert_close(hashless(inputs_embeds=embeds).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_bad_input_is_named():
