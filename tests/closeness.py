@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Each of some ten layers rounds an entry a few times, and norms and softmaxes amplify the difference tenfold. In bf16,
 # which easily turns a choice of experts as well, that is nearly all that can be asked: compare in fp32 what matters.
-_FACTORS = {torch.float32: 256.0, torch.bfloat16: 16.0}
+_FACTORS = {torch.float32: 256.0, torch.bfloat16: 32.0}
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -20,6 +20,20 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     if torch.equal(actual, expected):
         return 0.0
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_close_mostly(actual: Tensor, expected: Tensor, tolerance: float, largest: float = float("inf")) -> None:
+    """Check that nine tokens' rows `(*, n)` of ten are as close as `tolerance`, and the others as close as `largest`.
+
+    For what is rounded to 8 or 4 bits on its way: a difference in the last bit may fall to the other side of such a
+    rounding, and moves the few tokens that read it. What is wrong with all of them is wrong with most.
+    """
+    assert actual.shape == expected.shape
+    difference = (actual.double() - expected.double()).abs()
+    size = 1 + expected.double().abs()
+    is_close = (difference <= tolerance * size).all(-1)
+    assert is_close.double().mean() >= 0.9, f"only {int(is_close.sum())} of {is_close.numel()} tokens are close"
+    assert (difference <= largest * size).all(), f"a token is off by {difference.max():.3g}"
 
 
 def assert_same_up_to_rounding(

@@ -162,7 +162,7 @@ def test_ragged_rows_equal_single_rows() -> None:
     for row, length in enumerate(lengths):
         alone = draft_greedily(drafter, target, context[row : row + 1, :length], [length], [anchors[row]])
         assert torch.equal(together.token_ids[row], alone.token_ids[0])
-        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-4, rtol=0)
 
 
 def test_selected_rows_keep_their_context() -> None:
