@@ -53,4 +53,5 @@ def test_temperatures_of_a_saved_drafter_reach_its_confidence(tmp_path):
     again = DSparkAssistantModel.from_pretrained(tmp_path)
     target.generate(prompt, assistant_model=again, **options)
     after = again.last_statistics.rounds[0].confidence
-    torch.testing.assert_close(after.logit(), before.logit() / torch.tensor(temperatures))
+    # probabilities in fp32, of weights in other places of memory
+    torch.testing.assert_close(after.logit(), before.logit() / torch.tensor(temperatures), atol=1e-4, rtol=1e-4)

@@ -152,7 +152,7 @@ def test_present_temperatures_have_no_part_in_it(target, drafter):
         again = collect_observations(target, drafter, PROMPTS[:2], **options)
         assert drafter.config.sts_temperatures == [3.0, 0.5, 2.0, 1.0]
     assert drafter.config.sts_temperatures is None
-    torch.testing.assert_close(plain.confidence_logits, again.confidence_logits, equal_nan=True)
+    torch.testing.assert_close(plain.confidence_logits, again.confidence_logits, equal_nan=True, atol=2e-3, rtol=0)
 
 
 def test_logits_survive_where_the_sigmoid_is_one(target, drafter):

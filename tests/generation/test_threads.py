@@ -18,6 +18,7 @@ from dspark_hf.generation.scheduling.adaptive.memory import DrafterState
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from tests.closeness import assert_same_up_to_rounding
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
@@ -70,12 +71,14 @@ def test_adapters_see_their_own_thread_s_passes():
         # a plain pass, and one that is tapped as well
         _elsewhere(lambda: target(others))
         theirs = _elsewhere(run_another)
-        assert torch.equal(adapter.pop_context_hidden_states(), expected)
+        assert_same_up_to_rounding(adapter.pop_context_hidden_states(), expected)
         with TargetAdapter(target, [1, 0]) as inner:
             target(mine)
-            assert torch.equal(inner.pop_context_hidden_states()[..., target.config.hidden_size :], expected)
-        assert torch.equal(adapter.pop_context_hidden_states(), expected)
-        assert torch.equal(states_of(adapter, others), theirs)
+            seen = inner.pop_context_hidden_states()[..., target.config.hidden_size :]
+            assert_same_up_to_rounding(seen, expected)
+        assert_same_up_to_rounding(adapter.pop_context_hidden_states(), expected)
+        # another thread may share its sums among more threads
+        assert_same_up_to_rounding(states_of(adapter, others), theirs)
 
 
 @pytest.mark.parametrize("has_own_drafter", [True, False])

@@ -10,6 +10,7 @@ import torch
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.drafting import draft_greedily
 from tests.tiny import tiny_target
 
@@ -85,13 +86,13 @@ def test_blocks_do_not_see_each_other() -> None:
         later = context.clone()
         later[:, 2:] += 1.0
         changed = run(later, ids.gather(1, anchors))
-        assert torch.equal(changed[:, 0], hidden[:, 0])
-        assert not torch.equal(changed[:, 1], hidden[:, 1])
+        assert_same_up_to_rounding(changed[:, 0], hidden[:, 0])
+        assert (changed[:, 1] - hidden[:, 1]).abs().amax() > 0.1
         others = ids.gather(1, anchors)
         others[:, 1] = (others[:, 1] + 1) % 60
         changed = run(context, others)
-        assert torch.equal(changed[:, 0], hidden[:, 0])
-        assert not torch.equal(changed[:, 1], hidden[:, 1])
+        assert_same_up_to_rounding(changed[:, 0], hidden[:, 0])
+        assert (changed[:, 1] - hidden[:, 1]).abs().amax() > 0.1
 
 
 def test_an_anchor_without_context_drafts() -> None:
@@ -145,7 +146,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
         calls += 1
 
     checkpointed.layers[0].input_layernorm.register_forward_hook(count)
-    assert torch.equal(_train_step(plain, target), _train_step(checkpointed, target))
+    assert_same_up_to_rounding(_train_step(checkpointed, target), _train_step(plain, target))
     # once forward, once more on the way back
     assert calls == 2
     for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
@@ -161,7 +162,7 @@ def test_ragged_rows_equal_single_rows() -> None:
     for row, length in enumerate(lengths):
         alone = draft_greedily(drafter, target, context[row : row + 1, :length], [length], [anchors[row]])
         assert torch.equal(together.token_ids[row], alone.token_ids[0])
-        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-4, rtol=0)
 
 
 def test_selected_rows_keep_their_context() -> None:

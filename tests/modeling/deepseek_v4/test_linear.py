@@ -10,6 +10,7 @@ from dspark_hf.modeling.deepseek_v4 import linear
 from dspark_hf.modeling.deepseek_v4.formats import dequantize, quantize_fp4, quantize_fp8
 from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear, QuantizedLinear, swap_linears
 from dspark_hf.modeling.formats.tensors import read_index
+from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.deepseek_v4.checkpoints import NUM_TOKENS, load, logits
 
 QUANTIZERS = {"fp8": quantize_fp8, "fp4": quantize_fp4}
@@ -28,7 +29,8 @@ def test_product_equals_that_of_the_dequantized_weight(kind, dtype):
     expected = nn.functional.linear(states, dequantize(weight, scale, dtype))
     actual = QuantizedLinear(weight, scale)(states)
     assert actual.dtype == dtype
-    assert torch.equal(actual, expected)
+    # one sum an entry
+    assert_same_up_to_rounding(actual, expected, factor=4)
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -38,7 +40,7 @@ def test_grouped_product(kind):
     plain = GroupedLinear(64, 96, 3)
     plain.weight = nn.Parameter(dequantize(weight, scale, torch.float32))
     states = torch.randn(2, 3, 64)
-    assert torch.equal(QuantizedLinear(weight, scale, 3)(states), plain(states))
+    assert_same_up_to_rounding(QuantizedLinear(weight, scale, 3)(states), plain(states), factor=4)
 
 
 def test_gradients_pass_through():

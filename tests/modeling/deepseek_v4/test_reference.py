@@ -45,6 +45,8 @@ from tests.reference.deepseek_v4_drafter import Draft, argmax, draft
 # fp32 against fp64, relative to the root mean square of what is compared: after five layers at most 2e-5 was seen on
 # several seeds, and a wrong setting makes a difference of 1e-2 at least (`test_comparison_sees_every_setting`)
 TOLERANCE = 1e-4
+# the oracle computes in fp64: a millionfold its rounding, and far less than anything that is read
+NOTHING = 1e-9
 
 NATIVE_KINDS = {
     "window": "sliding_attention",
@@ -260,10 +262,10 @@ def test_oracle_sees_no_later_token():
         begun = target.run(token_ids[:length])
         other = target.run(token_ids[:length] + [(token_ids[length] + 1) % VOCAB])
         for outputs in (whole, other):
-            assert torch.equal(outputs.logits[:length], begun.logits)
+            assert _difference(outputs.logits[:length], begun.logits) < NOTHING
             for streams, expected in zip(outputs.layer_outputs, begun.layer_outputs, strict=True):
-                assert torch.equal(streams[:length], expected)
-        assert not torch.equal(whole.logits[length], other.logits[length])
+                assert _difference(streams[:length], expected) < NOTHING
+        assert _difference(whole.logits[length], other.logits[length]) > TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_reach_of_a_token(ratio, window, seen):
     token_ids = torch.randint(VOCAB, (13,)).tolist()
     logits = target.run(token_ids).logits
     changed = target.run([(token_ids[0] + 1) % VOCAB, *token_ids[1:]]).logits
-    assert [t for t in range(13) if not torch.equal(logits[t], changed[t])] == seen
+    assert [t for t in range(13) if _difference(logits[t], changed[t]) > NOTHING] == seen
 
 
 def test_kinds_of_the_released_ratios():
@@ -531,7 +533,7 @@ def test_drafts_depend_on_the_latest_window():
     window = module.settings.window
     other = features.clone()
     other[: 30 - window] = torch.randn(30 - window, 3 * 64)
-    assert torch.equal(module.draft(other).logits, expected.logits)
+    assert _difference(module.draft(other).logits, expected.logits) < NOTHING
     for row in (30 - window, 29):
         other = features.clone()
         other[row] += 1

@@ -14,6 +14,7 @@ from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4 import attention
 from dspark_hf.modeling.deepseek_v4.losses import balance_loss
+from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_model
 
 INDEXER = ".attn.indexer."
@@ -166,7 +167,7 @@ def test_checkpointing_the_target_changes_nothing_but_memory(use_reentrant: bool
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, 29:] = 0
     losses = [_train_step(model, _text(), attention_mask=mask) for model in (plain, checkpointed)]
-    assert torch.equal(losses[0], losses[1])
+    assert_same_up_to_rounding(losses[1], losses[0])
     # once forward, once more on the way back
     assert calls == [2] * 5
     _assert_same_gradients(checkpointed, plain)
@@ -205,7 +206,7 @@ def test_checkpointing_the_drafter_changes_nothing_but_memory() -> None:
         total = output.hidden_states.pow(3).sum() + bias.square().sum() + output.confidence_logits.sum()
         total.backward()
         totals.append(total.detach())
-    assert torch.equal(totals[0], totals[1])
+    assert_same_up_to_rounding(totals[1], totals[0])
     assert calls == [2] * 3
     _assert_same_gradients(checkpointed, plain)
     trained = {name: _has_gradient(x.grad) for name, x in plain.named_parameters() if x.requires_grad}
