@@ -69,6 +69,10 @@ class TargetState(Protocol):
         """Keep only `rows` of the batch, in that order."""
         ...
 
+    def append_rows(self, other: Any) -> None:
+        """Append the rows of another run of the same target, which ends there; only `generate_stream` asks for it."""
+        ...
+
     def returned_cache(self) -> Any:
         """Return the cache in Transformers' own form."""
         ...
