@@ -152,7 +152,7 @@ def test_targets_of_chains_refuse_trees():
         with pytest.raises(ValueError, match="`parents` must describe a chain for one unpadded row"):
             single.verify(tokens, parents)
     with torch.no_grad(), TargetAdapter(own, [0]) as adapter:
-        rowwise = _ragged(adapter, inputs, cache=getattr(own(inputs["input_ids"][:, :1]), CACHE_KEY))
+        rowwise = _ragged(adapter, inputs, 3, cache=getattr(own(inputs["input_ids"][:, :1]), CACHE_KEY))
         assert not rowwise.takes_trees
         with pytest.raises(ValueError, match="`parents` must describe a chain for DeepseekV4DSparkForCausalLM"):
             rowwise.verify(tokens, parents)
