@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from dspark_hf.generation.targets.trees import Tree
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.storage import (
     Codec,
@@ -216,7 +217,7 @@ class DeepseekV4DSparkCache(DynamicCache):
         self.lengths = lengths
 
     def pass_inputs(
-        self, num_tokens: list[int], width: int, device: torch.device, tree: Any, *, are_drafts: bool
+        self, num_tokens: list[int], width: int, device: torch.device, tree: Tree | None, *, are_drafts: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the positions `(B, T)` of a pass over `width` tokens a row, and the mask of those that are real."""
         columns = torch.arange(width, device=device)

@@ -18,7 +18,8 @@ from tests.generation.prompts import num_padded, ragged_prompts
 from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.tiny import VOCAB_SIZE, tiny_target
 
-WIDTH = 12
+# deep trees reach past the tiny window of sliding layers
+WIDTH = 18
 # GPT-2 has learned positions; Gemma 4 layers that share keys and values
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt2")
 CASES = [(family, "eager") for family in FAMILIES]
@@ -27,7 +28,7 @@ CASES += [(family, "sdpa") for family in FAMILIES if family != "gemma2"]
 
 
 def _tree(generator: torch.Generator, *, is_deep: bool) -> list[int]:
-    """Return random parents; a deep tree is longer than the tiny window of sliding layers."""
+    """Return random parents."""
     parents = [-1]
     for index in range(1, WIDTH):
         first = max(index - 2, 0) if is_deep else 0
@@ -65,7 +66,7 @@ def test_nodes_and_kept_paths_are_those_of_chains(family, attention, is_deep):
     with TargetAdapter(model, [0]) as adapter:
         target = _ragged(adapter, inputs)
         # the second tree stands behind what was kept of the first
-        for _ in range(3):
+        for _ in range(2):
             parents = _tree(generator, is_deep=is_deep)
             tokens = torch.randint(2, VOCAB_SIZE, (4, WIDTH), generator=generator)
             target_pass = target.verify(tokens, torch.tensor(parents))
@@ -151,7 +152,7 @@ def test_targets_of_chains_refuse_trees():
         with pytest.raises(ValueError, match="`parents` must describe a chain for one unpadded row"):
             single.verify(tokens, parents)
     with torch.no_grad(), TargetAdapter(own, [0]) as adapter:
-        rowwise = _ragged(adapter, inputs, cache=getattr(own(inputs["input_ids"][:, :1]), CACHE_KEY))
+        rowwise = _ragged(adapter, inputs, 3, cache=getattr(own(inputs["input_ids"][:, :1]), CACHE_KEY))
         assert not rowwise.takes_trees
         with pytest.raises(ValueError, match="`parents` must describe a chain for DeepseekV4DSparkForCausalLM"):
             rowwise.verify(tokens, parents)
