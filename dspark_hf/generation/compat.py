@@ -1,4 +1,4 @@
-"""What is private to Transformers, or differs between its versions; no other file knows such a name."""
+"""What is private to Transformers, or differs between its versions; `integration.py` wraps methods beside it."""
 
 from __future__ import annotations
 

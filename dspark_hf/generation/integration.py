@@ -25,7 +25,6 @@ from dspark_hf.generation.drafting.interface import Drafter
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
-
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
 _EXPECTED_ARGUMENTS = (
