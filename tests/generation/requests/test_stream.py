@@ -32,6 +32,7 @@ from tests.generation.schedulers import EveryThirdRound
 from tests.generation.test_sampling import OPTIONS, PROMPT
 from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
+from tests.thinning import slow
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_target
 
 # prompt lengths and new tokens: rows leave at different times, one at once; prompts both below and above the window
@@ -529,8 +530,16 @@ def test_targets_without_a_ragged_cache():
 V4_SIZES = ((3, 22), (40, 6), (17, 30), (1, 9), (8, 25), (2, 3), (29, 12), (5, 40))
 
 
-@pytest.mark.parametrize("indexer_dtype", [None, "fp4"])
-@pytest.mark.parametrize(("max_rows", "kind"), [(3, "scripted"), (2, "untrained"), (8, "scripted"), (1, "scripted")])
+@pytest.mark.parametrize(
+    ("max_rows", "kind", "indexer_dtype"),
+    [
+        (3, "scripted", None),
+        (2, "untrained", "fp4"),
+        *(slow(num, "scripted", dtype) for num in (1, 8) for dtype in (None, "fp4")),
+        slow(3, "scripted", "fp4"),
+        slow(2, "untrained", None),
+    ],
+)
 def test_cache_with_rows_of_its_own(max_rows, kind, indexer_dtype):
     """A request that joins, or leaves, changes the text of others in DeepSeek-V4's own cache."""
     rowwise = tiny_model(indexer_dtype=indexer_dtype)

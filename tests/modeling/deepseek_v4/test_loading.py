@@ -22,6 +22,7 @@ from tests.modeling.deepseek_v4.checkpoints import (
     logits,
     read_files,
 )
+from tests.thinning import slow
 
 STRICT = ("hc_", "attn_sink", "gate", "compressor", "head")
 
@@ -165,8 +166,9 @@ def test_all_on_one_device(checkpoints, device_map):
     assert_same_model(model, load(checkpoints["fp4"]))
 
 
-@pytest.mark.parametrize("use_dspark", [False, True], ids=["plain", "dspark"])
-@pytest.mark.parametrize("is_all", [False, True], ids=["layers", "all"])
+@pytest.mark.parametrize(
+    ("is_all", "use_dspark"), [(False, True), (True, True), slow(False, False), slow(True, False)]
+)
 def test_generation_from_disk(checkpoints, is_all, use_dspark):
     """A cache or a drafter cannot be used where layers, or the embedding too, are on disk."""
     whole = load(checkpoints["fp4"], dtype=torch.float32, keep_quantized=True)
