@@ -24,22 +24,14 @@ def verify(
     one that it likes less; token by token (Leviathan et al., Algorithm 1) it cannot. Whether there is a draft k + 1 to
     verify may depend on the first k drafts, as under that rule.
     """
-    num_drafts = draft_ids.shape[1]
-    weights = _prefix_weights(draft_ids, draft_probs, target_probs)
-    # chance of stopping behind k drafts where no later place was chosen; at the end of what is verified it is w_k
-    stops = torch.stack(
-        [_stop_chance(weights[:, k], draft_probs[:, k], target_probs[:, k]) for k in range(num_drafts)]
-        + [weights[:, num_drafts]],
-        dim=1,
-    )
-    places = torch.arange(num_drafts + 1, device=draft_ids.device)
-    stops = torch.where(places == num_verified[:, None], weights, stops)
-    is_chosen = (torch.rand_like(stops) < stops) & (places <= num_verified[:, None])
-    num_accepted = torch.where(is_chosen, places, 0).amax(1)
+    weights = prefix_weights(draft_ids, draft_probs, target_probs)
+    stops = stop_chances(weights, draft_probs, target_probs, num_verified)
+    places = torch.arange(stops.shape[1], device=stops.device)
+    num_accepted = torch.where(torch.rand_like(stops) < stops, places, 0).amax(1)
     return num_accepted, _bonus(num_accepted, num_verified, weights, draft_probs, target_probs)
 
 
-def _prefix_weights(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+def prefix_weights(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
     """Return w `(B, K + 1)`, the chance of every prefix of the drafts to be accepted."""
     num_drafts = draft_ids.shape[1]
     p_draft = draft_probs.gather(-1, draft_ids[..., None]).squeeze(-1)
@@ -51,10 +43,25 @@ def _prefix_weights(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor
     return torch.stack(weights, dim=1)
 
 
-def _stop_chance(weight: Tensor, p_draft: Tensor, p_target: Tensor) -> Tensor:
-    """Return the chance `(B)` of stopping here: of w, what the prefixes one draft longer leave over."""
+def stop_chances(weights: Tensor, draft_probs: Tensor, target_probs: Tensor, num_verified: Tensor) -> Tensor:
+    """Return the chance `(B, K + 1)` that k drafts are accepted, given that no more than k are.
+
+    Behind all verified drafts it is w_k; before, what is left of w_k by the prefixes that are one draft longer,
+    r_k / (r_k + 1 - w_k) with r_k the sum of max(w_k p_t - p_d, 0).
+    """
+    num_drafts = draft_probs.shape[1]
+    chances = [
+        _left_over(weights[:, k], draft_probs[:, k], target_probs[:, k]) if k < num_drafts else weights[:, k]
+        for k in range(num_drafts + 1)
+    ]
+    places = torch.arange(num_drafts + 1, device=weights.device)
+    before_end = torch.where(places < num_verified[:, None], torch.stack(chances, dim=1), 0.0)
+    return torch.where(places == num_verified[:, None], weights, before_end)
+
+
+def _left_over(weight: Tensor, p_draft: Tensor, p_target: Tensor) -> Tensor:
     left = (weight[:, None] * p_target - p_draft).clamp_min(0).sum(-1)
-    # left is w less the chance of a longer prefix; nothing is left, and nothing missing, where w = 1 and p_t = p_d
+    # nothing is left, and nothing is missing, where w = 1 and p_t = p_d
     return left / (left + 1 - weight).clamp_min(torch.finfo(left.dtype).tiny)
 
 
