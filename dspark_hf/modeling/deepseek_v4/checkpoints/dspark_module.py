@@ -13,9 +13,10 @@ from dspark_hf.modeling.deepseek_v4.checkpoints.loading import (
     parse_dtype,
     prepare,
     read_weights,
+    scale_name,
     set_parameter,
 )
-from dspark_hf.modeling.formats.deepseek_v4 import PREFIX, our_name
+from dspark_hf.modeling.formats.deepseek_v4 import PREFIX, is_for_images, our_name, reads_images, released_name
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS, read_index
 
 AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
@@ -54,11 +55,16 @@ def load_module(
             "out."
         )
     dtype = parse_dtype(dtype)
-    infos = read_index(name_or_path, PREFIX, **hub_options)
-    released = {our_name(name, config.num_hidden_layers): name for name in infos}
-    checkpoint = Checkpoint({ours: infos[name] for ours, name in released.items()}, {}, released)
+    num_stages = config.num_hidden_layers
+    is_left_out = is_for_images if reads_images(config.backbone_config) else None
+    infos = read_index(name_or_path, PREFIX, is_left_out=is_left_out, **hub_options)
+    stored = {our_name(name, num_stages): name for name in infos}
     with torch.device("meta"):
         drafter = cls(config)
+    # an error names a missing tensor as the files would, its scales too
+    expected = (ours for name, _ in drafter.named_parameters() for ours in (name, scale_name(name)))
+    names = {**{ours: released_name(ours, num_stages) for ours in expected}, **stored}
+    checkpoint = Checkpoint({ours: infos[name] for ours, name in stored.items()}, names)
     is_kept = dtype is None if keep_quantized is None else keep_quantized
     loadings = prepare(drafter, checkpoint, dtype=dtype, is_kept=is_kept)
     for loading, tensor in read_weights(checkpoint, loadings):
