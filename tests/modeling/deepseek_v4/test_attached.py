@@ -11,7 +11,7 @@ from transformers import configuration_utils
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
-from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
+from dspark_hf.modeling.deepseek_v4.linear import QuantizedWeight
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
 from dspark_hf.modeling.formats import tensors as reading
 from dspark_hf.modeling.formats.tensors import iterate_tensors, read_index
@@ -84,13 +84,13 @@ def test_drafts_are_those_of_the_oracle(folder):
 def test_kept_as_stored(folder):
     """The module is blown up to floating point although nobody asked for it, or a kept one fails."""
     drafter = DSparkAssistantModel.from_pretrained(folder)
-    assert any(isinstance(module, QuantizedLinear) for module in drafter.modules())
+    assert any(isinstance(module, QuantizedWeight) for module in drafter.modules())
     assert drafter.dtype == torch.bfloat16
     model = DeepseekV4DSparkForCausalLM.from_pretrained(folder)
     text = model.generate(_prompts(2), max_new_tokens=8, do_sample=False, assistant_model=drafter, eos_token_id=None)
     assert text.shape == (2, 29)
     drafter = DSparkAssistantModel.from_pretrained(folder, dtype=torch.float32)
-    assert not any(isinstance(module, QuantizedLinear) for module in drafter.modules())
+    assert not any(isinstance(module, QuantizedWeight) for module in drafter.modules())
 
 
 def test_only_where_there_is_one(folder, tmp_path):
