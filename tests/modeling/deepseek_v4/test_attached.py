@@ -117,6 +117,24 @@ def test_after_saving_under_our_own_names(folder, tmp_path):
         assert torch.equal(found, expected), name
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "fp8"])
+def test_rounds_its_keys_as_the_target_does(folder, cache_dtype):
+    """The drafter of a target with an 8-bit cache keeps keys that it was not trained with, or text changes by them."""
+    target = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32, cache_dtype=cache_dtype)
+    assert target.dspark.config.deepseek_v4.cache_dtype == cache_dtype
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = target.generate(_prompts(2), **options)
+    assert torch.equal(target.generate(_prompts(2), use_dspark=True, scheduler="fixed", **options), plain)
+    alone = DSparkAssistantModel.from_pretrained(folder, dtype=torch.float32, cache_dtype=cache_dtype)
+    states = torch.randn(1, 3, target.config.hidden_size)
+    keys = [
+        drafter.layers[0].keys_and_values(states, drafter.rotary_emb(torch.arange(3)[None], torch.float32))[0]
+        for drafter in (target.dspark, alone, DSparkAssistantModel.from_pretrained(folder, dtype=torch.float32))
+    ]
+    assert torch.equal(keys[0], keys[1])
+    assert torch.equal(keys[0], keys[2]) == (cache_dtype is None)
+
+
 def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
     """The drafter is read from another folder or revision than its target, or fetched twice."""
     shutil.copytree(folder, tmp_path / "below")
