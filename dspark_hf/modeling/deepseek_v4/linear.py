@@ -58,9 +58,9 @@ class QuantizedWeight(nn.Module):
         scale: as stored.
     """
 
-    # mypy cannot see what `nn.Module` registers
-    weight: nn.Parameter
-    scale: nn.Parameter
+    # of `nn.Linear` too, for whose sake it is a plain tensor to mypy
+    weight: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor, scale: Tensor):
         # not that of `nn.Linear`, which would make a weight in floating point
@@ -119,7 +119,7 @@ class _Product(torch.autograd.Function):
         return grouped_product(states, decoded, num_groups)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # as many as `forward` has arguments
         weight, scale = ctx.saved_tensors
         decoded = dequantize(weight, scale, gradient.dtype)
@@ -159,10 +159,10 @@ def swap_linears(module: nn.Module, stored: Mapping[str, _Stored], prefix: str =
                 "configuration that belongs to the checkpoint."
             )
         parts = [torch.empty(tuple(part.shape), dtype=part.dtype, device="meta") for part in (weight, scale)]
-        swapped = (
-            QuantizedGroupedLinear(*parts, child.num_groups)
+        swapped: QuantizedWeight = (
+            QuantizedGroupedLinear(parts[0], parts[1], child.num_groups)
             if isinstance(child, GroupedLinear)
-            else QuantizedLinear(*parts)
+            else QuantizedLinear(parts[0], parts[1])
         )
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, swapped)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import configuration_utils
+from transformers import AutoModelForCausalLM, configuration_utils
 
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -156,6 +156,17 @@ def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
     assert model.dspark.fc.weight.shape[0] == model.config.hidden_size
     assert {revision for _, revision, _ in asked} == {"pinned"}
     assert not any(is_forced for _, _, is_forced in asked[num_for_target:])
+
+
+@pytest.mark.parametrize("way", ["assistant_model", "custom_generate"])
+def test_transformers_own_class_is_refused_with_advice(folder, way):
+    """Whoever loads the target as usual reads that it is stateful, and not which class to load instead."""
+    native, drafter = AutoModelForCausalLM.from_pretrained(folder), DSparkAssistantModel.from_pretrained(folder)
+    options = {way: drafter if way == "assistant_model" else drafter.decode}
+    with pytest.raises(
+        ValueError, match=r"got 'DeepseekV4ForCausalLM'\. Load .*DeepseekV4DSparkForCausalLM\.from_pre"
+    ):
+        native.generate(_prompts(1), max_new_tokens=2, **options)
 
 
 @pytest.mark.parametrize(
