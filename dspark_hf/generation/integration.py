@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from dspark_hf.generation.call.checks import check_class
 from dspark_hf.generation.compat import EXPLICIT, KNOBS, SCHEDULER, SEAM, is_installed, is_set, scheduler_of_call
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
@@ -125,6 +126,8 @@ def _check_mode(original: Any) -> Any:
         generation_mode_kwargs: dict[str, Any],
     ) -> Any:
         if isinstance(generation_mode_kwargs.get("assistant_model"), Drafter):
+            # the original refuses it too, and does not say what to do
+            check_class(self)
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
                     f"`num_beams` must be 1 when a drafter assists, got the mode {generation_mode.value!r}. Use "

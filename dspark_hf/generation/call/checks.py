@@ -14,6 +14,9 @@ from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling.choosing import choose_scheduler
 from dspark_hf.generation.scheduling.interface import Scheduler
 
+# model types whose classes in Transformers cannot take tokens back, and our classes that can, of other types
+_OUR_CLASSES = {"deepseek_v4": "DeepseekV4DSparkForCausalLM"}
+
 
 @dataclass(frozen=True)
 class SpeculationOptions:
@@ -68,6 +71,7 @@ def check_request(
 
     `num_drafts` are made per round at most; `shares_passes` says whether other requests run in the same passes.
     """
+    check_class(model)
     if model.config.is_encoder_decoder:
         _refuse("`assistant_model`", "assist a decoder-only target", f"the encoder-decoder {type(model).__name__}")
     if is_stateful(model):
@@ -88,6 +92,18 @@ def check_request(
         num_drafts=num_drafts,
         shares_passes=shares_passes,
     )
+
+
+def check_class(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` that names our class if `model` is one of Transformers' that has a twin with a rollback."""
+    ours = _OUR_CLASSES.get(getattr(model.config, "model_type", ""))
+    if ours is not None:
+        _refuse(
+            "`assistant_model`",
+            f"assist a target whose cache can be rolled back, for this model type a {ours}",
+            type(model).__name__,
+            f"Load the checkpoint with `dspark_hf.{ours}.from_pretrained`.",
+        )
 
 
 def check_cache(cache: Any) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkModel
-from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
+from dspark_hf.modeling.deepseek_v4.linear import QuantizedWeight
 from dspark_hf.modeling.formats.deepseek_v4 import PREFIX
 from tests.closeness import assert_same_up_to_rounding, relative_difference
 from tests.modeling.deepseek_v4.checkpoints import (
@@ -28,7 +28,7 @@ STRICT = ("hc_", "attn_sink", "gate", "compressor", "head")
 
 
 def _is_kept(model) -> bool:
-    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return any(isinstance(module, QuantizedWeight) for module in model.modules())
 
 
 @pytest.mark.parametrize("experts", ["fp4", "fp8"])
@@ -67,7 +67,7 @@ def test_dtypes(checkpoints, experts, dtype):
     assert model.dtype == model.config.dtype == (dtype or torch.bfloat16)
     for own, parameter in model.named_parameters():
         name = own.removeprefix("model.")
-        is_quantized = isinstance(model.get_submodule(own.rpartition(".")[0]), QuantizedLinear)
+        is_quantized = isinstance(model.get_submodule(own.rpartition(".")[0]), QuantizedWeight)
         if is_quantized or not stored[name].dtype.is_floating_point and name.endswith("tid2eid"):
             wanted = stored[name].dtype
         elif any(part in name for part in STRICT):
