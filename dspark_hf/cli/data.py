@@ -87,11 +87,11 @@ def data(
     Prompts come from a file, from a dataset, or, without either, from the target itself.
     """
     # imported here, so that the help is instant
-    from dspark_hf.data.journal import InUseError
     from dspark_hf.data.server import ServerError
     from dspark_hf.data.session import DataOptions, collect
     from dspark_hf.data.sources import NoNewPromptsError
     from dspark_hf.data.writers import DEFAULT_SAMPLINGS, Sampling
+    from dspark_hf.journal import InUseError
 
     try:
         options = DataOptions(

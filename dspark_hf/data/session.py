@@ -11,7 +11,6 @@ from typing import Any
 from transformers import AutoConfig
 
 from dspark_hf.data.collection import Collection, CollectionPlan, Collector
-from dspark_hf.data.journal import Journal
 from dspark_hf.data.server import ServerWriter
 from dspark_hf.data.sources import (
     HeldOut,
@@ -19,9 +18,11 @@ from dspark_hf.data.sources import (
     PromptSource,
     SelfWrittenPrompts,
     for_base_model,
+    open_prompts,
     read_dataset,
 )
 from dspark_hf.data.writers import DEFAULT_SAMPLINGS, LocalWriter, Sampling, Writer
+from dspark_hf.journal import Journal
 from dspark_hf.loading import check_dtype, first_line, load_target, load_tokenizer
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
@@ -177,7 +178,7 @@ def collect(options: DataOptions) -> CollectionResult:
         listed = None if options.is_self_written else _listed_prompts(options, tokenizer, held_out)
         journal = None
         if listed is None:
-            journal = stack.enter_context(Journal(options.output.with_name(options.output.name + ".prompts")))
+            journal = stack.enter_context(open_prompts(options.output.with_name(options.output.name + ".prompts")))
         writer = _make_writer(options, tokenizer)
         source: PromptSource = listed or _self_written(options, writer, tokenizer, journal, held_out)
         plan = CollectionPlan(
