@@ -103,6 +103,7 @@ def train(
 
     from dspark_hf.loading import load_target, load_tokenizer
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+    from dspark_hf.training.checkpoints import RESULT, check_output
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
 
@@ -118,6 +119,7 @@ def train(
     }
     chosen.update({name: value for name, value in given.items() if value is not None})
     try:
+        check_output(output)
         layer_ids = _layer_ids(target_layers)
         arguments = _arguments(
             output,
@@ -164,10 +166,14 @@ def train(
         trainer = DSparkTrainer(start, model, arguments, training, held_out, processing_class=tokenizer)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. The same command goes on from the newest checkpoint in {output}, if any.", err=True)
+        raise typer.Exit(130) from None
     if trainer.is_world_process_zero():
-        save_trained(trainer, output / "drafter")
-        typer.echo(f"Saved: {output / 'drafter'} (held-out tau {trainer.best_tau:.2f})")
+        save_trained(trainer, output / RESULT)
+        typer.echo(f"Saved: {output / RESULT} (held-out tau {trainer.best_tau:.2f})")
 
 
 def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
