@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 # a model's configuration has some kilobytes, the index of the largest checkpoints some megabytes
 _MAX_JSON_BYTES = 64 << 20
+_MAX_LINE = 64 << 20
 # what is often found in the place of weights, by its first bytes
 _NO_WEIGHTS = {
     b"version https://git-lfs": "is a Git LFS pointer in the place of the weights: fetch them with `git lfs pull`",
@@ -42,6 +44,57 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"holds no JSON object but {fields!r:.60}")
     return fields
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of every line that is not empty.
+
+    Raises:
+        ValueError: if it is no file, or a line is no UTF-8 or longer than any text; the message names the line.
+    """
+    if not path.is_file():
+        raise ValueError(f"`{path}` must be a file, got something else of that name. Correct the path.")
+    # what is no UTF-8 becomes halves of characters, which cannot be encoded again
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        number = 0
+        while line := lines.readline(_MAX_LINE):
+            number += 1
+            if len(line) == _MAX_LINE:
+                raise ValueError(f"`{path}` must hold shorter lines, got {_MAX_LINE:,} characters on line {number}.")
+            if not is_text(line):
+                byte = next(character for character in line if not is_text(character))
+                raise ValueError(
+                    f"`{path}` must be UTF-8, got the byte {ord(byte) & 0xFF:#04x} on line {number}. Save the file as "
+                    "UTF-8, or remove the line."
+                )
+            if line.strip():
+                yield number, line
+
+
+def parse_line(path: Path, number: int, line: str, remedy: str) -> Any:
+    """Return the JSON of one line of a file.
+
+    Raises:
+        ValueError: if it is none; the message names file and line.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        why = "too deep" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+        raise ValueError(
+            f"`{path}` must hold one JSON object a line, got {line.strip()[:60]!r} on line {number} ({why}). {remedy}"
+        ) from error
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text that can be written: JSON's escapes may stand for halves of characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def weights_damage(path: Path) -> str | None:

@@ -147,7 +147,7 @@ def train(
             device=str(arguments.device) if target_device == "auto" else target_device,
             quantization=quantization.value,
         )
-        training, held_out = _read(data, tokenizer, max_length, num_held_out)
+        training, held_out = _read(data, tokenizer, max_length, num_held_out, _vocab_size(model))
         set_seed(seed)
         if drafter is not None:
             start = DSparkAssistantModel.from_pretrained(drafter, dtype="float32")
@@ -193,7 +193,7 @@ def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
 
 
 def _read(
-    data: list[Path], tokenizer: Any, max_length: int, num_held_out: int
+    data: list[Path], tokenizer: Any, max_length: int, num_held_out: int, vocab_size: int
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return training and held-out conversations; every file gives its share of the latter."""
     from dspark_hf.training.conversations import read_conversations, split_held_out
@@ -203,7 +203,7 @@ def _read(
     for path in data:
         if not path.is_file():
             raise ValueError(f"`--data` must be files, got {str(path)!r}, which is none. `dspark-hf data` writes one.")
-        conversations = read_conversations(path, tokenizer, max_length=max_length)
+        conversations = read_conversations(path, tokenizer, max_length=max_length, vocab_size=vocab_size)
         if len(conversations) < 2:
             raise ValueError(
                 f"`--data` must hold at least 2 conversations a file, got {len(conversations)} in {str(path)!r}. "
@@ -214,6 +214,10 @@ def _read(
         training += kept
         held_out += apart
     return training, held_out
+
+
+def _vocab_size(target: Any) -> int:
+    return target.get_input_embeddings().num_embeddings
 
 
 def _layer_ids(text: str | None) -> list[int] | None:
