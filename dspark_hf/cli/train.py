@@ -103,6 +103,7 @@ def train(
 
     from dspark_hf.loading import load_target, load_tokenizer
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+    from dspark_hf.training.checkpoints import RESULT, check_output
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
 
@@ -118,6 +119,7 @@ def train(
     }
     chosen.update({name: value for name, value in given.items() if value is not None})
     try:
+        check_output(output)
         layer_ids = _layer_ids(target_layers)
         arguments = _arguments(
             output,
@@ -145,7 +147,7 @@ def train(
             device=str(arguments.device) if target_device == "auto" else target_device,
             quantization=quantization.value,
         )
-        training, held_out = _read(data, tokenizer, max_length, num_held_out)
+        training, held_out = _read(data, tokenizer, max_length, num_held_out, _vocab_size(model))
         set_seed(seed)
         if drafter is not None:
             start = DSparkAssistantModel.from_pretrained(drafter, dtype="float32")
@@ -164,10 +166,14 @@ def train(
         trainer = DSparkTrainer(start, model, arguments, training, held_out, processing_class=tokenizer)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. The same command goes on from the newest checkpoint in {output}, if any.", err=True)
+        raise typer.Exit(130) from None
     if trainer.is_world_process_zero():
-        save_trained(trainer, output / "drafter")
-        typer.echo(f"Saved: {output / 'drafter'} (held-out tau {trainer.best_tau:.2f})")
+        save_trained(trainer, output / RESULT)
+        typer.echo(f"Saved: {output / RESULT} (held-out tau {trainer.best_tau:.2f})")
 
 
 def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
@@ -187,7 +193,7 @@ def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
 
 
 def _read(
-    data: list[Path], tokenizer: Any, max_length: int, num_held_out: int
+    data: list[Path], tokenizer: Any, max_length: int, num_held_out: int, vocab_size: int
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return training and held-out conversations; every file gives its share of the latter."""
     from dspark_hf.training.conversations import read_conversations, split_held_out
@@ -197,7 +203,7 @@ def _read(
     for path in data:
         if not path.is_file():
             raise ValueError(f"`--data` must be files, got {str(path)!r}, which is none. `dspark-hf data` writes one.")
-        conversations = read_conversations(path, tokenizer, max_length=max_length)
+        conversations = read_conversations(path, tokenizer, max_length=max_length, vocab_size=vocab_size)
         if len(conversations) < 2:
             raise ValueError(
                 f"`--data` must hold at least 2 conversations a file, got {len(conversations)} in {str(path)!r}. "
@@ -208,6 +214,10 @@ def _read(
         training += kept
         held_out += apart
     return training, held_out
+
+
+def _vocab_size(target: Any) -> int:
+    return target.get_input_embeddings().num_embeddings
 
 
 def _layer_ids(text: str | None) -> list[int] | None:

@@ -85,6 +85,19 @@ def test_trains_a_drafter_that_drafts(folder: Path) -> None:
     assert torch.equal(plain, target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=drafter))
 
 
+def test_folders_of_others_are_left_alone(folder: Path) -> None:
+    """Somebody's folder is removed, without a word, because of its name."""
+    thesis = folder / "project" / "drafter" / "thesis.txt"
+    export = folder / "project" / "checkpoint-500" / "model.safetensors"
+    for path in (thesis, export):
+        path.parent.mkdir(parents=True)
+        path.write_text("precious")
+    code, output = _run(folder, "project")
+    assert code == 2
+    assert "must be a folder that only training writes to" in output
+    assert thesis.read_text() == export.read_text() == "precious"
+
+
 @pytest.mark.parametrize("head", ["gated", "rnn", "none"])
 def test_all_heads(head: str, folder: Path) -> None:
     """A kind of head could not be trained from the command line."""

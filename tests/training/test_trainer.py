@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def test_an_interrupted_run_continues_the_same(optimizer: str, tmp_path: Path) -
     # as if the crash had come while a checkpoint was being written
     torn = tmp_path / "cut" / "checkpoint-5"
     torn.mkdir()
+    shutil.copy(tmp_path / "cut" / "checkpoint-4" / "config.json", torn)
     (torn / "model.safetensors").write_bytes(b"half")
     resumed = _trainer(tmp_path / "cut", target, texts, drafter_options, **options)
     resumed.train()
