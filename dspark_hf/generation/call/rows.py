@@ -234,7 +234,7 @@ class CallRows:
         """Return what `generate` returns."""
         self._stream.end()
         sequences = self._sequences.padded()
-        cache = target.returned_cache() if self._returns_cache else None
+        cache = target.returned_cache(sequences) if self._returns_cache else None
         if not self._recorder.returns_dict:
             return sequences
         return self._recorder.build(sequences, cache, self.statistics)
