@@ -46,9 +46,14 @@ def scheduler_of_call(generation_config: GenerationConfig) -> Any:
     return getattr(generation_config, SCHEDULER, None)
 
 
+def user_function(processor: Any) -> Any:
+    """Return the `prefix_allowed_tokens_fn` of a `PrefixConstrainedLogitsProcessor`."""
+    return processor._prefix_allowed_tokens_fn
+
+
 def bind_row(processor: PrefixConstrainedLogitsProcessor, row: int) -> PrefixConstrainedLogitsProcessor:
     """Return the processor as it acts on one row of the batch."""
-    allowed = processor._prefix_allowed_tokens_fn
+    allowed = user_function(processor)
     # several returned sequences of one prompt share its number
     number = row // processor._num_beams
     return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(number, ids), 1)

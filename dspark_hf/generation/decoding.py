@@ -26,6 +26,7 @@ from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.scheduling.estimator import top_margin
 from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
+from dspark_hf.generation.stepwise import accept_in_steps
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
@@ -134,8 +135,8 @@ class Rounds:
         last = torch.tensor(target_pass.num_tokens, device=target_pass.positions.device) - 1
         self._num_processed = (target_pass.positions.gather(1, last[:, None])[:, 0] + 1).tolist()
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, target_pass.num_tokens)
-        scores = rows.scores(target_pass, target_pass.positions[:, :0])
-        choices = _draw(scores[:, 0], rows.probabilities(scores[:, 0]))
+        nothing = [0] * len(target_pass.num_tokens)
+        scores, _, choices = self._accept(target_pass, target_pass.positions[:, :0], None, nothing)
         rows.commit(target_pass, scores, list(choices[:, None]), None)
         self.drop_rows()
 
@@ -150,8 +151,8 @@ class Rounds:
                 record.num_verified = self._schedule.admit(drafted, batch)
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
-            scores = rows.scores(target_pass, tokens[:, 1:])
-            record.num_accepted, bonus = self._accept(drafted, record.num_verified, scores)
+            judged = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
+            scores, record.num_accepted, bonus = judged
             new_tokens = _accepted_tokens(tokens, record.num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
             self._keep(target_pass, num_kept)
@@ -213,12 +214,15 @@ class Rounds:
         return target_pass
 
     def _accept(
-        self, drafted: DraftedBlock | None, num_verified: list[int], scores: Tensor
-    ) -> tuple[list[int], Tensor]:
-        """Return how many drafts each row accepts, and every row's bonus token `(b,)`."""
+        self, target_pass: TargetPass, drafts: Tensor, drafted: DraftedBlock | None, num_verified: list[int]
+    ) -> tuple[Tensor, list[int], Tensor]:
+        """Return the pass's scores `(b, W, V)`, how many drafts each row accepts, and its bonus token `(b,)`."""
+        if self._rows.accept_in_steps:
+            return accept_in_steps(self._rows, target_pass, drafts, drafted, num_verified)
+        scores = self._rows.scores(target_pass, drafts)
         num_drafts = scores.shape[1] - 1
         if drafted is None or num_drafts == 0:
-            return [0] * len(num_verified), _draw(scores[:, 0], self._rows.probabilities(scores[:, 0]))
+            return scores, [0] * len(num_verified), _draw(scores[:, 0], self._rows.probabilities(scores[:, 0]))
         limits = torch.tensor(num_verified, device=scores.device)
         draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
         target_probs = self._rows.probabilities(scores)
@@ -227,7 +231,7 @@ class Rounds:
         else:
             draft_probs = drafted.probs[:, :num_drafts].to(scores.device)
             num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits)
-        return num_accepted.tolist(), bonus
+        return scores, num_accepted.tolist(), bonus
 
     def _keep(self, target_pass: TargetPass, num_kept: list[int]) -> None:
         """Roll the target back to the kept tokens, and let the drafter read their hidden states."""

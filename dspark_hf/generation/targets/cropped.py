@@ -150,7 +150,7 @@ class SingleRowTarget:
             "`target.generate` for each request."
         )
 
-    def returned_cache(self) -> Any:
+    def returned_cache(self, sequences: Tensor) -> Any:
         """Return the cache."""
         return self._cache
 

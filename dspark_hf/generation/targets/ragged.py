@@ -68,8 +68,8 @@ class RaggedTarget:
         if ragged is not None:
             check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._set_token_types(embedded_types(adapter, model_kwargs.get("token_type_ids")))
-            ragged.adopt(mask[:, :past_length])
-        # left padding is gone once the prompts are packed; a returned cache has its columns again
+            ragged.adopt(mask, past_length)
+        # padding is gone once the prompts are packed; a returned cache has its columns again
         missing: list[int] = (~self._new_mask).sum(-1).tolist()
         self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
         self._is_filled = False
@@ -161,9 +161,25 @@ class RaggedTarget:
         self.cache.append_rows(other.cache)
         self._num_padded = self._num_padded + other._num_padded
 
-    def returned_cache(self) -> Any:
+    def returned_cache(self, sequences: Tensor) -> Any:
         """Return a cache as plain `generate` would; one that the user brought is filled in place."""
+        self._process_rest(sequences)
         return self.cache.returned(self._num_padded)
+
+    def _process_rest(self, sequences: Tensor) -> None:
+        """Process what plain `generate` has of rows that ended early: their last token, and padding behind it."""
+        ends = [padded + length for padded, length in zip(self._num_padded, self._lengths(), strict=True)]
+        missing = [max(ends) - end for end in ends]
+        width = max(missing)
+        if not width:
+            return
+        # the last token of the longest row is not processed
+        rest = sequences.new_zeros(len(missing), width)
+        for row, count in enumerate(missing):
+            rest[row, :count] = sequences[row, sequences.shape[1] - 1 - count : -1]
+        self._starts, self._width, self._tree = self._lengths(), width, None
+        self._run(rest.to(self._model.device), missing, torch.tensor([width - 1], device=self._model.device))
+        self.keep([range(count) for count in missing])
 
     def release(self) -> None:
         """Take back what an interrupted round left in a cache of the user's."""

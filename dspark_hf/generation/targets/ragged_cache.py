@@ -23,6 +23,7 @@ from dspark_hf.generation.compat import (
     is_placeholder_layer,
 )
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
+from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.masks import visible_slots
 from dspark_hf.generation.targets.padding import pack_order
 from dspark_hf.generation.targets.trees import Tree, is_front
@@ -85,6 +86,7 @@ class RaggedCache(Cache):
     def __init__(self, model: PreTrainedModel, batch_size: int, given: Any = None):
         self._model, self._given = model, given
         self._rows = RaggedLengths(batch_size, model.device)
+        self._columns: SlotColumns | None = None
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
         template = empty_cache_like(model)
@@ -105,9 +107,14 @@ class RaggedCache(Cache):
         """How many tokens of every row are kept."""
         return self._rows.host
 
-    def adopt(self, mask: Tensor) -> None:
-        """Take over the tokens of the left-padded cache that was given, which `mask` `(B, S)` marks."""
-        if mask.shape[1] == 0:
+    def adopt(self, mask: Tensor, past_length: int) -> None:
+        """Take over the tokens of the padded cache that was given, of `past_length` columns.
+
+        `mask` `(B, S)` marks the columns with a token, those of the prompts included.
+        """
+        self._columns = SlotColumns(mask)
+        mask = mask[:, :past_length]
+        if past_length == 0:
             return
         order, counts = pack_order(mask)
         for layer, source in zip(self.layers, self._given.layers, strict=True):
@@ -156,7 +163,10 @@ class RaggedCache(Cache):
 
     def _mask(self, positions: Tensor, window: int | None, tree: Tree | None) -> Tensor:
         num_slots = max(self._rows.host) + positions.shape[1]
-        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree)[:, None]
+        columns = self._columns if self._columns is not None and self._columns.have_holes else None
+        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree, columns=columns)[
+            :, None
+        ]
         if attention_implementation(self._model) != "eager":
             return visible
         dtype = self._model.dtype
@@ -179,6 +189,8 @@ class RaggedCache(Cache):
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self._rows.select_rows(rows)
+        if self._columns is not None:
+            self._columns.select_rows(rows)
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.store.select_rows(rows)
@@ -186,19 +198,23 @@ class RaggedCache(Cache):
     def append_rows(self, other: RaggedCache) -> None:
         """Append the rows of another cache of the same model."""
         self._rows.append_rows(other._rows)
+        if self._columns is not None and other._columns is not None:
+            self._columns.append_rows(other._columns)
         for layer, new in zip(self.layers, other.layers, strict=True):
             if isinstance(layer, RaggedLayer) and isinstance(new, RaggedLayer) and layer.is_initialized:
                 layer.store.append_rows(new.store)
 
     def returned(self, num_padded: Sequence[int]) -> Any:
-        """Return the given cache, filled with left-padded rows; what follows a finished row's end is zero."""
+        """Return the given cache, filled with every row's tokens in their columns, zeros between them."""
         lengths = self._rows.host
-        width = max(start + length for start, length in zip(num_padded, lengths, strict=True))
+        assert self._columns is not None
+        slots = torch.arange(max(lengths), device=self._rows.device.device).expand(len(lengths), -1)
+        columns = self._columns.of(slots)
         padded = empty_cache_like(self._model)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, RaggedLayer) and layer.store.keys is not None and layer.store.values is not None:
-                keys = _left_padded(layer.store.keys, num_padded, lengths, width)
-                values = _left_padded(layer.store.values, num_padded, lengths, width)
+                keys = _padded(layer.store.keys, columns, lengths)
+                values = _padded(layer.store.values, columns, lengths)
                 padded.update(keys, values, index)
         self._given.layers = padded.layers
         return self._given
@@ -207,10 +223,12 @@ class RaggedCache(Cache):
         """Nothing: a cache of the user's is filled only when it is returned."""
 
 
-def _left_padded(states: Tensor, starts: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
+def _padded(states: Tensor, columns: Tensor, lengths: Sequence[int]) -> Tensor:
+    columns = columns.to(states.device)
+    width = max(int(columns[row, length - 1]) + 1 for row, length in enumerate(lengths))
     padded = states.new_zeros(states.shape[0], states.shape[1], width, states.shape[3])
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        padded[row, :, start : start + length] = states[row, :, :length]
+    for row, length in enumerate(lengths):
+        padded[row, :, columns[row, :length]] = states[row, :, :length]
     return padded
 
 
