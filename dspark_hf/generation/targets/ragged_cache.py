@@ -23,6 +23,7 @@ from dspark_hf.generation.compat import (
     is_placeholder_layer,
 )
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
+from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.generation.targets.masks import visible_slots
 from dspark_hf.generation.targets.padding import pack_order
 from dspark_hf.generation.targets.trees import Tree, is_front
@@ -84,7 +85,7 @@ class RaggedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, batch_size: int, given: Any = None):
         self._model, self._given = model, given
-        self._rows = RaggedLengths(batch_size, model.device)
+        self._rows = RaggedLengths(batch_size, input_device(model))
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
         template = empty_cache_like(model)
