@@ -66,7 +66,9 @@ def config_for_target(
         "rms_norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(config)},
         "max_position_embeddings": getattr(config, "max_position_embeddings", 32768),
-        "target_layer_ids": _spaced_layer_ids(num_layers) if target_layer_ids is None else list(target_layer_ids),
+        "target_layer_ids": _default_layer_ids(config, num_layers)
+        if target_layer_ids is None
+        else list(target_layer_ids),
         "num_target_layers": num_layers,
         "mask_token_id": _default_mask_token_id(config) if mask_token_id is None else mask_token_id,
         # copied attention weights know no query and key norm unless the target's do
@@ -113,6 +115,13 @@ def _last_layer_config(config: Any) -> Any:
     return (
         config.per_layer_config[config.num_hidden_layers - 1] if getattr(config, "is_heterogeneous", False) else config
     )
+
+
+def _default_layer_ids(config: Any, num_layers: int) -> list[int]:
+    # Llama 3.2 Vision leaves these out where there is no image
+    skipped = set(getattr(config, "cross_attention_layers", None) or ())
+    run = [layer_id for layer_id in range(num_layers) if layer_id not in skipped]
+    return sorted({max((i for i in run if i <= wanted), default=run[0]) for wanted in _spaced_layer_ids(num_layers)})
 
 
 def _spaced_layer_ids(num_layers: int, count: int = 5) -> list[int]:

@@ -106,6 +106,12 @@ class TargetAdapter:
 
     def pop_context_hidden_states(self) -> Tensor:
         """Return the tapped hidden states `(B, T, M * D)` of the forward pass that just ran, and forget them."""
+        missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._captured]
+        if missing:
+            raise ValueError(
+                f"`target_layer_ids` must be layers that every pass runs, got {missing} of "
+                f"{type(self.model).__name__}, which were left out. Make a drafter that reads others."
+            )
         device = self._captured[self.layer_ids[-1]].device
         states = torch.cat([self._captured[layer_id].to(device) for layer_id in self.layer_ids], dim=-1)
         self._captured.clear()

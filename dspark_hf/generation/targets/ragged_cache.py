@@ -39,9 +39,28 @@ class RaggedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, lengths: RaggedLengths):
-        super().__init__()
         self._lengths = lengths
         self.store = RaggedStore()
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """None before the first pass: whoever reads keys by column would take one row's slots for another's.
+
+        Raises:
+            ValueError: later on.
+        """
+        if self.store.keys is None:
+            return None
+        raise ValueError(
+            "`assistant_model` must be left out for several rows, or padded ones, of a target that reads its cache by "
+            "itself, got one. Generate the rows one by one, unpadded."
+        )
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        # Transformers' layers begin with None
+        assert states is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the store makes room when it is written."""
@@ -236,6 +255,14 @@ def _attention_kinds(config: PreTrainedConfig) -> set[str]:
     # GPT-Neo's window, and biases by distance, are counted in columns, which are no positions here
     if "local" in (getattr(config, "attention_layers", None) or ()):
         kinds.add("local")
+    # these read or copy layers of the cache themselves, past the layers' own methods
+    if getattr(config, "cross_attention_layers", None):
+        kinds.add("cross_attention")
+    if getattr(config, "n_recurrent_loops", None):
+        kinds.add("recurrent_loops")
+    # transformers 5.24: plain `generate` shows GIT its padding where there is no image
+    if config.model_type == "git":
+        kinds.add("image_prefix")
     if getattr(config, "alibi", False):
         kinds.add("alibi")
     return kinds

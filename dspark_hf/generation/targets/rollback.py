@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 
 from dspark_hf.generation.compat import CACHE_KEY, is_stateful, makes_own_cache
 
+# once their cache holds something, these take one token a pass, or reckon with all tokens from the start
+_ONE_BY_ONE = ("cpmant", "prophetnet", "xlm")
+
 
 def check_rollback(model: PreTrainedModel) -> None:
     """Raise a `ValueError` that says why, if rejected drafts would leave a trace in what `model` remembers.
@@ -26,4 +29,9 @@ def check_rollback(model: PreTrainedModel) -> None:
         raise ValueError(
             "`target` must have a cache of Transformers, which can be rolled back, got "
             f"{type(model).__name__}, which has {'one of its own' if makes_own_cache(model) else 'none'}. {remedy}"
+        )
+    if model.config.model_type in _ONE_BY_ONE:
+        raise ValueError(
+            "`target` must take several tokens a pass where its cache holds some already, got "
+            f"{type(model).__name__}. {remedy}"
         )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from dspark_hf import DSparkAssistantModel, generate_stream
+from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.decoding import decode
+from dspark_hf.generation.ragged_store import RaggedLengths
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.prompts import check_inputs
+from dspark_hf.generation.targets.ragged_cache import RaggedLayer
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.tiny import tiny_target
@@ -275,3 +281,43 @@ def test_short_convolutions():
     _assert_identical(model, 1)
     with pytest.raises(ValueError, match=r"unless the target has full or sliding attention.*\['conv', "):
         _assert_identical(model, 3)
+
+
+def test_assertions_about_passes_are_not_what_a_user_reads():
+    """A target that takes one token a pass fails with an assertion of its own in the first verify pass."""
+    sizes = {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48, "ngram": 2}
+    config = AutoConfig.for_model("prophetnet", vocab_size=64, hidden_size=32, is_encoder_decoder=False, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="`target` must take several tokens a pass.*ProphetNetForCausalLM"):
+        DSparkAssistantModel.from_target(model)
+
+
+def test_cache_that_is_not_filled(target, drafter):
+    """A target that passes over the cache it is given decodes every draft without the text before it."""
+
+    def forward(self, *args, **kwargs):
+        kwargs[CACHE_KEY] = None
+        return type(self).forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target.model, "forward", MethodType(forward, target.model))
+        with pytest.raises(ValueError, match="must hold every token once in the cache it is given, got 0 after 11"):
+            _generate(target, drafter)
+
+
+def test_caches_that_are_read_by_column():
+    """Rows of their own lengths are read by column, one row's tokens for another's."""
+    layer = RaggedLayer(RaggedLengths(2, torch.device("cpu")))
+    assert layer.keys is None
+    layer.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))
+    with pytest.raises(ValueError, match="a target that reads its cache by itself"):
+        _ = layer.keys
+
+
+def test_images_are_called_by_the_users_name():
+    """The message names what Transformers made of the argument, which the user never passed."""
+    adapter = TargetAdapter(tiny_target())
+    given = {"input_ids": None, "mm_encoder_outputs": {"image": object()}, "use_cache": True}
+    with pytest.raises(ValueError, match=r"got \['pixel_values'\]"):
+        check_inputs(adapter, GenerationConfig(), given)
+    check_inputs(adapter, GenerationConfig(), {**given, "mm_encoder_outputs": {}})
