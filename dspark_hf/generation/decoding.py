@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from dspark_hf.generation.call.checks import check_request, read_options
+from dspark_hf.generation.call.checks import check_request
+from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.call.outputs import DSparkGenerateOutput
 from dspark_hf.generation.call.rows import CallRows
 from dspark_hf.generation.compat import CACHE_KEY, was_given_by_user
@@ -129,7 +130,7 @@ class Rounds:
     def prefill(self) -> None:
         """Process the prompts and commit every row's first token."""
         rows = self._rows
-        with self._statistics.timed("prefill_seconds", self._adapter.model.device):
+        with self._statistics.timed("prefill_seconds", self._adapter.device):
             target_pass = self._target.prefill()
         self._statistics.num_target_passes += 1
         last = torch.tensor(target_pass.num_tokens, device=target_pass.positions.device) - 1
@@ -162,7 +163,7 @@ class Rounds:
         """Take rows that are over out of the batch and the caches."""
         staying = self._rows.leave()
         if staying:
-            index = torch.tensor(staying, device=self._adapter.model.device)
+            index = torch.tensor(staying, device=self._adapter.device)
             self._target.select_rows(index)
             self._context.select_rows(index)
             self._num_processed = [self._num_processed[i] for i in staying]
@@ -190,7 +191,7 @@ class Rounds:
             return None
         positions = torch.tensor(self._num_processed, device=anchors.device)
         self._margins = []
-        with self._statistics.timed("draft_seconds", self._adapter.model.device):
+        with self._statistics.timed("draft_seconds", self._adapter.device):
             drafted = self._context.draft(anchors, positions, num_drafts, self._sample_draft)
         if drafted.parents is not None:
             raise ValueError(
@@ -208,8 +209,8 @@ class Rounds:
 
     def _verify(self, tokens: Tensor, parents: Tensor | None) -> TargetPass:
         """Return the target's pass over `tokens` `(b, W)`, which continue each other as `parents` say."""
-        with self._statistics.timed("verify_seconds", self._adapter.model.device):
-            target_pass = self._target.verify(tokens.to(self._adapter.model.device), parents)
+        with self._statistics.timed("verify_seconds", self._adapter.device):
+            target_pass = self._target.verify(tokens.to(self._adapter.device), parents)
         self._statistics.num_target_passes += 1
         return target_pass
 

@@ -135,10 +135,11 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             overrides: other fields of `DSparkConfig`.
 
         Raises:
-            ValueError: if `target` is an encoder-decoder, or a field breaks a rule of `DSparkConfig`, or `warm_start`
-                finds no layer that fits.
+            ValueError: if no drafter can assist `target`, an encoder-decoder for example, or a field breaks a rule of
+                `DSparkConfig`, or `warm_start` finds no layer that fits.
         """
-        adapter = TargetAdapter(from_target.check_decoder_only(target))
+        target = from_target.check_servable(target)
+        adapter = TargetAdapter(target)
         config = from_target.config_for_target(
             adapter,
             block_size=block_size,
@@ -158,7 +159,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if warm_start:
             copy_last_layers(adapter, drafter)
         dtype = target.dtype if target.dtype.is_floating_point else torch.float32
-        drafter.to(device=target.device, dtype=dtype)  # type: ignore[call-arg]  # Transformers hides the signature
+        drafter.to(device=adapter.device, dtype=dtype)  # type: ignore[call-arg]  # Transformers hides the signature
         return drafter.eval()
 
     @classmethod

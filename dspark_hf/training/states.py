@@ -67,8 +67,8 @@ class StateSource:
         if not sequences:
             return []
         model, width = self._target.model, self._target.hidden_size
-        input_ids = pad_sequence(sequences, batch_first=True).to(model.device)
-        with self._target, torch.autocast(model.device.type, self._dtype, enabled=self._dtype != model.dtype):
+        input_ids = pad_sequence(sequences, batch_first=True).to(self._target.device)
+        with self._target, torch.autocast(self._target.device.type, self._dtype, enabled=self._dtype != model.dtype):
             output = model.get_decoder()(input_ids=input_ids, use_cache=False)
             context = self._target.pop_context_hidden_states().to(torch.bfloat16)
             # rounded first: probabilities taken from the stored states sum to one with a sum over the same states

@@ -76,12 +76,14 @@ class Drafter(ABC):
     """A model that proposes blocks of tokens from the target's hidden states.
 
     `scheduler` says how many drafts are made and verified: a name, a `Scheduler`, or None for the adaptive one; what
-    a call says goes before. `last_statistics` holds what the last call of `generate` measured. Several threads may
+    a call says goes before, or the target's generation configuration; what `generation_config` recommends, if there is
+    one, comes last. `last_statistics` holds what the last call of `generate` measured. Several threads may
     use a drafter at once; what each of them measured is in its output with `return_dict_in_generate=True`.
     """
 
     # Transformers evaluates annotations when the class is made, and schedulers know drafters
     scheduler: Any = None
+    generation_config: Any = None
     last_statistics: SpeculationStatistics | None = None
 
     @property

@@ -78,6 +78,7 @@ class SingleRowTarget:
             self._kwargs[CACHE_KEY] = inputs[CACHE_KEY] = self._cache
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
         target_pass = self._run(inputs, num_tokens, 1, past_length)
+        self._check_filled(past_length + num_tokens)
         if not self._cache.is_croppable:
             raise ValueError(
                 f"`{CACHE_KEY}` must be a cache that can be rolled back, got {type(self._cache).__name__} for "
@@ -87,6 +88,14 @@ class SingleRowTarget:
         self._cache.crop(0)
         self._length = self._prompt_length = past_length + num_tokens
         return target_pass
+
+    def _check_filled(self, length: int) -> None:
+        held = int(self._cache.get_seq_length())
+        if held != length:
+            raise ValueError(
+                f"`target` must hold every token once in the cache it is given, got {held} after {length} tokens for "
+                f"{type(self._model).__name__}. No drafter can assist it: generate without `assistant_model`."
+            )
 
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
         """Process anchor and drafts `(1, W)`; `parents` `(W,)`, if given, must describe a chain."""
@@ -117,7 +126,7 @@ class SingleRowTarget:
         return kwargs
 
     def _run(self, inputs: dict[str, Any], num_tokens: int, width: int, past_length: int) -> TargetPass:
-        device = self._model.device
+        device = self._adapter.device
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = _last_positions(num_tokens, width, device)
         outputs = self._model(**inputs)

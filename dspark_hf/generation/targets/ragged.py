@@ -178,7 +178,8 @@ class RaggedTarget:
         for row, count in enumerate(missing):
             rest[row, :count] = sequences[row, sequences.shape[1] - 1 - count : -1]
         self._starts, self._width, self._tree = self._lengths(), width, None
-        self._run(rest.to(self._model.device), missing, torch.tensor([width - 1], device=self._model.device))
+        device = self._adapter.device
+        self._run(rest.to(device), missing, torch.tensor([width - 1], device=device))
         self.keep([range(count) for count in missing])
 
     def release(self) -> None:

@@ -23,6 +23,7 @@ from dspark_hf.generation.compat import (
     is_placeholder_layer,
 )
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
+from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.masks import visible_slots
 from dspark_hf.generation.targets.padding import pack_order
@@ -39,9 +40,28 @@ class RaggedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, lengths: RaggedLengths):
-        super().__init__()
         self._lengths = lengths
         self.store = RaggedStore()
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """None before the first pass: whoever reads keys by column would take one row's slots for another's.
+
+        Raises:
+            ValueError: later on.
+        """
+        if self.store.keys is None:
+            return None
+        raise ValueError(
+            "`assistant_model` must be left out for several rows, or padded ones, of a target that reads its cache by "
+            "itself, got one. Generate the rows one by one, unpadded."
+        )
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        # Transformers' layers begin with None
+        assert states is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the store makes room when it is written."""
@@ -85,7 +105,7 @@ class RaggedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, batch_size: int, given: Any = None):
         self._model, self._given = model, given
-        self._rows = RaggedLengths(batch_size, model.device)
+        self._rows = RaggedLengths(batch_size, input_device(model))
         self._columns: SlotColumns | None = None
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
@@ -253,6 +273,14 @@ def _attention_kinds(config: PreTrainedConfig) -> set[str]:
     # GPT-Neo's window, and biases by distance, are counted in columns, which are no positions here
     if "local" in (getattr(config, "attention_layers", None) or ()):
         kinds.add("local")
+    # these read or copy layers of the cache themselves, past the layers' own methods
+    if getattr(config, "cross_attention_layers", None):
+        kinds.add("cross_attention")
+    if getattr(config, "n_recurrent_loops", None):
+        kinds.add("recurrent_loops")
+    # transformers 5.24: plain `generate` shows GIT its padding where there is no image
+    if config.model_type == "git":
+        kinds.add("image_prefix")
     if getattr(config, "alibi", False):
         kinds.add("alibi")
     return kinds
