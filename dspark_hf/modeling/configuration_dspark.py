@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats import deepseek_v4 as drafter_names
 from dspark_hf.modeling.formats import deepspec as conversion
 from dspark_hf.modeling.formats import remote_code
-
-BACKBONE_TYPES = ("qwen3", "gemma3", "gemma4", "deepseek_v4")
-MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 
 
 class DSparkConfig(PreTrainedConfig):
@@ -63,7 +62,8 @@ class DSparkConfig(PreTrainedConfig):
         initializer_range: standard deviation of fresh weights.
 
     Raises:
-        ValueError: if a field breaks a rule above; the message names the field, the rule and the value.
+        ValueError: if a field is not of its kind, not finite, out of bounds, or breaks a rule above; the message names
+            the field, the rule and the value.
 
     Example:
 
@@ -112,6 +112,7 @@ class DSparkConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ):
+        check_kinds(dict(locals()))
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
@@ -134,7 +135,7 @@ class DSparkConfig(PreTrainedConfig):
         self.owns_embeddings = owns_embeddings
         self.block_size = block_size
         self.mask_token_id = mask_token_id
-        self.target_layer_ids = [0] if target_layer_ids is None else [int(layer_id) for layer_id in target_layer_ids]
+        self.target_layer_ids = [0] if target_layer_ids is None else list(target_layer_ids)
         self.num_target_layers = (
             max(self.target_layer_ids, default=0) + 1 if num_target_layers is None else num_target_layers
         )
@@ -149,7 +150,7 @@ class DSparkConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         # the drafter never ties: a borrowed head and embedding keep whatever tie the target has
         kwargs["tie_word_embeddings"] = False
-        self._validate()
+        self._check_relations()
         super().__init__(**kwargs)
 
     @property
@@ -198,71 +199,51 @@ class DSparkConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Do nothing: the code lives in the installed package, and a saved folder must not receive a copy of it."""
 
-    def _validate(self) -> None:
-        _require(
-            self.backbone_type in BACKBONE_TYPES, "backbone_type", f"be one of {BACKBONE_TYPES}", self.backbone_type
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration of a dictionary, with `kwargs` in the place of its fields.
+
+        Raises:
+            ValueError: if a field is not of its kind, or breaks a rule.
+        """
+        result = super().from_dict(config_dict, **kwargs)
+        # Transformers sets overrides after the configuration is made
+        (result[0] if isinstance(result, tuple) else result).check()
+        return result
+
+    def check(self) -> None:
+        """Raise a `ValueError` that names the field if one was set to what cannot be."""
+        names = (
+            name for name in inspect.signature(DSparkConfig.__init__).parameters if name not in ("self", "kwargs")
         )
-        _require(
+        check_kinds({name: getattr(self, name) for name in names})
+        self._check_relations()
+
+    def _check_relations(self) -> None:
+        require(
             (self.backbone_config is not None) == (self.backbone_type == "deepseek_v4"),
             "backbone_config",
             "be given for the backbone type 'deepseek_v4' and for no other",
             self.backbone_config,
         )
-        _require(
-            self.context_window is None or self.context_window >= 1,
-            "context_window",
-            "be at least 1, or None for the whole context",
-            self.context_window,
-        )
-        _require(
-            self.markov_head_type in MARKOV_HEAD_TYPES,
-            "markov_head_type",
-            f"be one of {MARKOV_HEAD_TYPES}",
-            self.markov_head_type,
-        )
-        _require(self.block_size >= 1, "block_size", "be at least 1", self.block_size)
-        _require(self.markov_rank >= 0, "markov_rank", "be at least 0 (0 means no Markov head)", self.markov_rank)
-        _require(
-            0 <= self.mask_token_id < self.vocab_size,
-            "mask_token_id",
-            f"lie in [0, {self.vocab_size - 1}]",
-            self.mask_token_id,
-        )
         ids = self.target_layer_ids
         increasing = len(ids) > 0 and all(a < b for a, b in zip(ids, ids[1:], strict=False))
-        _require(increasing, "target_layer_ids", "be strictly increasing and not empty", ids)
-        _require(
+        require(increasing, "target_layer_ids", "be strictly increasing and not empty", ids)
+        require(
             ids[0] >= 0 and ids[-1] < self.num_target_layers,
             "target_layer_ids",
             f"lie in [0, {self.num_target_layers - 1}]",
             ids,
         )
-        _require(
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_attention_heads",
             f"be a multiple of num_key_value_heads={self.num_key_value_heads}",
             self.num_attention_heads,
         )
-        _require(
+        require(
             not self.markov_over_draft_vocab or self.draft_vocab_size is not None,
             "markov_over_draft_vocab",
             "be False without `draft_vocab_size`",
             self.markov_over_draft_vocab,
         )
-        if self.draft_vocab_size is not None:
-            _require(
-                0 < self.draft_vocab_size <= self.vocab_size,
-                "draft_vocab_size",
-                f"lie in [1, {self.vocab_size}]",
-                self.draft_vocab_size,
-            )
-        if self.sts_temperatures is not None:
-            valid = len(self.sts_temperatures) == self.block_size and min(self.sts_temperatures) > 0
-            _require(
-                valid, "sts_temperatures", f"be {self.block_size} positive numbers (block_size)", self.sts_temperatures
-            )
-
-
-def _require(holds: bool, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must {rule}, got {value!r}. Correct it in the drafter's configuration.")

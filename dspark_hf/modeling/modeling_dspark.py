@@ -192,6 +192,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                     f"{kind.replace('_', ' ')} {sorted(info[kind])} in {str(pretrained_model_name_or_path)!r}. Its "
                     "weights and its configuration do not belong together: save the drafter anew."
                 )
+        drafter.check_draft_token_ids()
         return (drafter, info) if wants_info else drafter
 
     def save_pretrained(
@@ -274,11 +275,31 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                 f"`draft_token_ids` must be {size} different ids in [0, {self.config.vocab_size - 1}], got "
                 f"{len(token_ids)} different ids from {token_ids[0]} to {token_ids[-1]}. Remove duplicates."
             )
-        self.d2t.copy_(token_ids - torch.arange(size, device=self.d2t.device))
+        self.d2t.copy_(token_ids - torch.arange(len(token_ids), device=self.d2t.device))
         self.t2d.zero_()
         self.t2d[token_ids] = True
         if self.config.markov_over_draft_vocab and self.markov_head is not None:
             self.markov_head.known_ids.copy_(token_ids)
+
+    def check_draft_token_ids(self) -> None:
+        """Raise a `ValueError` if `d2t` and `t2d`, as loaded, do not name the proposable tokens as one."""
+        if self.config.draft_vocab_size is None or self.d2t.is_meta:
+            return
+        size, known = self.config.vocab_size, getattr(self.markov_head, "known_ids", None)
+        ids = cast(Tensor, self.draft_token_ids)
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= size:
+            raise _wrong_map(f"`d2t` must name tokens in [0, {size - 1}], got ids from {lowest} to {highest}")
+        if len(ids.unique()) < len(ids):
+            raise _wrong_map(f"`d2t` must name {len(ids)} different tokens, got {len(ids.unique())}")
+        marked = torch.zeros(size, dtype=torch.bool, device=ids.device)
+        marked[ids] = True
+        if not torch.equal(self.t2d.to(ids.device).bool(), marked):
+            raise _wrong_map(
+                f"`t2d` must mark the {len(ids)} tokens that `d2t` names, got {int(self.t2d.sum())} others"
+            )
+        if known is not None and not torch.equal(known.to(ids.device), ids.sort().values):
+            raise _wrong_map("`known_ids` must hold the tokens that `d2t` names, in ascending order, got others")
 
     # the parts
 
@@ -374,6 +395,10 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     def draft_head(self, target: TargetAdapter) -> _DraftHead:
         """Return the function from hidden states to logits over the proposable tokens."""
         return _DraftHead(self, target)
+
+
+def _wrong_map(message: str) -> ValueError:
+    return ValueError(f"{message}. The map of draft tokens is damaged: fetch or save the drafter anew.")
 
 
 class _DraftHead:
