@@ -40,6 +40,11 @@ _FLAGS = (
     "use_qk_norm",
     "attention_k_eq_v",
     "owns_embeddings",
+    "owns_head",
+    "borrows_bare_weights",
+    "rope_interleaved",
+    "has_causal_sliding_layers",
+    "sample_from_anchor",
     "markov_over_draft_vocab",
     "enable_confidence_head",
     "confidence_head_with_markov",
@@ -53,7 +58,22 @@ _HINTS: Mapping[str, str] = {
     "markov_rank": " (0 means no Markov head)",
     "block_size": " (drafts per round)",
 }
-_OPTIONAL = ("context_window", "intermediate_size", "num_key_value_heads", "head_dim", "num_target_layers")
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
+# what a rotation of a type cannot do without, and what else may be in it
+_ROPE_NEEDS: Mapping[str, Sequence[str]] = {
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+_ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor")
+_OPTIONAL = (
+    "owns_head",
+    "context_window",
+    "intermediate_size",
+    "num_key_value_heads",
+    "head_dim",
+    "num_target_layers",
+)
 
 
 def check_kinds(fields: Mapping[str, Any]) -> None:
@@ -64,7 +84,8 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
             is_right = _is_integer(value) and lowest <= value <= highest
             require(is_right, name, f"be an integer in [{lowest}, {highest}]{_HINTS.get(name, '')}", value)
     for name in _FLAGS:
-        require(isinstance(fields[name], bool), name, "be true or false", fields[name])
+        is_right = isinstance(fields[name], bool) or (fields[name] is None and name in _OPTIONAL)
+        require(is_right, name, "be true or false", fields[name])
     for name, allows_zero in _NUMBERS.items():
         value = fields[name]
         is_right = _is_finite(value) and (value >= 0 if allows_zero else value > 0)
@@ -76,6 +97,8 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
             f"be one of {tuple(choices)}",
             fields[name],
         )
+    for name in ("base_model_name_or_path", "target_fingerprint"):
+        require(fields[name] is None or isinstance(fields[name], str), name, "be text or left out", fields[name])
     cap = fields["final_logit_softcapping"]
     require(
         cap is None or (_is_finite(cap) and cap >= 0), "final_logit_softcapping", "be None or a finite number", cap
@@ -86,18 +109,34 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
         )
     act = fields["hidden_act"]
     require(isinstance(act, str) and act in ACT2FN, "hidden_act", "be an activation that Transformers knows", act)
-    _check_ids(fields["target_layer_ids"])
+    for name in ("target_layer_ids", "sliding_layers"):
+        _check_ids(name, fields[name])
+    _check_rope(fields["rope_parameters"])
     _check_temperatures(fields["sts_temperatures"], fields["block_size"])
     _check_vocabulary(fields)
 
 
-def _check_ids(ids: Any) -> None:
+def _check_rope(parameters: dict[str, Any] | None) -> None:
+    if not parameters:
+        return
+    kind = parameters.get("rope_type", "default")
+    is_known = isinstance(kind, str) and kind in _ROPE_TYPES
+    require(is_known, "rope_parameters", f"have a `rope_type` of {_ROPE_TYPES}", parameters)
+    given = [name for name in ("rope_theta", *_ROPE_NUMBERS) if parameters.get(name) is not None]
+    for name in (*_ROPE_NEEDS.get(kind, ()), *given):
+        is_right = _is_finite(parameters.get(name)) and parameters[name] > 0
+        require(is_right, "rope_parameters", f"have a finite `{name}` above 0", parameters)
+    share = parameters.get("partial_rotary_factor")
+    require(share is None or share <= 1, "rope_parameters", "have a `partial_rotary_factor` of at most 1", parameters)
+
+
+def _check_ids(name: str, ids: Any) -> None:
     if ids is None:
         return
     is_sequence = isinstance(ids, (list, tuple, range))
     require(
         is_sequence and all(_is_integer(layer_id) for layer_id in ids),
-        "target_layer_ids",
+        name,
         "be a list of integers",
         ids,
     )

@@ -28,9 +28,9 @@ VALID: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_hea
         ({"target_layer_ids": [1, 1]}, r"`target_layer_ids` must be strictly increasing .*, got \[1, 1\]"),
         (
             {"target_layer_ids": [1, 4], "num_target_layers": 4},
-            r"`target_layer_ids` must lie in \[0, 3\], got \[1, 4\]",
+            r"`target_layer_ids` must lie in \[-1, 3\] .*, got \[1, 4\]",
         ),
-        ({"target_layer_ids": [-1, 4]}, r"`target_layer_ids` must lie in \[0, 4\], got \[-1, 4\]"),
+        ({"target_layer_ids": [-2, 4]}, r"`target_layer_ids` must lie in \[-1, 4\] .*, got \[-2, 4\]"),
         ({"num_key_value_heads": 3}, "`num_attention_heads` must be a multiple of num_key_value_heads=3, got 4"),
         ({"draft_vocab_size": 65}, r"`draft_vocab_size` must lie in \[1, 64\], got 65"),
         ({"sts_temperatures": [1.0]}, r"`sts_temperatures` must be 7 positive numbers \(block_size\), got \[1.0\]"),
