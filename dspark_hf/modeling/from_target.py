@@ -64,7 +64,7 @@ def config_for_target(
         "head_dim": getattr(layer_config, "head_dim", None),
         "hidden_act": getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu",
         "rms_norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(config)},
+        "rope_parameters": _rope_parameters(config),
         "max_position_embeddings": getattr(config, "max_position_embeddings", 32768),
         "target_layer_ids": _default_layer_ids(config, num_layers)
         if target_layer_ids is None
@@ -137,11 +137,18 @@ def _default_mask_token_id(config: Any) -> int:
     return config.vocab_size - 1
 
 
-def _rope_theta(config: Any) -> float:
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    """Return the target's rotation over whole heads: its base, and its scaling if that is the same at any length."""
     parameters = getattr(config, "rope_parameters", None) or {}
     # layers of one kind may go without (NoPE)
     parameters = parameters.get("full_attention", parameters) or {}
-    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+    theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+    # the other kinds turn a long text's keys otherwise than a short one's, or are made for the target's heads
+    if parameters.get("rope_type") not in ("linear", "yarn", "llama3"):
+        return {"rope_type": "default", "rope_theta": theta}
+    kept = {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
+    kept.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    return {**kept, "rope_theta": theta}
 
 
 def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
@@ -158,7 +165,7 @@ def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
     last = target.num_layers - 1
     if config.target_layer_ids[-1] > last:
         raise ValueError(
-            f"`target_layer_ids` must lie in [0, {last}] for this target, got {config.target_layer_ids}. "
+            f"`target_layer_ids` must lie in [-1, {last}] for this target, got {config.target_layer_ids}. "
             "Re-export the drafter for this model or pass the right target."
         )
 

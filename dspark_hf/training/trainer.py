@@ -86,6 +86,7 @@ class DSparkTrainer(Trainer):
         if drafter.config.owns_embeddings:
             # copies of the target's, and frozen like them
             drafter.embed_tokens.requires_grad_(False)
+        if drafter.config.owns_head:
             drafter.lm_head.requires_grad_(False)
         if args.confidence_only:
             _freeze_all_but_confidence(drafter)

@@ -99,6 +99,37 @@ def test_overrides_win() -> None:
     assert drafter.block_size == 4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_the_embeddings_output_may_be_tapped(family: str) -> None:
+    """Layer -1 would be taken for the last layer, or for the embedding without its scale or its positions."""
+    target = tiny_target(family)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, target_layer_ids=[-1, 0])
+    adapter = TargetAdapter(target, drafter.target_layer_ids)
+    drafter.check_target(adapter)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with adapter, torch.no_grad():
+        output = target(ids, output_hidden_states=True)
+        tapped = adapter.pop_context_hidden_states()
+    assert torch.equal(tapped, torch.cat([output.hidden_states[0], output.hidden_states[1]], dim=-1))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(target.generate(ids, **options), target.generate(ids, assistant_model=drafter, **options))
+    assert not any(layer._forward_pre_hooks for layer in adapter.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_bare_matrices_may_be_borrowed(family: str) -> None:
+    """Drafters that were trained on a target's bare matrices would read scaled rows and write capped logits."""
+    target = tiny_target(family)
+    drafter = DSparkAssistantModel.from_target(
+        target, num_hidden_layers=1, markov_rank=4, borrows_bare_weights=True, block_size=3
+    )
+    adapter, ids = TargetAdapter(target), torch.tensor([[5, 6]])
+    bare = target.get_input_embeddings().weight[ids]
+    torch.testing.assert_close(drafter.embed(ids, adapter), bare)
+    logits = bare @ target.get_output_embeddings().weight.T
+    torch.testing.assert_close(drafter.draft_head(adapter)(bare), logits)
+
+
 def test_encoder_decoders_are_refused() -> None:
     """An encoder-decoder would fail deep inside, without a reason."""
     config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
@@ -111,7 +142,7 @@ def test_encoder_decoders_are_refused() -> None:
     [
         ({"hidden_size": 64, "head_dim": 16}, "must have the target's `hidden_size` 64, got 32"),
         ({"vocab_size": 80}, "must have the target's `vocab_size` 80, got 64"),
-        ({"num_hidden_layers": 2}, r"`target_layer_ids` must lie in \[0, 1\] for this target, got \[1, 2\]"),
+        ({"num_hidden_layers": 2}, r"`target_layer_ids` must lie in \[-1, 1\] for this target, got \[1, 2\]"),
     ],
 )
 def test_drafters_of_other_targets_are_refused(overrides: dict, message: str) -> None:

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from dspark_hf.generation.targets.layers import find_decoder_layers
 from dspark_hf.generation.wrappers import unwrap
 
+# the id of what the first decoder layer receives, where layers are counted from 0
+EMBEDDING = -1
+
 
 class TargetAdapter:
     """Tap a causal LM's decoder layers and lend out its embedding and its output head.
@@ -29,7 +32,7 @@ class TargetAdapter:
         model: any decoder-only causal LM of Transformers, or the language part of a vision-language model; what
             `torch.compile` or PEFT wrapped around it is taken off.
         layer_ids: decoder layers whose outputs are captured; the output of layer i, so for the last layer the state
-            before the final norm.
+            before the final norm, and for -1 what the first layer receives.
     """
 
     def __init__(self, model: PreTrainedModel, layer_ids: Sequence[int] = ()):
@@ -73,8 +76,12 @@ class TargetAdapter:
     def __enter__(self) -> TargetAdapter:
         self._thread = threading.get_ident()
         self._handles = [
-            self._layers[layer_id].register_forward_hook(self._capture_hook(layer_id)) for layer_id in self.layer_ids
+            self._layers[layer_id].register_forward_hook(self._capture_hook(layer_id))
+            for layer_id in self.layer_ids
+            if layer_id != EMBEDDING
         ]
+        if EMBEDDING in self.layer_ids:
+            self._handles.append(self._layers[0].register_forward_pre_hook(self._capture_input, with_kwargs=True))
         return self
 
     def __exit__(
@@ -87,13 +94,18 @@ class TargetAdapter:
 
     def _capture_hook(self, layer_id: int) -> Any:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
-            # hooks are the module's, and other threads may run it
-            if threading.get_ident() != self._thread:
-                return
-            states = output[0] if isinstance(output, tuple | list) else output
-            self._captured[layer_id] = self._one_stream(states)
+            self._capture(layer_id, output[0] if isinstance(output, tuple | list) else output)
 
         return capture
+
+    def _capture_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._capture(EMBEDDING, args[0] if args else kwargs["hidden_states"])
+
+    def _capture(self, layer_id: int, states: Tensor) -> None:
+        # hooks are the module's, and other threads may run it
+        if threading.get_ident() != self._thread:
+            return
+        self._captured[layer_id] = self._one_stream(states)
 
     def _one_stream(self, states: Tensor) -> Tensor:
         """Return what drafters read of a layer's output, `(B, T, D)`."""
@@ -125,11 +137,23 @@ class TargetAdapter:
         # Granite and its kin scale outside the embedding module; Gemma inside
         return states * getattr(self.config, "embedding_multiplier", 1.0)
 
+    def embed_bare(self, token_ids: Tensor) -> Tensor:
+        """Return the rows `(*, D)` of the embedding's matrix, without the target's own scale, without a gradient."""
+        embedding = self.model.get_input_embeddings()
+        with torch.no_grad():
+            states = embedding(token_ids.to(device_of(embedding)))
+        # modules that scale say by what: the weights themselves may lie elsewhere, or be stored in fewer bits
+        scale = getattr(embedding, "embed_scale", None)
+        return states if scale is None else states / torch.as_tensor(scale).to(states)
+
     def head(self, hidden_states: Tensor) -> Tensor:
         """Return the logits `(*, V)` of normed hidden states `(*, D)`, as the target itself scales and caps them."""
+        return self.finish_logits(self.head_bare(hidden_states))
+
+    def head_bare(self, hidden_states: Tensor) -> Tensor:
+        """Return what the head gives `(*, V)` for normed hidden states `(*, D)`, neither scaled nor capped."""
         head = self.model.get_output_embeddings()
-        device, dtype = device_of(head), _compute_dtype(head, self.model)
-        return self.finish_logits(head(hidden_states.to(device=device, dtype=dtype)))
+        return head(hidden_states.to(device=device_of(head), dtype=_compute_dtype(head, self.model)))
 
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Return the output head's weight rows and biases for `token_ids`, or None if the head is quantised."""

@@ -1,10 +1,11 @@
-"""Which tensors a checkpoint holds, and the tensors themselves, one by one, from folders and from the hub."""
+"""Which tensors a checkpoint holds, and the tensors themselves, from folders and from the hub."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +18,8 @@ from transformers.utils.hub import cached_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# (index, single file) of a checkpoint, in the order they are looked for
+_NAMES = ((INDEX_NAME, SINGLE_NAME), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 _DTYPES = {
     "F64": torch.float64,
@@ -145,15 +148,83 @@ def _dtype(stored: str, name: str, file: Path) -> torch.dtype:
 
 
 def _files(
-    name_or_path: str | os.PathLike, is_wanted: Callable[[str], bool], hub_options: dict[str, Any]
+    name_or_path: str | os.PathLike,
+    is_wanted: Callable[[str], bool],
+    hub_options: dict[str, Any],
+    names: tuple[str, str] = _NAMES[0],
 ) -> list[Path]:
     options = _known(hub_options)
-    index = cached_file(name_or_path, INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
+    index_name, single_name = names
+    index = cached_file(name_or_path, index_name, _raise_exceptions_for_missing_entries=False, **options)
     if index is None:
-        single = cached_file(name_or_path, SINGLE_NAME, _raise_exceptions_for_missing_entries=False, **options)
+        single = cached_file(name_or_path, single_name, _raise_exceptions_for_missing_entries=False, **options)
         return [] if single is None else [Path(single).absolute()]
-    names = sorted({file for name, file in _weight_map(Path(index)).items() if is_wanted(name)})
-    return [Path(str(cached_file(name_or_path, name, **options))).absolute() for name in names]
+    files = sorted({file for name, file in _weight_map(Path(index)).items() if is_wanted(name)})
+    return [Path(str(cached_file(name_or_path, file, **options))).absolute() for file in files]
+
+
+def read_shapes(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a checkpoint's tensors, in safetensors or `.bin` files, sharded or not.
+
+    Raises:
+        ValueError: if there are no such files, or one of them is damaged.
+    """
+    return {name: tuple(shape) for file in _any_files(name_or_path, hub_options) for name, shape in _shapes(file)}
+
+
+def read_tensors(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors on the CPU, each as it is stored; of `.bin` files nothing but tensors is read.
+
+    Raises:
+        ValueError: if there are no such files, or one of them is damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _any_files(name_or_path, hub_options):
+        tensors.update(_unpickled(file) if file.suffix == ".bin" else _mapped(file))
+    return tensors
+
+
+def _any_files(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> list[Path]:
+    for names in _NAMES:
+        files = _files(name_or_path, lambda name: True, hub_options, names)
+        if files:
+            return files
+    known = ", ".join(name for names in _NAMES for name in reversed(names))
+    raise ValueError(
+        f"`pretrained_model_name_or_path` must hold tensors in one of {known}, got none of them in "
+        f"{str(name_or_path)!r}. Check the name, or fetch the missing files."
+    )
+
+
+def _shapes(file: Path) -> list[tuple[str, Sequence[int]]]:
+    if file.suffix == ".bin":
+        return [(name, tensor.shape) for name, tensor in _unpickled(file).items()]
+    with open_tensors(file) as tensors:
+        return [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (not a dict)
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    with open_tensors(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    try:
+        # nothing that a pickle asks for is run
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise _damaged(file, error) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise _damaged(file, TypeError("not a dictionary of tensors"))
+    return tensors
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    first_line = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"`pretrained_model_name_or_path` must hold whole files of tensors, got {str(file)!r}, which cannot be read "
+        f"({type(error).__name__}: {first_line}). Fetch it anew."
+    )
 
 
 def _known(hub_options: Mapping[str, Any]) -> dict[str, Any]:
