@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+# part of the repository, not of the installed package
+DRAFTERS = Path(__file__).parents[2] / "drafters"
 
 
 class DemoModel(str, Enum):
@@ -38,8 +42,13 @@ def demo(
     # imported here, so that the help is instant
     from dspark_hf.demo.app import DemoOptions, run_demo
     from dspark_hf.demo.packaged import UnavailableError
+    from dspark_hf.loading import check_folder, read_drafter_config
 
     try:
+        if drafter is not None:
+            read_drafter_config("--drafter", drafter)
+        if target is not None:
+            check_folder("--target", target)
         options = DemoOptions(
             model=model.value,
             target=target,

@@ -101,7 +101,7 @@ def train(
     # imported here, so that the help is instant
     from transformers import set_seed
 
-    from dspark_hf.loading import load_target, load_tokenizer
+    from dspark_hf.loading import load_target, load_tokenizer, read_drafter_config
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
@@ -119,6 +119,8 @@ def train(
     chosen.update({name: value for name, value in given.items() if value is not None})
     try:
         layer_ids = _layer_ids(target_layers)
+        if drafter is not None:
+            read_drafter_config("--drafter", drafter)
         arguments = _arguments(
             output,
             chosen,

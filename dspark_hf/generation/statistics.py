@@ -99,12 +99,12 @@ class SpeculationStatistics:
 
     @property
     def mean_accepted(self) -> float:
-        """Accepted drafts, tokens per round, without the bonus token (Transformers' `n_matches`); NaN without rounds."""
+        """Accepted drafts per round, without the bonus token (Transformers' `n_matches`); NaN without rounds."""
         return _ratio(self.num_accepted, self.num_rounds)
 
     @property
     def accept_rate_by_position(self) -> list[float]:
-        """Share of verified drafts accepted at each position, given that the prefix was; NaN where none was reached."""
+        """Share of drafts accepted at each position, given that the prefix was; NaN where none was reached."""
         return [*map(_ratio, self.accepted_by_position, self.verified_by_position)]
 
     @property
