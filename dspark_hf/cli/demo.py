@@ -33,8 +33,10 @@ def demo(
         Dtype.fp32
     ),
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 96,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to ask.")] = 4,
-    runs: Annotated[int, typer.Option(min=1, help="Answers per prompt and way; times are their medians.")] = 3,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", "--prompts", min=1, help="Prompts to ask.")] = 4,
+    repeats: Annotated[
+        int, typer.Option("--repeats", "--runs", min=1, help="Answers to a prompt, plain and drafted; medians count.")
+    ] = 3,
     drafter: Annotated[str | None, typer.Option(help="Folder or hub name of another drafter.")] = None,
     target: Annotated[str | None, typer.Option(help="Folder or hub name of another target; needs --drafter.")] = None,
 ) -> None:
@@ -55,8 +57,8 @@ def demo(
             drafter=drafter,
             dtype=dtype.value,
             max_new_tokens=max_new_tokens,
-            num_prompts=prompts,
-            num_runs=runs,
+            num_prompts=num_prompts,
+            num_runs=repeats,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

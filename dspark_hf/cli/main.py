@@ -23,7 +23,6 @@ app = typer.Typer(
     name="dspark-hf",
     help="DSpark speculative decoding for Hugging Face Transformers.",
     no_args_is_help=True,
-    add_completion=False,
     # commands inherit it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
