@@ -2,7 +2,7 @@
 
     python examples/deepseek_v4_inference.py deepseek-ai/DeepSeek-V4-Flash-0731 --mode think-max --compare
 
-Without the weights: `dspark-hf tiny-v4 --out tiny`, and `tiny` for the name. It answers nonsense, by the same code.
+Without the weights: `dspark-hf tiny-v4 --output tiny`, and `tiny` for the name. It answers nonsense, by the same code.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def show(text: str, *, is_thinking: bool) -> None:
         response = parse_response(text, is_thinking=is_thinking)
     except ValueError as error:
         print(f"\nNot parsed: {error}")
+        print("A checkpoint with random weights, as `dspark-hf tiny-v4` writes, answers noise, which has no form.")
         return
     print(f"\nReasoning: {len(response.reasoning or '')} characters\nContent: {response.content}")
     for call in response.tool_calls:

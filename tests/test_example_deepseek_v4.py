@@ -57,6 +57,8 @@ def test_thinks_as_asked(infer):
         assert printed.count(", tau ") == 1
         # so few random tokens have no end
         assert "Not parsed: `text` must end with" in printed
+        # a reader must not take that for a fault
+        assert "random weights" in printed
         texts.add(_streamed(printed, "Plain"))
     assert len(texts) == len(modes)
 

@@ -81,6 +81,7 @@ def decode(
         )
         # there from the start, so that a streamer can ask where a token came from
         drafter.last_statistics = rows.statistics
+        rows.statistics.scheduler = options.scheduler.name
         widest = options.num_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
         context = drafter.start(adapter, len(input_ids))
@@ -249,6 +250,7 @@ class Rounds:
         yield record
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
+        statistics.count_parking(self._schedule.parked_because, record.num_drafted)
         self._schedule.observe(
             RoundOutcome(
                 batch,

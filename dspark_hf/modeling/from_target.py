@@ -166,7 +166,7 @@ def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
     if config.target_layer_ids[-1] > last:
         raise ValueError(
             f"`target_layer_ids` must lie in [-1, {last}] for this target, got {config.target_layer_ids}. "
-            "Re-export the drafter for this model or pass the right target."
+            "The drafter was made for another target: pass that one, or train a drafter for this."
         )
 
 

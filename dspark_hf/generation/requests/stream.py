@@ -102,6 +102,7 @@ class RequestStream(Iterator[FinishedRequest]):
                 raise _unfit(target) from error
         self._drafter = drafter
         self._scheduler = read_options(target.generation_config, drafter, target, scheduler).scheduler
+        self.statistics.scheduler = self._scheduler.name
         self._max_rows = max_rows
         self._requests = requests
         self._source = iter(requests)

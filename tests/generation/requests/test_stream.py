@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BatchEncoding,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -605,3 +606,10 @@ def test_drafter_whose_contexts_cannot_join(target, monkeypatch):
     assert {one.request.key for one in finished} == {0, 1}
     with pytest.raises(NotImplementedError, match="contexts with `append_rows`"):
         next(stream)
+
+
+@pytest.mark.parametrize("prompt", ["text", {"input_ids": [5, 6]}, BatchEncoding({"input_ids": [5, 6]})])
+def test_a_prompt_is_token_ids(prompt):
+    """Text, or all that a tokenizer returns, ends in an error of PyTorch that names nothing."""
+    with pytest.raises(TypeError, match="`input_ids` of a request must be token ids, got"):
+        Request(prompt)
