@@ -82,6 +82,7 @@ def _parse_call(text: str, position: int, end: int) -> tuple[ToolCall, int]:
     opening = _INVOKE_START.match(text, position, end)
     if opening is None:
         _malformed(text, f'have <{DSML}invoke name="..."> and a line break, or {_CALLS_END}, here', position)
+    _refuse_special_tokens(text, opening.start(1), opening.end(1), (DSML, EOS))
     position = opening.end()
     # without parameters, an empty line stands where they would
     if text.startswith("\n" + _INVOKE_END, position):
@@ -104,6 +105,7 @@ def _parse_parameter(text: str, position: int, end: int) -> tuple[str, Any, int]
             f'have <{DSML}parameter name="..." string="true|false">, or </{DSML}invoke> and a line break, here',
             position,
         )
+    _refuse_special_tokens(text, opening.start(1), opening.end(1), (DSML, EOS))
     value_start = opening.end()
     value_end = text.find(_PARAMETER_END, value_start, end)
     if value_end < 0:

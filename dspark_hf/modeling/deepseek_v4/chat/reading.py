@@ -209,11 +209,11 @@ class ResponseReader:
         position = 0
         while parameter := _PARAMETER.match(body, position):
             key, flag, value = parameter.groups()
-            if key in arguments or DSML in value:
+            if key in arguments or DSML in key + value:
                 return None
             arguments[key] = value if flag == "true" else self._decoded(key, flag, value)
             position = parameter.end()
-        return None if body[position:].strip() else ToolCall(name, arguments)
+        return None if DSML in name or body[position:].strip() else ToolCall(name, arguments)
 
     def _decoded(self, name: str, flag: str | None, value: str) -> Any:
         if flag is None:
