@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.options import Dtype
+from dspark_hf.console import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,14 +87,14 @@ def calibrate(
         _show(console, result)
         if report is not None:
             _write_report(report, result, observations, is_on_cpu=models.target.device.type == "cpu")
-            console.print(f"Report: {report}", soft_wrap=True)
+            say(console, f"Report: {report}")
         if not result.is_improvement and not force:
             console.print("Not saved: the validation prompts get no better. Use more prompts, or --force.")
             raise typer.Exit(1)
         folder = save_temperatures(drafter, result.temperatures, output)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(f"Saved: {folder}", soft_wrap=True)
+    say(console, f"Saved: {folder}")
 
 
 def _check_request(
@@ -103,7 +104,7 @@ def _check_request(
     from dspark_hf.calibration.diagrams import check_matplotlib
     from dspark_hf.calibration.observations import check_confidence_head
     from dspark_hf.calibration.saving import check_destination
-    from dspark_hf.modeling.configuration_dspark import DSparkConfig
+    from dspark_hf.loading import read_drafter_config
     from dspark_hf.prompts import read_prompts
 
     if report is not None:
@@ -118,13 +119,7 @@ def _check_request(
             f"`--prompts` must hold at least 2 prompts, one to fit on and one to validate on, got {len(read)}. "
             "Add some."
         )
-    try:
-        config = DSparkConfig.from_pretrained(drafter)
-    except OSError as error:
-        raise ValueError(
-            f"`--drafter` must be the folder or hub name of a DSpark drafter, got {drafter!r}, which cannot be read. "
-            f"Correct it. ({str(error).splitlines()[0]})"
-        ) from error
+    config = read_drafter_config(drafter)
     check_confidence_head(config.enable_confidence_head)
     check_destination(drafter, output)
     return read

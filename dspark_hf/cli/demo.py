@@ -56,5 +56,7 @@ def demo(
     except UnavailableError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if not is_right:
         raise typer.Exit(1)

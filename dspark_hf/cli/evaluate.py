@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.options import Dtype
+from dspark_hf.console import say
 
 
 def evaluate(
@@ -72,6 +73,6 @@ def evaluate(
         raise typer.BadParameter(str(error)) from error
     print_evaluation(evaluation, console)
     paths = write_evaluation(evaluation, output)
-    console.print(f"Written: {len(paths)} files; read {paths[-1]}", soft_wrap=True)
+    say(console, f"Written: {len(paths)} files; read {paths[-1]}")
     if evaluation.ended_by is not None or evaluation.has_mismatch:
         raise typer.Exit(1)
