@@ -30,7 +30,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TARGET = "the folder or hub name of a causal language model"
 _DRAFTER = "the folder or hub name of a DSpark drafter"
 # what the libraries that read a model's files raise where those are damaged
-_DAMAGE = (
+READING_ERRORS = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
     *(SafetensorError, UnpicklingError),
 )
@@ -140,7 +140,7 @@ def _named(option: str, what: str, name: str) -> Iterator[None]:
     check_folder(name, option)
     try:
         yield
-    except _DAMAGE as error:
+    except READING_ERRORS as error:
         message = str(error)
         # what does not fit into memory is not damaged; our own messages say what to do, unless they name an argument
         # that no user of a command has given

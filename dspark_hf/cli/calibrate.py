@@ -72,6 +72,7 @@ def calibrate(
     console = Console()
     try:
         read = _check_request(drafter, prompts, num_prompts, output, report)
+        _check_min_reached(min_reached, len(read), max_new_tokens)
         with console.status("Loading the models ..."):
             models, encoded = _load(target, drafter, read, dtype.value, device, max_new_tokens)
         set_seed(seed)
@@ -123,6 +124,18 @@ def _check_request(
     check_confidence_head(config.enable_confidence_head)
     check_destination(drafter, output)
     return read
+
+
+def _check_min_reached(min_reached: int, num_prompts: int, max_new_tokens: int) -> None:
+    """Raise a `ValueError` if no answers at all could give as many blocks as the fit needs."""
+    # every other prompt is fitted; the prefill writes the first token, and a round at least one, with room for a draft
+    most = (num_prompts + 1) // 2 * (max_new_tokens - 2)
+    if most < min_reached:
+        raise ValueError(
+            f"`--min-reached` must be at most {most}, as many blocks as {num_prompts} prompts, of which every other "
+            f"one is fitted, can give in {max_new_tokens} tokens, got {min_reached}. Give more `--prompts`, raise "
+            "`--max-new-tokens`, or lower it."
+        )
 
 
 def _load(
