@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from dspark_hf.damage import index_files, read_object, weights_damage
@@ -29,11 +27,6 @@ _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TARGET = "the folder or hub name of a causal language model"
 _DRAFTER = "the folder or hub name of a DSpark drafter"
-# what the libraries that read a model's files raise where those are damaged
-READING_ERRORS = (
-    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
-    *(SafetensorError, UnpicklingError),
-)
 
 
 def check_dtype(dtype: str) -> None:
@@ -140,16 +133,24 @@ def _named(option: str, what: str, name: str) -> Iterator[None]:
     check_folder(name, option)
     try:
         yield
-    except READING_ERRORS as error:
+    # the libraries that read a model's files raise anything where those are damaged, `Exception` itself included
+    except Exception as error:
         message = str(error)
-        # what does not fit into memory is not damaged; our own messages say what to do, unless they name an argument
-        # that no user of a command has given
+        # our own messages say what to do, unless they name an argument that no user of a command has given, or a field
+        # without its file
         is_own = message.startswith("`") and not message.startswith("`pretrained_model_name_or_path`")
-        if is_own or isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in message:
+        is_own = is_own and name in message
+        if is_own or not is_damage(error):
             raise
         raise ValueError(
             f"`{option}` must be {what}, got {name!r}, which cannot be read. Correct it. ({first_line(error)})"
         ) from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether an error in reading files may come from the files, rather than from what is missing here."""
+    is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    return not is_out_of_memory and not isinstance(error, ImportError)
 
 
 def check_folder(name: str, option: str) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import dspark_hf
 from dspark_hf.damage import read_object
 from dspark_hf.files import replace_whole_folder
-from dspark_hf.loading import READING_ERRORS, check_folder, first_line
+from dspark_hf.loading import check_folder, first_line, is_damage
 
 
 class UnavailableError(RuntimeError):
@@ -159,7 +159,10 @@ def convert_gguf(gguf: Path, folder: Path, remedy: str) -> None:
             dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except READING_ERRORS as error:
+    # readers of GGUF raise whatever the first wrong number leads to, `Exception` itself included
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise UnavailableError(
             f"`--model` must name a package whose weights are whole, got {str(gguf)!r}, which cannot be read "
             f"({type(error).__name__}: {first_line(error)}). {remedy}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +70,7 @@ class Recording:
     def _check(self, record: dict[str, Any], number: int) -> None:
         try:
             name, temperature, is_batch, index = record["turn"]
-            key = (str(name), float(temperature), bool(is_batch), int(index))
+            key = (str(name), _number(temperature), bool(is_batch), _count(index))
             self._turns[key] = {
                 str(way): [_answer(answer) for answer in some] for way, some in record["answers"].items()
             }
@@ -83,8 +84,8 @@ class Recording:
 def _answer(fields: Mapping[str, Any]) -> Answer:
     rounds = fields["rounds"]
     return Answer(
-        token_ids=tuple(tuple(int(token_id) for token_id in row) for row in fields["token_ids"]),
-        seconds=float(fields["seconds"]),
+        token_ids=tuple(tuple(_count(token_id) for token_id in row) for row in fields["token_ids"]),
+        seconds=_number(fields["seconds"]),
         rounds=None if rounds is None else tuple(_round(one) for one in rounds),
     )
 
@@ -92,12 +93,25 @@ def _answer(fields: Mapping[str, Any]) -> Answer:
 def _round(fields: Mapping[str, Any]) -> RoundRecord:
     confidence = fields["confidence"]
     return RoundRecord(
-        num_drafted=int(fields["num_drafted"]),
-        num_verified=int(fields["num_verified"]),
-        num_accepted=int(fields["num_accepted"]),
-        num_committed=int(fields["num_committed"]),
+        num_drafted=_count(fields["num_drafted"]),
+        num_verified=_count(fields["num_verified"]),
+        num_accepted=_count(fields["num_accepted"]),
+        num_committed=_count(fields["num_committed"]),
         confidence=None if confidence is None else tuple(float(one) for one in confidence),
     )
+
+
+def _count(value: Any) -> int:
+    # a truth value is no number
+    if type(value) is not int or value < 0:
+        raise ValueError("no count")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError("no number")
+    return float(value)
 
 
 def describe(
