@@ -26,6 +26,8 @@ STYLE: Any = {
     "xtick.labelcolor": "#333333",
     "ytick.labelcolor": "#333333",
     "figure.constrained_layout.use": True,
+    # names are text, whatever dollar signs are in them
+    "text.parse_math": False,
 }
 
 

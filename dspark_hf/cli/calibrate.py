@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.options import Dtype
+from dspark_hf.console import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +72,7 @@ def calibrate(
     console = Console()
     try:
         read = _check_request(drafter, prompts, num_prompts, output, report)
+        _check_min_reached(min_reached, len(read), max_new_tokens)
         with console.status("Loading the models ..."):
             models, encoded = _load(target, drafter, read, dtype.value, device, max_new_tokens)
         set_seed(seed)
@@ -86,14 +88,14 @@ def calibrate(
         _show(console, result)
         if report is not None:
             _write_report(report, result, observations, is_on_cpu=models.target.device.type == "cpu")
-            console.print(f"Report: {report}", soft_wrap=True)
+            say(console, f"Report: {report}")
         if not result.is_improvement and not force:
             console.print("Not saved: the validation prompts get no better. Use more prompts, or --force.")
             raise typer.Exit(1)
         folder = save_temperatures(drafter, result.temperatures, output)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(f"Saved: {folder}", soft_wrap=True)
+    say(console, f"Saved: {folder}")
 
 
 def _check_request(
@@ -118,9 +120,22 @@ def _check_request(
             f"`--prompts` must hold at least 2 prompts, one to fit on and one to validate on, got {len(read)}. "
             "Add some."
         )
-    check_confidence_head(read_drafter_config("--drafter", drafter).enable_confidence_head)
+    config = read_drafter_config(drafter)
+    check_confidence_head(config.enable_confidence_head)
     check_destination(drafter, output)
     return read
+
+
+def _check_min_reached(min_reached: int, num_prompts: int, max_new_tokens: int) -> None:
+    """Raise a `ValueError` if no answers at all could give as many blocks as the fit needs."""
+    # every other prompt is fitted; the prefill writes the first token, and a round at least one, with room for a draft
+    most = (num_prompts + 1) // 2 * (max_new_tokens - 2)
+    if most < min_reached:
+        raise ValueError(
+            f"`--min-reached` must be at most {most}, as many blocks as {num_prompts} prompts, of which every other "
+            f"one is fitted, can give in {max_new_tokens} tokens, got {min_reached}. Give more `--prompts`, raise "
+            "`--max-new-tokens`, or lower it."
+        )
 
 
 def _load(

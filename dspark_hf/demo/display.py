@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dspark_hf.console import printable
 from dspark_hf.demo.comparison import Comparison, Summary, summarize
 
 DRAFT_STYLE = "bold green"
@@ -15,10 +16,13 @@ _BAR_WIDTH = 30
 
 
 def piece_printer(console: Console) -> Callable[[str, bool], None]:
-    """Return a function that appends a piece of text to the line, in green if it was a draft."""
+    """Return a function that appends a piece of text to the line, in green if it was a draft.
+
+    The text is the model's own: a terminal shows it, and obeys nothing in it.
+    """
 
     def show(piece: str, is_draft: bool) -> None:
-        console.print(Text(piece, style=DRAFT_STYLE if is_draft else ""), end="", soft_wrap=True)
+        console.print(Text(printable(piece), style=DRAFT_STYLE if is_draft else ""), end="", soft_wrap=True)
 
     return show
 
