@@ -14,6 +14,9 @@ from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling.choosing import choose_scheduler
 from dspark_hf.generation.scheduling.interface import Scheduler
 
+# other ways to get drafts
+_OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
 
 @dataclass(frozen=True)
 class SpeculationOptions:
@@ -72,6 +75,14 @@ def check_request(
         _refuse("`assistant_model`", "assist a decoder-only target", f"the encoder-decoder {type(model).__name__}")
     if is_stateful(model):
         _refuse("`assistant_model`", "assist a target whose cache can be rolled back", type(model).__name__)
+    if not len(input_ids):
+        _refuse("`input_ids`", "hold a row", tuple(input_ids.shape), "Pass a prompt.")
+    for name in _OTHER_WAYS:
+        value = getattr(generation_config, name, None)
+        if value is not None and value is not False:
+            _refuse(f"`{name}`", "be None when a drafter assists", value, "Leave out one of the two: each drafts.")
+    if getattr(generation_config, "dola_layers", None) is not None:
+        _refuse("`dola_layers`", "be None when a drafter assists", generation_config.dola_layers)
     if (generation_config.num_beams or 1) > 1:
         _refuse("`num_beams`", "be 1 when a drafter assists", generation_config.num_beams, "Use greedy or sampling.")
     if getattr(generation_config, "assistant_ensemble_weight", None) is not None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length, stop_recording
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import TargetPass
+from dspark_hf.generation.targets.prompts import foreign_preparation
 from dspark_hf.generation.targets.trees import check_kept, refuse_tree
 
 _PER_TOKEN_KWARGS = ("token_type_ids", "mm_token_type_ids")
@@ -76,6 +77,13 @@ class SingleRowTarget:
             self._cache, self._length, past_length = empty_cache_like(self._model), 0, 0
             self._cache.activate_past_recording()
             self._kwargs[CACHE_KEY] = inputs[CACHE_KEY] = self._cache
+        owner = foreign_preparation(self._model)
+        is_same = inputs[CACHE_KEY] is self._cache and (embeds is None) == (inputs.get("inputs_embeds") is None)
+        if owner is not None and not is_same:
+            raise ValueError(
+                "`prepare_inputs_for_generation` must leave tokens and cache as they are when a drafter assists, got "
+                f"others from {type(owner).__name__}. Generate without `assistant_model`."
+            )
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
         target_pass = self._run(inputs, num_tokens, 1, past_length)
         if not self._cache.is_croppable:

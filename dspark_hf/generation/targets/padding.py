@@ -22,9 +22,21 @@ def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int
     Takes the `attention_mask` that `generate` left, and the `width` of the one that the user gave.
 
     Raises:
-        ValueError: if a row has nothing to process, or padding behind its tokens.
+        ValueError: if a row has nothing to process, or padding behind its tokens, or the mask is not as wide as the
+            text.
     """
+    if past_length and width == input_ids.shape[1] <= past_length:
+        raise ValueError(
+            f"`input_ids` must go beyond what the cache holds when a drafter assists, got {width} columns with "
+            f"{past_length} held. Crop the cache, or pass new tokens with an `attention_mask` that covers both."
+        )
     if attention_mask is not None:
+        if attention_mask.shape[1] not in (input_ids.shape[1], past_length + input_ids.shape[1]):
+            raise ValueError(
+                f"`attention_mask` must cover the {past_length + input_ids.shape[1]} columns of the text when a "
+                f"drafter assists, got {attention_mask.shape[1]}. If `token_healing` changed the prompts, pass them "
+                "one by one, without padding."
+            )
         mask = attention_mask.bool()
         empty = (~mask[:, past_length:].any(-1)).nonzero().flatten().tolist()
         if empty:

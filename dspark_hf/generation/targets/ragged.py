@@ -16,7 +16,13 @@ from dspark_hf.generation.compat import CACHE_KEY, mask_length
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass
 from dspark_hf.generation.targets.padding import full_mask, pack_order, run_packed
-from dspark_hf.generation.targets.prompts import check_inputs, check_own_cache, check_positions, embedded_types
+from dspark_hf.generation.targets.prompts import (
+    check_inputs,
+    check_own_cache,
+    check_positions,
+    check_preparation,
+    embedded_types,
+)
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
 from dspark_hf.generation.targets.trees import Tree, check_kept, read_tree, refuse_tree
 
@@ -51,6 +57,7 @@ class RaggedTarget:
         self._adapter = adapter
         self._model: Any = adapter.model
         self._wants_hidden_states = bool(generation_config.output_hidden_states)
+        check_preparation(adapter.model)
         given, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
         ragged: RaggedCache | None = None
         if isinstance(given, RowwiseCache):
