@@ -31,6 +31,29 @@ def check_own_cache(cache: RowwiseCache, model_kwargs: dict[str, Any], widest: i
         )
 
 
+def check_chunks(model_kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a prompt that is to be processed in chunks is more than text."""
+    others = sorted(name for name in _other_inputs(model_kwargs) if name != "mm_token_type_ids")
+    if others:
+        raise ValueError(
+            "`prefill_chunk_size` must be None for prompts other than text when a drafter assists, got one beside "
+            f"{others}. Leave it out."
+        )
+
+
+def _other_inputs(model_kwargs: dict[str, Any]) -> list[str]:
+    return sorted(
+        name
+        for name, value in model_kwargs.items()
+        # transformers 5.24: mm_encoder_outputs is an empty dict where there are no images
+        if value is not None
+        and not (isinstance(value, dict) and not value)
+        and name not in _TEXT_INPUTS
+        and not name.startswith("output_")
+        and name != "return_dict"
+    )
+
+
 def foreign_preparation(model: Any) -> Any:
     """Return who prepares the target's inputs in its place, as PEFT does for prompt and prefix tuning, or None."""
     owner = getattr(vars(model).get("prepare_inputs_for_generation", model), "__self__", model)
@@ -50,15 +73,7 @@ def check_preparation(model: Any) -> None:
 
 def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raise a `ValueError` unless the input is text whose positions can be given, and nobody wants attentions."""
-    others = sorted(
-        name
-        for name, value in model_kwargs.items()
-        # transformers 5.24: mm_encoder_outputs is an empty dict where there are no images
-        if value is not None
-        and not (isinstance(value, dict) and not value)
-        and name not in _TEXT_INPUTS
-        and not name.startswith("output_")
-    )
+    others = _other_inputs(model_kwargs)
     if others or not adapter.accepts("position_ids"):
         raise ValueError(
             "`assistant_model` must be left out for several rows, or padded ones, unless the target takes "
