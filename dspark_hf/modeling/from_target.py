@@ -151,10 +151,10 @@ def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
         ("vocab_size", config.vocab_size, target.vocab_size),
     ):
         if ours != theirs:
-            raise ValueError(
-                f"`assistant_model` must have the target's `{name}` {theirs}, got {ours}. "
-                "This drafter was trained for another target: load the one made for this model."
-            )
+            remedy = "This drafter was trained for another target: load the one made for this model"
+            if name == "vocab_size":
+                remedy += f", or call `drafter.resize_token_embeddings({theirs})` if this target was resized"
+            raise ValueError(f"`assistant_model` must have the target's `{name}` {theirs}, got {ours}. {remedy}.")
     last = target.num_layers - 1
     if config.target_layer_ids[-1] > last:
         raise ValueError(

@@ -24,6 +24,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.wrappers import unwrap
 
 # between two looks for requests while none is being decoded
 _IDLE_SECONDS = 0.005
@@ -91,6 +92,9 @@ class RequestStream(Iterator[FinishedRequest]):
     ):
         if max_rows < 1:
             raise ValueError(f"`max_rows` must be at least 1, got {max_rows}. A row is a request being decoded.")
+        if not isinstance(unwrap(target), PreTrainedModel):
+            raise _unfit(target)
+        drafter = unwrap(drafter)
         self.statistics = SpeculationStatistics()
         self._adapter = TargetAdapter(target, drafter.target_layer_ids)
         drafter.check_target(self._adapter)
