@@ -126,7 +126,7 @@ def _default_layer_ids(config: Any, num_layers: int) -> list[int]:
 
 def _spaced_layer_ids(num_layers: int, count: int = 5) -> list[int]:
     first, last = min(1, num_layers - 1), max(num_layers - 3, 0)
-    return sorted({round(i) for i in torch.linspace(min(first, last), last, count).tolist()})
+    return sorted({round(i) for i in torch.linspace(min(first, last), last, count, device="cpu").tolist()})
 
 
 def _default_mask_token_id(config: Any) -> int:

@@ -157,7 +157,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         )
         drafter = cls(config)
         if draft_token_ids is not None:
-            drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids))
+            drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids, device=drafter.d2t.device))
         if warm_start:
             copy_last_layers(adapter, drafter)
         dtype = target.dtype if target.dtype.is_floating_point else torch.float32
@@ -326,7 +326,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         """Return embeddings `(*, D)` in the drafter's dtype and on its device."""
         if self.config.owns_embeddings:
             # rounded to the weights' dtype first, as Gemma does
-            scale = torch.tensor(self.config.embed_scale).to(self.dtype).item()
+            scale = torch.tensor(self.config.embed_scale, device="cpu").to(self.dtype).item()
             return self.embed_tokens(token_ids) * scale
         return target.embed(token_ids).to(device=self.device, dtype=self.dtype)
 

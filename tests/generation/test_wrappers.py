@@ -80,9 +80,7 @@ def test_name_in_place_of_a_model(target, drafter, tmp_path):
 
 def test_roles_swapped(target, drafter):
     """A drafter that is asked to write says that it has no such method."""
-    with pytest.raises(
-        TypeError, match=r"on the target, got a drafter. Swap them: `target\.generate\("
-    ):
+    with pytest.raises(TypeError, match=r"on the target, got a drafter. Swap them: `target\.generate\("):
         drafter.generate(**ragged_prompts(1), assistant_model=target)
     assert not drafter.can_generate()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -293,6 +294,7 @@ class RequestStream(Iterator[FinishedRequest]):
                 streamer.end()
             except Exception as late:
                 error = error or late
+        _clear_frames(error)
         self._finished.append(FinishedRequest(request, token_ids, statistics, error))
 
     def _end(self, error: BaseException | None) -> None:
@@ -311,6 +313,15 @@ class RequestStream(Iterator[FinishedRequest]):
                 if error is None:
                     request.cancel()
                 self._report(request, error=error)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the tensors in an error's finished frames: it may be kept for long. Its lines stay."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        traceback.clear_frames(error.__traceback__)
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 def _keep_in(prepared: dict[str, Any]) -> Callable[..., Tensor]:
