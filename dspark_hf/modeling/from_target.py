@@ -126,7 +126,7 @@ def _default_layer_ids(config: Any, num_layers: int) -> list[int]:
 
 def _spaced_layer_ids(num_layers: int, count: int = 5) -> list[int]:
     first, last = min(1, num_layers - 1), max(num_layers - 3, 0)
-    return sorted({round(i) for i in torch.linspace(min(first, last), last, count).tolist()})
+    return sorted({round(i) for i in torch.linspace(min(first, last), last, count, device="cpu").tolist()})
 
 
 def _default_mask_token_id(config: Any) -> int:
@@ -158,10 +158,10 @@ def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
         ("vocab_size", config.vocab_size, target.vocab_size),
     ):
         if ours != theirs:
-            raise ValueError(
-                f"`assistant_model` must have the target's `{name}` {theirs}, got {ours}. "
-                "This drafter was trained for another target: load the one made for this model."
-            )
+            remedy = "This drafter was trained for another target: load the one made for this model"
+            if name == "vocab_size":
+                remedy += f", or call `drafter.resize_token_embeddings({theirs})` if this target was resized"
+            raise ValueError(f"`assistant_model` must have the target's `{name}` {theirs}, got {ours}. {remedy}.")
     last = target.num_layers - 1
     if config.target_layer_ids[-1] > last:
         raise ValueError(

@@ -29,10 +29,12 @@ from dspark_hf.modeling.deepseek_v4.layer import init_weights
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
 from dspark_hf.modeling.formats.choosing import find_packaging, load_tensors
 from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
+from dspark_hf.modeling.formats.recommendation import read_recommendation
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
 from dspark_hf.modeling.rotary import RotaryEmbedding
+from dspark_hf.modeling.vocabulary import resize_vocabulary
 from dspark_hf.modeling.warm_start import copy_last_layers
 
 
@@ -160,7 +162,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         )
         drafter = cls(config)
         if draft_token_ids is not None:
-            drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids))
+            drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids, device=drafter.d2t.device))
         if warm_start:
             copy_last_layers(adapter, drafter)
         dtype = target.dtype if target.dtype.is_floating_point else torch.float32
@@ -206,12 +208,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                     "weights and its configuration do not belong together: save the drafter anew."
                 )
         drafter.check_draft_token_ids()
+        drafter.generation_config = read_recommendation(pretrained_model_name_or_path, hub_options)
         return (drafter, info) if wants_info else drafter
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, remote_code: bool | None = None, **kwargs: Any
     ) -> None:
-        """Save weights and configuration.
+        """Save weights, configuration, and the knobs that `generation_config` recommends, if there is one.
 
         With `remote_code=True` the folder also holds a shim, so that `trust_remote_code=True` loads the installed
         class without `import dspark_hf`. Default: as in the folder the drafter was loaded from.
@@ -222,6 +225,9 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         elif remote_code is False and hasattr(self.config, "auto_map"):
             del self.config.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
+        if self.generation_config is not None:
+            # Transformers saves those of models that generate by themselves
+            self.generation_config.save_pretrained(save_directory)
 
     def _init_weights(self, module: nn.Module) -> None:
         deepseek = self.config.deepseek_v4
@@ -253,6 +259,11 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
 
     def check_target(self, target: TargetAdapter) -> None:
         """Raise a `ValueError` that names the mismatch if this drafter was not made for `target`."""
+        if self.device.type == "meta":
+            raise ValueError(
+                "`assistant_model` must hold its weights on a device, got a drafter on 'meta'. Load it with "
+                "`from_pretrained`, not offloaded: it is small."
+            )
         from_target.check_match(self.config, target)
 
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
@@ -267,6 +278,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
         return decode(model, input_ids, drafter=self, scheduler=scheduler, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise a `TypeError`: a drafter proposes, the target writes."""
+        raise TypeError(
+            "`generate` must be called on the target, got a drafter. Swap them: "
+            "`target.generate(**inputs, assistant_model=drafter)`."
+        )
 
     @property
     def draft_token_ids(self) -> Tensor | None:
@@ -314,13 +332,34 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if known is not None and not torch.equal(known.to(ids.device), ids.sort().values):
             raise _wrong_map("`known_ids` must hold the tokens that `d2t` names, in ascending order, got others")
 
+    def resize_token_embeddings(  # type: ignore[override]  # there may be no embedding to return
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding | None:
+        """Fit the drafter to a target whose vocabulary was resized: `drafter.resize_token_embeddings(size)`.
+
+        Embedding and output head are the target's; what is resized are the Markov head's tables, and an embedding and
+        head of the drafter's own. New rows are the mean of those there are, whatever `mean_resizing` says. Returns the
+        drafter's own embedding, or None.
+
+        Raises:
+            ValueError: if the drafter needs a token that would be gone.
+        """
+        size = self.config.vocab_size if new_num_tokens is None else int(new_num_tokens)
+        if pad_to_multiple_of is not None:
+            size += -size % pad_to_multiple_of
+        resize_vocabulary(self, size)
+        return self.embed_tokens if self.config.owns_embeddings else None
+
     # the parts
 
     def embed(self, token_ids: Tensor, target: TargetAdapter) -> Tensor:
         """Return embeddings `(*, D)` in the drafter's dtype and on its device."""
         if self.config.owns_embeddings:
             # rounded to the weights' dtype first, as Gemma does
-            scale = torch.tensor(self.config.embed_scale).to(self.dtype).item()
+            scale = torch.tensor(self.config.embed_scale, device="cpu").to(self.dtype).item()
             return self.embed_tokens(token_ids) * scale
         embed = target.embed_bare if self.config.borrows_bare_weights else target.embed
         return embed(token_ids).to(device=self.device, dtype=self.dtype)
