@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from dspark_hf.generation.call.checks import check_class
+from dspark_hf.generation.call.twins import check_class
 from dspark_hf.generation.compat import EXPLICIT, KNOBS, SCHEDULER, SEAM, is_installed, is_set, scheduler_of_call
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
