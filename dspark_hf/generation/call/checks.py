@@ -9,11 +9,9 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from dspark_hf.generation.call.rotary import check_rotary
+from dspark_hf.generation.call.twins import check_class
 from dspark_hf.generation.compat import CACHE_KEY, can_be_cropped, check_supported_modes
 from dspark_hf.generation.targets.rollback import check_rollback
-
-# model types whose classes in Transformers cannot take tokens back, and our classes that can, of other types
-_OUR_CLASSES = {"deepseek_v4": "DeepseekV4DSparkForCausalLM"}
 
 # other ways to get drafts
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -99,18 +97,6 @@ def check_request(
         num_drafts=num_drafts,
         shares_passes=shares_passes,
     )
-
-
-def check_class(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` that names our class if `model` is one of Transformers' that has a twin with a rollback."""
-    ours = _OUR_CLASSES.get(getattr(model.config, "model_type", ""))
-    if ours is not None:
-        _refuse(
-            "`assistant_model`",
-            f"assist a target whose cache can be rolled back, for this model type a {ours}",
-            type(model).__name__,
-            f"Load the checkpoint with `dspark_hf.{ours}.from_pretrained`.",
-        )
 
 
 def check_cache(cache: Any, generation_config: GenerationConfig) -> None:
