@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from dspark_hf.generation.compat import EXPLICIT, KNOBS, SCHEDULER, SEAM, is_installed, is_set, scheduler_of_call
 from dspark_hf.generation.decoding import decode
@@ -25,6 +26,7 @@ from dspark_hf.generation.drafting.interface import Drafter
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
+_LOGGER = logging.get_logger(__name__)
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
 _EXPECTED_ARGUMENTS = (
@@ -124,7 +126,8 @@ def _check_mode(original: Any) -> Any:
         generation_config: GenerationConfig,
         generation_mode_kwargs: dict[str, Any],
     ) -> Any:
-        if isinstance(generation_mode_kwargs.get("assistant_model"), Drafter):
+        is_drafter = isinstance(generation_mode_kwargs.get("assistant_model"), Drafter)
+        if is_drafter:
             if generation_mode != GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
                     f"`num_beams` must be 1 when a drafter assists, got the mode {generation_mode.value!r}. Use "
@@ -134,7 +137,9 @@ def _check_mode(original: Any) -> Any:
                 # the original refuses, since its own loop knows a single row only
                 generation_config = copy.copy(generation_config)
                 generation_config.num_return_sequences = 1
-        elif scheduler_of_call(generation_config) is not None:
+        else:
+            _mention_drafter(generation_mode_kwargs.get("assistant_model"))
+        if not is_drafter and scheduler_of_call(generation_config) is not None:
             raise ValueError(
                 "`scheduler` must be left out unless a DSpark drafter assists, got "
                 f"{scheduler_of_call(generation_config)!r}. Pass `assistant_model=drafter`."
@@ -144,3 +149,15 @@ def _check_mode(original: Any) -> Any:
     # mypy knows no attributes of functions
     validate_generation_mode.is_dspark = True  # type: ignore[attr-defined]
     return validate_generation_mode
+
+
+def _mention_drafter(assistant: Any) -> None:
+    """Warn once if an assistant of another class was read from a drafter's folder: its heads were dropped."""
+    names = getattr(getattr(assistant, "config", None), "architectures", None) or ()
+    drafters = [name for name in names if "DSpark" in str(name)]
+    if drafters:
+        _LOGGER.warning_once(
+            f"`assistant_model` is a {type(assistant).__name__} made of a {drafters[0]}: without its DSpark heads it "
+            "drafts next to nothing of use. Load it with `DSparkAssistantModel.from_pretrained`, or with "
+            "`AutoModel.from_pretrained` after `import dspark_hf`."
+        )
