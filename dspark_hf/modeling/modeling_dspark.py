@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.chain import sample_block
@@ -21,7 +21,7 @@ from dspark_hf.generation.drafting.context import ContextCache
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
 from dspark_hf.generation.scheduling.interface import Scheduler
 from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
-from dspark_hf.modeling import from_target
+from dspark_hf.modeling import from_target, quantization
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.checkpoints.dspark_module import load_module
@@ -172,7 +172,9 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     ) -> Any:
         """Load a drafter from a folder or a hub name: our own layout, a foreign one, or DeepSeek-V4.
 
-        Of foreign folders configurations and tensors are read; code that they bring is never run.
+        Of foreign folders configurations and tensors are read; code that they bring is never run. With a
+        `BitsAndBytesConfig` that says nothing of it, the heads stay as they are: they are small, and decide what is
+        drafted.
         Takes every argument of `PreTrainedModel.from_pretrained`. Of a DeepSeek-V4 checkpoint with a DSpark module,
         that module alone is read; `dtype`, `keep_quantized`, a device as `device_map` and hub options apply.
 
@@ -187,6 +189,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if is_released(fields):
             config = cls.config_class.from_dict(drafter_fields(fields))
             return load_module(cls, pretrained_model_name_or_path, config, **kwargs)
+        if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
+            kwargs["quantization_config"] = quantization.leave_out_heads(kwargs["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         if find_packaging(fields) is None:
