@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from dspark_hf.generation.call.checks import check_mode
 from dspark_hf.generation.call.knobs import choose_knobs
@@ -28,6 +29,7 @@ from dspark_hf.generation.wrappers import unwrap
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
+_LOGGER = logging.get_logger(__name__)
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
 _DOOR_SEAM = "_extract_generation_mode_kwargs"
@@ -147,6 +149,7 @@ def _check_mode(original: Any) -> Any:
             generation_mode_kwargs["assistant_model"] = drafter
             check_mode(self, generation_mode, generation_config, generation_mode_kwargs)
             return None
+        _mention_drafter(assistant)
         if scheduler_of_call(generation_config) is not None:
             raise ValueError(
                 "`scheduler` must be left out unless a DSpark drafter assists, got "
@@ -193,3 +196,15 @@ def _refuse_drafter(original: Any) -> Any:
     # mypy knows no attributes of functions
     generate_batch.is_dspark = True  # type: ignore[attr-defined]
     return generate_batch
+
+
+def _mention_drafter(assistant: Any) -> None:
+    """Warn once if an assistant of another class was read from a drafter's folder: its heads were dropped."""
+    names = getattr(getattr(assistant, "config", None), "architectures", None) or ()
+    drafters = [name for name in names if "DSpark" in str(name)]
+    if drafters:
+        _LOGGER.warning_once(
+            f"`assistant_model` is a {type(assistant).__name__} made of a {drafters[0]}: without its DSpark heads it "
+            "drafts next to nothing of use. Load it with `DSparkAssistantModel.from_pretrained`, or with "
+            "`AutoModel.from_pretrained` after `import dspark_hf`."
+        )

@@ -15,6 +15,7 @@ from dspark_hf.generation.wrappers import unwrap
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats.deepseek_v4 import backbone_fields
+from dspark_hf.modeling.provenance import target_fields
 
 
 def check_servable(target: PreTrainedModel) -> PreTrainedModel:
@@ -74,6 +75,7 @@ def config_for_target(
         # copied attention weights know no query and key norm unless the target's do
         "use_qk_norm": not warm_start or hasattr(_attention(target.layers[-1]), "q_norm"),
         "backbone_type": "gemma3" if warm_start and _is_gemma3_kind(target.layers[-1]) else "qwen3",
+        **target_fields(target),
         # the Pipeline keeps the target's tokenizer only if these agree
         **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
