@@ -9,7 +9,7 @@ from html import escape
 
 from dspark_hf.evaluation.plots import Figure
 from dspark_hf.evaluation.results import DrafterInfo, Evaluation
-from dspark_hf.evaluation.tables import TextTable, all_tables, headline, remarks
+from dspark_hf.evaluation.tables import TextTable, all_tables, headline, recommendation, remarks
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2530; --soft: #5b6675; --paper: #ffffff; --line: #dde2e8;
@@ -44,6 +44,7 @@ def render_report(evaluation: Evaluation, figures: Sequence[Figure]) -> str:
     parts = [
         f'<p class="soft">Drafter {escape(evaluation.drafters[0].name)} for target {escape(evaluation.target)}</p>',
         f"<h1>{escape(headline(evaluation))}</h1>",
+        *(f"<p>{escape(advice)}</p>" for advice in [recommendation(evaluation)] if advice is not None),
         *(f'<p class="alarm">{escape(remark)}</p>' for remark in remarks(evaluation)),
         *(_figure(figure) for figure in figures),
         *(_table(table) for table in all_tables(evaluation)),
