@@ -14,8 +14,8 @@ def break_even(table: CostTable, rows: int, context: int) -> dict[int, float]:
     Example:
 
         >>> from dspark_hf.generation.scheduling.costs.table import CostCurves
-        >>> passes = CostCurves({(1, 128, 1): 0.02, (1, 128, 4): 0.03})
-        >>> break_even(CostTable(passes, CostCurves({(1, 128, 3): 0.005})), rows=1, context=128)
+        >>> passes = CostCurves({(1, 128, 1): 0.5, (1, 128, 4): 0.75})
+        >>> break_even(CostTable(passes, CostCurves({(1, 128, 3): 0.125})), rows=1, context=128)
         {3: 1.75}
     """
     passes, blocks = table.verify.points, table.draft.points
