@@ -331,7 +331,7 @@ class DeepseekV4DSparkForCausalLM(DeepseekV4DSparkPreTrainedModel, GenerationMix
         """
         # no submodule: it is not this model's to save or to train
         if "_dspark" not in self.__dict__:
-            # imported here: the drafter's class stands above the target's
+            # imported here: a target that nobody drafts for does without it
             from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
             if not self.config.has_dspark or not self.name_or_path:
