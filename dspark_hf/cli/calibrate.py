@@ -87,7 +87,8 @@ def calibrate(
         result = _fit(observations, objective, min_reached)
         _show(console, result)
         if report is not None:
-            _write_report(report, result, observations, is_on_cpu=models.target.device.type == "cpu")
+            title = f"{Path(drafter).name} for {Path(target).name}, validation prompts of {prompts.stem}"
+            _write_report(report, result, observations, title, is_on_cpu=models.target.device.type == "cpu")
             say(console, f"Report: {report}")
         if not result.is_improvement and not force:
             console.print("Not saved: the validation prompts get no better. Use more prompts, or --force.")
@@ -102,14 +103,14 @@ def _check_request(
     drafter: str, prompts: Path, num_prompts: int | None, output: Path | None, report: Path | None
 ) -> list[Prompt]:
     """Return the prompts, after all checks that need no model."""
-    from dspark_hf.calibration.diagrams import check_matplotlib
     from dspark_hf.calibration.observations import check_confidence_head
     from dspark_hf.calibration.saving import check_destination
+    from dspark_hf.figures import check_plotting
     from dspark_hf.loading import read_drafter_config
     from dspark_hf.prompts import read_prompts
 
     if report is not None:
-        check_matplotlib()
+        check_plotting()
         if report.exists() and not report.is_dir():
             raise ValueError(f"`--report` must be a folder, got the file {str(report)!r}. Name another.")
     if not prompts.is_file():
@@ -164,8 +165,7 @@ def _fit(observations: Observations, objective: Objective, min_reached: int) -> 
 
 
 def _show(console: Console, result: CalibrationReport) -> None:
-    for table in result.to_tables():
-        console.print(table)
+    result.print_tables(console)
     for note in result.notes:
         console.print(note, soft_wrap=True)
     for name, split in (("fitted", result.fitting), ("not fitted", result.validation)):
@@ -178,7 +178,9 @@ def _show(console: Console, result: CalibrationReport) -> None:
     console.print(f"Fitted to the {_OBJECTIVE_NAMES[result.fit.objective]}.")
 
 
-def _write_report(folder: Path, result: CalibrationReport, observations: Observations, *, is_on_cpu: bool) -> None:
+def _write_report(
+    folder: Path, result: CalibrationReport, observations: Observations, title: str, *, is_on_cpu: bool
+) -> None:
     from dspark_hf.calibration.diagrams import draw_reliability
     from dspark_hf.provenance import describe_run
 
@@ -187,4 +189,5 @@ def _write_report(folder: Path, result: CalibrationReport, observations: Observa
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     (folder / "calibration.json").write_text(text, encoding="utf-8")
     _, validation = observations.split_by_prompt()
-    draw_reliability(folder / "reliability.png", validation, result.temperatures, num_bins=result.num_bins)
+    path = folder / "reliability.png"
+    draw_reliability(path, validation, result.temperatures, num_bins=result.num_bins, title=title)

@@ -12,8 +12,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dspark_hf import DSparkAssistantModel
-from dspark_hf.calibration import diagrams
+from dspark_hf import DSparkAssistantModel, figures
 from dspark_hf.cli.calibrate import Objective, _fit, calibrate
 from dspark_hf.demo.tiny import write_tiny_pair
 from dspark_hf.evaluation import loading
@@ -118,7 +117,7 @@ def test_mistakes_are_told_before_models_are_loaded(folder, monkeypatch, argumen
 
 def test_missing_matplotlib_is_told_at_once(folder, monkeypatch):
     """The report fails after an hour of work."""
-    monkeypatch.setattr(diagrams, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     monkeypatch.setattr(loading, "load_models", lambda *args, **kwargs: pytest.fail("the models were loaded"))
     code, output = _run(folder, "--report", str(folder / "report"))
     assert code == 2

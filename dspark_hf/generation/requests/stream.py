@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -230,6 +230,11 @@ class RequestStream(Iterator[FinishedRequest]):
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), strings]
+        if isinstance(request.input_ids, (str, Mapping)):
+            raise TypeError(
+                f"`input_ids` of a request must be token ids, got {type(request.input_ids).__name__}. Pass "
+                "`tokenizer(text).input_ids`, or the `input_ids` of what the tokenizer returned."
+            )
         input_ids = _as_row(request.input_ids, self._adapter.device)
         if input_ids.numel() == 0:
             raise ValueError("`input_ids` of a request must hold a token at least, got none. Give it a prompt.")

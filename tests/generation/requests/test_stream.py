@@ -610,10 +610,11 @@ def test_drafter_whose_contexts_cannot_join(target, monkeypatch):
 
 
 @pytest.mark.parametrize("prompt", ["text", {"input_ids": [5, 6]}, BatchEncoding({"input_ids": [5, 6]})])
-def test_a_prompt_is_token_ids(prompt):
+def test_a_prompt_is_token_ids(target, prompt):
     """Text, or all that a tokenizer returns, ends in an error of PyTorch that names nothing."""
-    with pytest.raises(TypeError, match="`input_ids` of a request must be token ids, got"):
-        Request(prompt)
+    [finished] = generate_stream(target, [Request(prompt)], drafter=_drafter("untrained", target, []))
+    assert isinstance(finished.error, TypeError)
+    assert "`input_ids` of a request must be token ids, got" in str(finished.error)
 
 
 def test_kept_errors_hold_no_tensors(target):
