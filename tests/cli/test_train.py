@@ -175,3 +175,16 @@ def test_two_processes_train_what_one_would(folder: Path) -> None:
     # and of equal length: two batches of two weigh as one of four
     taus = [[record["eval_expected_tau"] for record in log] for log in (two, one)]
     assert taus[0] == pytest.approx(taus[1], abs=5e-3)
+
+
+def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped ends without a word of what is kept."""
+    from dspark_hf.training.trainer import DSparkTrainer
+
+    def interrupt(self: DSparkTrainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DSparkTrainer, "train", interrupt)
+    code, output = _run(folder, "stopped")
+    assert code == 130
+    assert "The same command goes on from the newest checkpoint" in output
