@@ -279,11 +279,11 @@ def test_what_is_not_read_is_named(name: str, tmp_path: Path) -> None:
         ("no json", "must hold a JSON file as its index"),
         (
             '{"weight_map": {"fc.weight": "../model.safetensors"}}',
-            "`weight_map` must name files in the checkpoint's own folder",
+            "must name files in the checkpoint's own folder",
         ),
         (
             '{"weight_map": {"fc.weight": "/etc/passwd"}}',
-            "`weight_map` must name files in the checkpoint's own folder",
+            "must name files in the checkpoint's own folder",
         ),
     ],
 )
