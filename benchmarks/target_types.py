@@ -320,7 +320,7 @@ def _group(outcome: Outcome) -> str:
 def _said(outcome: Outcome) -> str:
     if "plain varies" in (outcome.one_row, outcome.three_rows):
         return "plain `generate` itself gives another text with `use_cache=False`"
-    return " ".join(dict.fromkeys(outcome.notes)).replace("|", "\\|")
+    return textwrap.shorten(" ".join(dict.fromkeys(outcome.notes)).replace("|", "\\|"), 320)
 
 
 if __name__ == "__main__":
