@@ -15,6 +15,7 @@ from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import demo
 from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
+from dspark_hf.cli.export import export
 from dspark_hf.cli.profile import profile
 from dspark_hf.cli.tiny_v4 import tiny_v4
 from dspark_hf.cli.train import train
@@ -27,7 +28,7 @@ app = typer.Typer(
     # commands inherit it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, data, train, calibrate, profile):
+for command in (demo, data, train, calibrate, profile, export):
     app.command(cls=PackageCommand)(command)
 # arithmetic on a configuration: no model, hence not the package
 app.command()(estimate)

@@ -13,6 +13,7 @@ _PREFIXES = ("model.", "logit_head.")
 # the target's, kept by some trainers; the drafter reads neither
 _TARGETS_OWN = ("verifier_norm.weight", "verifier_lm_head.weight")
 # keys of a configuration, in SGLang's order
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "base_model_name_or_path", "target_fingerprint")
 _SECTIONS = ("dspark_config", "dflash_config")
 
 
@@ -122,7 +123,7 @@ def common_fields(
         "draft_vocab_size": shapes["d2t"][0] if "d2t" in shapes else None,
         "initializer_range": fields.get("initializer_range", 0.02),
         **head_fields(shapes, hidden_size),
-        **{name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{name: fields.get(name) for name in _KEPT},
         "dtype": fields.get("dtype") or fields.get("torch_dtype"),
     }
 
