@@ -187,3 +187,14 @@ def check_context_width(fields: dict[str, Any], shapes: Shapes, packaging: str) 
             f"read {len(ids)} layers of {width} numbers, as its configuration says",
             f"a drafter in the layout of {packaging} whose `fc` takes {read} numbers",
         )
+
+
+def check_full_attention(fields: Mapping[str, Any], num_layers: int, packaging: str) -> None:
+    """Raise a `ValueError` if a file whose windows are not known to mean the same as ours has sliding layers."""
+    types = fields.get("layer_types")
+    # a list of another length is the target's
+    if isinstance(types, list) and len(types) == num_layers and "sliding_attention" in types:
+        raise Unreadable(
+            "see its whole context in every layer",
+            f"a drafter in the layout of {packaging} with sliding layers, which are read of speculators only",
+        )
