@@ -247,6 +247,10 @@ _UNREADABLE: dict[str, tuple[Callable[[], tuple[dict[str, Any], dict[str, Tensor
         lambda: (specforge_fields(layer_types=["sliding_attention"] * 2), without_vocabulary(WEIGHTS)),
         "in the layout of SpecForge with sliding layers, which are read of speculators only",
     ),
+    "sliding DeepSpec": (
+        lambda: ({**FIELDS, "layer_types": ["full_attention", "sliding_attention"]}, WEIGHTS),
+        "in the layout of DeepSpec with sliding layers, which are read of speculators only",
+    ),
     "Kimi K3": (
         lambda: ({"model_type": "k3_dspark", "architectures": ["KimiK3DSparkModel"]}, WEIGHTS),
         r"a DSpark drafter in Kimi K3's layout \(KimiK3DSparkModel, k3_dspark\), which is not read yet",
