@@ -19,9 +19,19 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from dspark_hf.generation.compat import EXPLICIT, KNOBS, SCHEDULER, SEAM, is_installed, is_set, scheduler_of_call
+from dspark_hf.generation.compat import (
+    EXPLICIT,
+    KNOBS,
+    SCHEDULER,
+    SEAM,
+    is_installed,
+    is_set,
+    is_stateful,
+    scheduler_of_call,
+)
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.targets.recurrent_support import check_state
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
@@ -130,6 +140,10 @@ def _check_mode(original: Any) -> Any:
                     f"`num_beams` must be 1 when a drafter assists, got the mode {generation_mode.value!r}. Use "
                     "greedy decoding or sampling, or generate without `assistant_model`."
                 )
+            if is_stateful(self):
+                check_state(self)
+                # the original refuses such models as targets of assistants, and as those alone
+                generation_mode = GenerationMode.SAMPLE
             if generation_config.do_sample and generation_config.num_return_sequences > 1:
                 # the original refuses, since its own loop knows a single row only
                 generation_config = copy.copy(generation_config)

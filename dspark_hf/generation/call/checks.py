@@ -13,6 +13,7 @@ from dspark_hf.generation.compat import CACHE_KEY, explicit_knob, is_stateful, s
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling.choosing import choose_scheduler
 from dspark_hf.generation.scheduling.interface import Scheduler
+from dspark_hf.generation.targets.recurrent_support import can_recompute, check_state
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def check_request(
     if model.config.is_encoder_decoder:
         _refuse("`assistant_model`", "assist a decoder-only target", f"the encoder-decoder {type(model).__name__}")
     if is_stateful(model):
-        _refuse("`assistant_model`", "assist a target whose cache can be rolled back", type(model).__name__)
+        check_state(model)
     if (generation_config.num_beams or 1) > 1:
         _refuse("`num_beams`", "be 1 when a drafter assists", generation_config.num_beams, "Use greedy or sampling.")
     if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
@@ -79,7 +80,7 @@ def check_request(
         _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
-    check_cache(model_kwargs.get(CACHE_KEY))
+    check_cache(model_kwargs.get(CACHE_KEY), has_states=can_recompute(model))
     check_rotary(
         model.config.get_text_config(decoder=True),
         input_ids,
@@ -90,8 +91,11 @@ def check_request(
     )
 
 
-def check_cache(cache: Any) -> None:
-    """Raise a `ValueError` unless `cache` is one that a rollback leaves no trace in."""
+def check_cache(cache: Any, *, has_states: bool = False) -> None:
+    """Raise a `ValueError` unless `cache` is one that a rollback leaves no trace in.
+
+    With `has_states`, those of recurrent layers are taken back by other means than a crop.
+    """
     if not isinstance(cache, Cache):
         given = None if cache is None else type(cache).__name__
         _refuse(
@@ -101,7 +105,7 @@ def check_cache(cache: Any) -> None:
             given,
             "Pass `use_cache=True`.",
         )
-    if not isinstance(cache, DynamicCache) or not cache.is_croppable:
+    if not isinstance(cache, DynamicCache) or not (has_states or cache.is_croppable):
         _refuse(
             "`cache_implementation`",
             "be a dynamic cache that can be rolled back when a drafter assists",

@@ -52,8 +52,12 @@ class SingleRowTarget:
         self._ids = input_ids
         self._prompt_length = 0
         # tokens that are kept, and those of a pass behind them of which nothing is known yet
-        self._length = int(self._cache.get_seq_length())
+        self._length = self._held()
         self._width = 0
+
+    def _held(self) -> int:
+        """Return how many tokens the cache holds when the call starts."""
+        return int(self._cache.get_seq_length())
 
     def prefill(self) -> TargetPass:
         """Process what of the prompt the cache does not hold yet."""
@@ -78,6 +82,11 @@ class SingleRowTarget:
             self._kwargs[CACHE_KEY] = inputs[CACHE_KEY] = self._cache
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
         target_pass = self._run(inputs, num_tokens, 1, past_length)
+        self._finish_prefill()
+        self._length = self._prompt_length = past_length + num_tokens
+        return target_pass
+
+    def _finish_prefill(self) -> None:
         if not self._cache.is_croppable:
             raise ValueError(
                 f"`{CACHE_KEY}` must be a cache that can be rolled back, got {type(self._cache).__name__} for "
@@ -85,8 +94,6 @@ class SingleRowTarget:
                 "`assistant_model`."
             )
         self._cache.crop(0)
-        self._length = self._prompt_length = past_length + num_tokens
-        return target_pass
 
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
         """Process anchor and drafts `(1, W)`; `parents` `(W,)`, if given, must describe a chain."""

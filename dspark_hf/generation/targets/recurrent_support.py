@@ -1,0 +1,101 @@
+"""Which targets with recurrent layers can be taken back: known families, and others that pass a trial.
+
+B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
+from dspark_hf.generation.targets.recurrences import wrap_recurrences
+from dspark_hf.generation.targets.recurrent import RecurrentStates, is_recurrent_layer
+
+# by the module of their decoder: tests compare each with plain decoding
+_KNOWN = frozenset(
+    ["qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp", "olmo_hybrid", "lara_mini", "kimi_linear", "glm5_next", "bailing_hybrid", "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba", "zamba"]
+)
+# these have no state but the windows of their convolutions
+_CONVOLUTIONS = frozenset(("lfm2", "lfm2_moe", "lfm3"))
+# these have no state but the windows of their convolutions
+_CONVOLUTIONS = frozenset(("lfm2", "lfm2_moe", "lfm3"))
+_obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+
+
+def recurrent_layers(model: PreTrainedModel) -> list[Any]:
+    """Return the layers of an empty cache of `model` that hold windows or states."""
+    return [layer for layer in empty_cache_like(model).layers if is_recurrent_layer(layer)]
+
+
+def can_recompute(model: PreTrainedModel) -> bool:
+    """Return whether `model` has recurrent layers, and all of them can be taken back."""
+    if model not in _obstacles:
+        _obstacles[model] = _obstacle(model)
+    return _obstacles[model] is None
+
+
+def check_state(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` that says why, unless the recurrent layers of `model` can be taken back."""
+    if not can_recompute(model):
+        raise ValueError(
+            "`assistant_model` must assist a target whose cache can be rolled back, got "
+            f"{type(model).__name__!r}: {_obstacles[model]}. Generate without `assistant_model`."
+        )
+
+
+def _obstacle(model: PreTrainedModel) -> str | None:
+    try:
+        layers = recurrent_layers(model)
+        if not layers or not all(hasattr(layer, "number_of_states") for layer in layers):
+            return "it keeps a state, and not in layers of a Transformers cache that are known"
+        is_wrapped = wrap_recurrences(model)
+        module = type(model.get_decoder()).__module__.split(".")
+        if module[:2] == ["transformers", "models"] and module[2] in (_KNOWN if is_wrapped else _CONVOLUTIONS):
+            return None
+        return _trial(model)
+    except Exception as error:
+        return f"a trial of its recurrence failed with {type(error).__name__}: {error}"
+
+
+@torch.no_grad()
+def _trial(model: Any) -> str | None:
+    """Return how states that were taken back differ from those of a pass that did not have to be, if they do."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(7, 7 + 5 * 8, 5, device=model.device) % vocabulary)[None]
+    cache = model(input_ids=ids[:, :4], use_cache=True)[CACHE_KEY]
+    states = RecurrentStates(cache.layers)
+    cache.activate_past_recording()
+    with states.watched(4, are_drafts=True):
+        _go_on(model, ids, 4, 8, cache)
+    states.keep([2])
+    expected = model(input_ids=ids[:, :4], use_cache=True)[CACHE_KEY]
+    for start in (4, 5):
+        _go_on(model, ids, start, start + 1, expected)
+    pairs = zip(_tensors(cache), _tensors(expected), strict=True)
+    if all(_is_close(actual, wanted) for actual, wanted in pairs):
+        return None
+    return "in a trial its states, taken back, differ from those of a pass over the kept tokens alone"
+
+
+def _go_on(model: Any, ids: Tensor, start: int, end: int, cache: Any) -> None:
+    positions = {"position_ids": torch.arange(start, end, device=ids.device)[None]}
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    model(input_ids=ids[:, start:end], use_cache=True, **{CACHE_KEY: cache}, **(positions if takes_positions else {}))
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    layers = RecurrentStates(cache.layers).layers
+    states = [state for layer in layers for state in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+    return [state for state in states if state is not None]
+
+
+def _is_close(actual: Tensor, expected: Tensor) -> bool:
+    """Return whether two states differ by what other orders of a sum may make of them."""
+    allowed = {torch.float32: 1e-3, torch.float64: 1e-9}.get(expected.dtype, 0.1)
+    return float((actual.double() - expected.double()).norm()) <= allowed * float(expected.double().norm())

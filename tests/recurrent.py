@@ -1,0 +1,118 @@
+"""Tiny random targets of all families with recurrent layers: seconds to build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tests.tiny import SLIDING_WINDOW, tiny_target
+
+_TYPES = {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "num_hidden_layers": 3}
+_GATED_DELTA = {
+    **_TYPES,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 16}
+RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": _GATED_DELTA,
+    "qwen3_5_moe_text": {**_GATED_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 24},
+    "qwen3_next": {**_GATED_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 24},
+    "olmo_hybrid": _GATED_DELTA,
+    "lara_mini": {
+        **_GATED_DELTA,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 24,
+        "sliding_window": SLIDING_WINDOW,
+        "layer_types": ["linear_attention", "linear_attention", "sliding_attention"],
+    },
+    # three states a layer: one of the delta rule, one of an embedding's convolution, and the last token ids
+    "qwen4_exp_text": {
+        **_GATED_DELTA,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 24,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [1, 2],
+        "ngram_vocab_size_base": 50,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+        "heads_per_ngram": 4,
+        # without one its embeddings cannot be made
+        "eos_token_id": 63,
+    },
+    "kimi_linear": {**_TYPES, **_LATENT, **_EXPERTS, "linear_head_dim": 8, "linear_num_heads": 4},
+    "bailing_hybrid": {**_TYPES, **_LATENT, **_EXPERTS, "n_group": 1, "topk_group": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16},
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1], "num_hidden_layers": 3},
+    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **_TYPES,
+        **_MAMBA2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 16,
+    },
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1],
+        "mamba_d_state": 8,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+        "num_key_value_heads": 4,
+    },
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "jamba": {
+        "num_hidden_layers": 3,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "zamba": {
+        "num_hidden_layers": 3,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "n_mamba_heads": 2,
+    },
+    "lfm3": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "sliding_attention", "conv"],
+        "sliding_window": SLIDING_WINDOW,
+    },
+    "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+}
+
+
+def recurrent_target(family: str, **overrides: Any) -> PreTrainedModel:
+    """Return a small random causal LM of `family`, fp32, in evaluation mode."""
+    return tiny_target(family, **{**RECURRENT_FAMILIES[family], **overrides})
