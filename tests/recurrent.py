@@ -49,6 +49,11 @@ RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
         "make_ngram_vocab_size_divisible_by": 8,
         "split_ngram_parts": 1,
         "heads_per_ngram": 4,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 2,
         # without one its embeddings cannot be made
         "eos_token_id": 63,
     },

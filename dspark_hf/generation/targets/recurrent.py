@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from dspark_hf.generation.targets.recurrences import Watch, watching
 
@@ -39,14 +40,12 @@ class RecurrentStates:
         self._watch: Watch | None = None
         self._width = 0
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether a pass has begun of which nothing has been kept."""
-        return self._watch is not None
-
     @contextmanager
     def watched(self, width: int, *, are_drafts: bool) -> Iterator[None]:
         """Remember what there is before a pass over `width` tokens a row."""
+        if not self.layers:
+            yield
+            return
         self._before, self._width = [_fields(layer) for layer in self.layers], width
         for layer in self.layers:
             # windows then keep all that a pass puts in, which of a long prompt would be a lot
@@ -58,8 +57,7 @@ class RecurrentStates:
     def keep(self, num_kept: Sequence[int]) -> None:
         """Take back all but the first `num_kept[r]` tokens that row r had in the last pass; a prefill keeps all."""
         watch, width = self._watch, self._width
-        assert watch is not None
-        if watch.are_drafts:
+        if watch is not None and watch.are_drafts:
             for layer, before in zip(self.layers, self._before, strict=True):
                 for index, window in _present(before["conv_states"]).items():
                     inputs = layer.conv_states[index][..., -width:]
@@ -118,6 +116,14 @@ class RecurrentStates:
 
     def _tensors(self) -> list[dict[int, Any]]:
         return [states for layer in self.layers for states in (layer.conv_states, layer.recurrent_states)]
+
+
+def cached_length(cache: Any, num_new: int, mask_width: int) -> int:
+    """Return how many columns `cache` holds; states do not know, but a mask longer than the `num_new` tokens does."""
+    layers = cache.layers
+    if any(is_recurrent_layer(layer) for layer in layers) and not any(isinstance(x, CacheLayerMixin) for x in layers):
+        return max(mask_width - num_new, 0)
+    return int(cache.get_seq_length())
 
 
 def is_recurrent_layer(layer: Any) -> bool:

@@ -13,7 +13,7 @@ from dspark_hf.generation.compat import CACHE_KEY, mask_length, stop_recording
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.interface import TargetPass
-from dspark_hf.generation.targets.recurrent import RecurrentStates, is_recurrent_layer
+from dspark_hf.generation.targets.recurrent import RecurrentStates, cached_length, is_recurrent_layer
 from dspark_hf.generation.targets.trees import check_kept
 
 
@@ -31,11 +31,8 @@ class RecurrentTarget(SingleRowTarget):
         super().__init__(adapter, input_ids, generation_config, model_kwargs)
 
     def _held(self) -> int:
-        if any(isinstance(layer, CacheLayerMixin) for layer in self._cache.layers):
-            return super()._held()
-        # states do not know their length; a mask that is longer than the new tokens does
         width = mask_length(self._generation_config, self._kwargs.get("attention_mask"))
-        return max(width - self._ids.shape[1], 0)
+        return cached_length(self._cache, self._ids.shape[1], width)
 
     def _run(self, inputs: dict[str, Any], num_tokens: int, width: int, past_length: int) -> TargetPass:
         # a prefill has no length yet, and keeps all of its tokens

@@ -19,7 +19,27 @@ from dspark_hf.generation.targets.recurrent import RecurrentStates, is_recurrent
 
 # by the module of their decoder: tests compare each with plain decoding
 _KNOWN = frozenset(
-    ["qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp", "olmo_hybrid", "lara_mini", "kimi_linear", "glm5_next", "bailing_hybrid", "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba", "zamba"]
+    [
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_next",
+        "qwen4_exp",
+        "olmo_hybrid",
+        "lara_mini",
+        "kimi_linear",
+        "glm5_next",
+        "bailing_hybrid",
+        "mamba2",
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "nemotron_h",
+        "zamba2",
+        "mamba",
+        "falcon_mamba",
+        "jamba",
+        "zamba",
+    ]
 )
 # these have no state but the windows of their convolutions
 _CONVOLUTIONS = frozenset(("lfm2", "lfm2_moe", "lfm3"))
