@@ -80,6 +80,10 @@ def check_request(
         _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
+    if model_kwargs.get("use_cache") and model_kwargs.get(CACHE_KEY) is None:
+        # generate prepares none for MiniMax and its kin
+        remedy = "It keeps one in a form of its own: generate without `assistant_model`."
+        _refuse("`assistant_model`", "assist a target whose cache can be rolled back", type(model).__name__, remedy)
     check_cache(model_kwargs.get(CACHE_KEY), has_states=can_recompute(model))
     check_rotary(
         model.config.get_text_config(decoder=True),

@@ -118,15 +118,14 @@ class RaggedTarget:
     def _prefill_padded(self) -> TargetPass:
         """Process the prompts as plain `generate` does: a state cannot step over padding behind a row's end."""
         assert isinstance(self.cache, RaggedCache)
-        mask, num_new_columns = self._mask, self._new_mask.shape[1]
+        mask, width = self._mask, self._new_mask.shape[1]
         # one of the user's stays as it is until it is returned
         cache = copy.deepcopy(self._given)
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -num_new_columns:]
-        states = RecurrentStates(cache.layers)
-        with states.watched(num_new_columns, are_drafts=False):
-            outputs = self._call(
-                self._prompt_ids, cache, {"position_ids": positions, "attention_mask": mask.long()}, 1
-            )
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -width:]
+        # states alone look at the new columns only
+        inputs = {"position_ids": positions, "attention_mask": (mask if self.cache.windows else self._new_mask).long()}
+        with RecurrentStates(cache.layers).watched(width, are_drafts=False):
+            outputs = self._call(self._prompt_ids, cache, inputs, 1)
         self.cache.adopt(mask, cache)
         self._is_filled = True
         order, num_new = pack_order(self._new_mask)

@@ -40,6 +40,14 @@ class RecurrentStates:
         self._watch: Watch | None = None
         self._width = 0
 
+    @property
+    def are_seen(self) -> bool:
+        """Whether the last pass ran the recurrences of all states where they can be seen."""
+        if self._watch is None or not self._watch.states:
+            return True
+        recurrence, calls = self._watch.recurrence, self._watch.calls
+        return recurrence is not None and len(calls) == len(recurrence.parts(self._watch.states))
+
     @contextmanager
     def watched(self, width: int, *, are_drafts: bool) -> Iterator[None]:
         """Remember what there is before a pass over `width` tokens a row."""
@@ -76,16 +84,18 @@ class RecurrentStates:
                 stays = torch.tensor(num_kept, device=state.device) == 0
                 state[stays] = before[stays]
             return
-        recurrence, calls = watch.recurrence, watch.calls
-        if recurrence is None or len(calls) != len(recurrence.parts(states)):
+        recurrence = watch.recurrence
+        if recurrence is None or not self.are_seen:
             raise RuntimeError(
-                f"`assistant_model` must see every recurrence of a pass, got {len(calls)} for {len(states)} states. "
-                "Do not compile the target, or generate without `assistant_model`."
+                f"`assistant_model` must see every recurrence of a pass, got {len(watch.calls)} for {len(states)} "
+                "states. Do not compile the target, or generate without `assistant_model`."
             )
         counts = None
         if min(num_kept) < longest:
             counts = torch.arange(longest) < torch.tensor(num_kept)[:, None]
-        for call, start, end in zip(calls, recurrence.parts(watch.states), recurrence.parts(states), strict=True):
+        for call, start, end in zip(
+            watch.calls, recurrence.parts(watch.states), recurrence.parts(states), strict=True
+        ):
             end.copy_(recurrence.advance(call, start, longest, counts)[1])
 
     def restore(self) -> None:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
 from dspark_hf.generation.targets.recurrences import wrap_recurrences
@@ -73,34 +73,36 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     try:
         layers = recurrent_layers(model)
         if not layers or not all(hasattr(layer, "number_of_states") for layer in layers):
-            return "it keeps a state, and not in layers of a Transformers cache that are known"
+            return "it keeps its state in a form of its own"
         is_wrapped = wrap_recurrences(model)
         module = type(model.get_decoder()).__module__.split(".")
         if module[:2] == ["transformers", "models"] and module[2] in (_KNOWN if is_wrapped else _CONVOLUTIONS):
             return None
         return _trial(model)
     except Exception as error:
-        return f"a trial of its recurrence failed with {type(error).__name__}: {error}"
+        return f"a trial of its recurrence ended with {type(error).__name__} ({error})"
 
 
 @torch.no_grad()
 def _trial(model: Any) -> str | None:
-    """Return how states that were taken back differ from those of a pass that did not have to be, if they do."""
+    """Return what is wrong with states that were taken back, None if they are those of the kept tokens alone."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = (torch.arange(7, 7 + 5 * 8, 5, device=model.device) % vocabulary)[None]
-    cache = model(input_ids=ids[:, :4], use_cache=True)[CACHE_KEY]
+    cache, expected = (model(input_ids=ids[:, :4], use_cache=True).get(CACHE_KEY) for _ in range(2))
+    if not isinstance(cache, Cache):
+        return "it keeps its state in a form of its own"
     states = RecurrentStates(cache.layers)
     cache.activate_past_recording()
     with states.watched(4, are_drafts=True):
         _go_on(model, ids, 4, 8, cache)
+    if not states.are_seen:
+        return "its recurrence is none of those that are known here"
     states.keep([2])
-    expected = model(input_ids=ids[:, :4], use_cache=True)[CACHE_KEY]
     for start in (4, 5):
         _go_on(model, ids, start, start + 1, expected)
-    pairs = zip(_tensors(cache), _tensors(expected), strict=True)
-    if all(_is_close(actual, wanted) for actual, wanted in pairs):
+    if all(_is_close(one, other) for one, other in zip(_tensors(cache), _tensors(expected), strict=True)):
         return None
-    return "in a trial its states, taken back, differ from those of a pass over the kept tokens alone"
+    return "in a trial its states, taken back, were not those of the kept tokens"
 
 
 def _go_on(model: Any, ids: Tensor, start: int, end: int, cache: Any) -> None:
