@@ -82,6 +82,9 @@ class TargetAdapter:
             if threading.get_ident() != self._thread:
                 return
             states = output[0] if isinstance(output, tuple) else output
+            if states.ndim == 3 and states.shape[-1] > self.hidden_size:
+                # Qwen 4 lays its streams side by side
+                states = states.unflatten(-1, (-1, self.hidden_size))
             # hyper-connections keep several streams (B, T, n, D); drafters read their mean
             self._captured[layer_id] = states.mean(2) if states.ndim == 4 else states
 

@@ -151,6 +151,7 @@ class RaggedCache(Cache):
             index = order[:, None, :, None].expand(-1, states[0].shape[1], -1, -1)
             keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in states)
             layer.store.write(keys, values, self._rows.host, self._rows.device)
+            layer.is_initialized = True
         self._rows.set(counts)
 
     def pretend_length(self, length: int) -> None:
