@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.tiny import SLIDING_WINDOW, tiny_target
+from tests.tiny import SLIDING_WINDOW, tiny_config, tiny_target
 
 _TYPES = {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "num_hidden_layers": 3}
 _GATED_DELTA = {
@@ -121,3 +122,39 @@ RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
 def recurrent_target(family: str, **overrides: Any) -> PreTrainedModel:
     """Return a small random causal LM of `family`, fp32, in evaluation mode."""
     return tiny_target(family, **{**RECURRENT_FAMILIES[family], **overrides})
+
+
+def tiny_glm5_next() -> PreTrainedModel:
+    """Return a small random GLM-5-Next, which has no class for its text alone."""
+    text = {
+        **_EXPERTS,
+        "layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "v_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "n_routed_experts": 4,
+        # so many that all are chosen: scores of 0 tie, and a tie falls as the pass is wide
+        "index_topk": 64,
+        "index_kpool": 2,
+        "index_head_dim": 8,
+        "index_n_heads": 2,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "hc_mult": 2,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "image_size": 28, "out_hidden_size": 32}
+    fields = tiny_config("qwen3").to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "initializer_range")
+    common = {name: fields[name] for name in names}
+    config = AutoConfig.for_model(
+        "glm5_next",
+        text_config={**common, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 256, **text},
+        vision_config={**vision, "intermediate_size": 16, "projection_intermediate_size": 16},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

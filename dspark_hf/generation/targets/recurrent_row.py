@@ -28,15 +28,20 @@ class RecurrentTarget(SingleRowTarget):
         model_kwargs: dict[str, Any],
     ):
         self._states = RecurrentStates(model_kwargs[CACHE_KEY].layers)
+        self._are_drafts = False
         super().__init__(adapter, input_ids, generation_config, model_kwargs)
 
     def _held(self) -> int:
         width = mask_length(self._generation_config, self._kwargs.get("attention_mask"))
         return cached_length(self._cache, self._ids.shape[1], width)
 
+    def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
+        """Process anchor and drafts `(1, W)`; `parents` `(W,)`, if given, must describe a chain."""
+        self._are_drafts = True
+        return super().verify(token_ids, parents)
+
     def _run(self, inputs: dict[str, Any], num_tokens: int, width: int, past_length: int) -> TargetPass:
-        # a prefill has no length yet, and keeps all of its tokens
-        with self._states.watched(num_tokens, are_drafts=self._prompt_length > 0):
+        with self._states.watched(num_tokens, are_drafts=self._are_drafts):
             return super()._run(inputs, num_tokens, width, past_length)
 
     def _finish_prefill(self) -> None:
