@@ -16,6 +16,7 @@ from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.modeling.deepseek_v4.tiny import tiny_model
+from tests.recurrent import RECURRENT_FAMILIES, recurrent_target
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 30
@@ -76,6 +77,8 @@ FAILING: dict[str, Any] = {
 
 
 def _target(family: str) -> PreTrainedModel:
+    if family in RECURRENT_FAMILIES:
+        return recurrent_target(family)
     return tiny_model() if family == "deepseek_v4" else tiny_target(family)
 
 
@@ -112,6 +115,7 @@ def _check_cache(target: PreTrainedModel, cache: Any, text: Tensor, inputs: dict
 @pytest.mark.parametrize(
     ("family", "num_rows", "what"),
     [(family, 1, what) for family in ("llama", "gemma3_text", "gemma4_text") for what in FAILING]
+    + [("qwen3_5_text", 1, "criterion"), ("bamba", 1, "processor")]
     + [("deepseek_v4", 1, "streamer"), ("deepseek_v4", 3, "processor"), ("deepseek_v4", 3, "criterion")],
 )
 def test_no_rejected_drafts_stay(family, num_rows, what):
@@ -129,7 +133,7 @@ def test_no_rejected_drafts_stay(family, num_rows, what):
         _check_cache(target, cache, plain[:, :length], inputs)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "deepseek_v4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "deepseek_v4", "falcon_h1", "bamba"])
 def test_a_pass_that_ends_early_leaves_nothing(family):
     """After Ctrl-C within a pass, some layers hold more than others."""
     target, inputs = _target(family), ragged_prompts(1)

@@ -176,31 +176,20 @@ def test_encoder_decoder_targets():
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, assistant_model=drafter)
 
 
-def test_stateful_targets():
-    """The recurrent state of a hybrid model keeps rejected drafts and corrupts the text."""
-    config = AutoConfig.for_model(
-        "qwen3_next",
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        layer_types=["linear_attention", "full_attention"],
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        linear_num_value_heads=2,
-        linear_num_key_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8)
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, assistant_model=drafter)
-    with pytest.raises(ValueError, match="must assist a target whose cache can be rolled back"):
-        model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, custom_generate=drafter.decode)
+# the fields without which their tiny targets cannot be built
+UNKNOWN_STATES = {
+    "minimax": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "It keeps one in a form of its own"),
+    "recurrent_gemma": ({"lru_width": 32, "block_types": ["recurrent", "attention"]}, "in a form of its own"),
+    "rwkv": ({"context_length": 64, "attention_hidden_size": 32}, "it keeps its state in a form of its own"),
+    "zaya": ({"moe_intermediate_size": 24, "num_experts": 4, "router_hidden_size": 16}, "is none of those"),
+}
+
+
+@pytest.mark.parametrize("family", UNKNOWN_STATES)
+def test_states_that_cannot_be_taken_back(family, drafter):
+    """The state of a target of another kind keeps rejected drafts and corrupts the text."""
+    fields, reason = UNKNOWN_STATES[family]
+    model = tiny_target(family, **fields)
+    for door in ({"assistant_model": drafter}, {"custom_generate": drafter.decode}):
+        with pytest.raises(ValueError, match=f"must assist a target whose cache can be rolled back, got .*{reason}"):
+            model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, **door)
