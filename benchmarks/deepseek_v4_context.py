@@ -28,6 +28,7 @@ from benchmarks.pages import FOLDER
 from benchmarks.provenance import describe_run
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
 from dspark_hf.modeling.deepseek_v4.estimation.formats import CacheFormat
 from dspark_hf.modeling.deepseek_v4.estimation.kv_cache import count_kv_cache
@@ -103,6 +104,17 @@ def theory(config: DeepseekV4DSparkConfig, context: int, dtype: torch.dtype = to
     return KVBytes(growing, sum(part.num_bytes for part in parts.values()) - growing)
 
 
+def check_rounds(statistics: SpeculationStatistics) -> None:
+    """Raise a `RuntimeError` unless every round made all its drafts, but for the last, which have room for fewer."""
+    missing = NUM_DRAFTS * statistics.num_rounds - statistics.num_drafted
+    # a round that may write r tokens makes at most r - 1 drafts
+    if statistics.num_verified != statistics.num_drafted or missing > sum(range(NUM_DRAFTS + 1)):
+        raise RuntimeError(
+            f"`num_drafted` must be {NUM_DRAFTS} a round, all of them verified, got {statistics}. These are no full "
+            "rounds: look at the scheduler."
+        )
+
+
 class Ours:
     """A `DeepseekV4DSparkForCausalLM` and how its cache is filled, used and taken back."""
 
@@ -134,10 +146,12 @@ class Ours:
     def rounds(self, cache: Any, num_tokens: int) -> int:
         """Generate `num_tokens` behind those in a copy of the cache; return the rounds that took."""
         token_ids = torch.zeros(1, cache.get_seq_length() + 1, dtype=torch.long)
-        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": num_tokens, CACHE_KEY: copy.deepcopy(cache)}
-        self.model.generate(token_ids, assistant_model=self.drafter, **options)
+        # the default scheduler soon stops asking a random drafter
+        options: dict[str, Any] = {"assistant_model": self.drafter, "scheduler": "fixed", "do_sample": False}
+        self.model.generate(token_ids, max_new_tokens=num_tokens, **{CACHE_KEY: copy.deepcopy(cache)}, **options)
         statistics = self.drafter.last_statistics
         assert statistics is not None
+        check_rounds(statistics)
         return statistics.num_rounds
 
     def add_random(self, cache: Any, num_tokens: int) -> None:

@@ -1,12 +1,35 @@
-"""What all commands show in the same way: progress, and silence from Transformers meanwhile."""
+"""What all commands show in the same way: progress, text of others, and silence from Transformers meanwhile."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# what a terminal obeys instead of showing it: C0 but for line feed and tab, DEL, C1; and halves of characters, which
+# cannot be written at all
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text that a terminal shows as it is: what would command it becomes the replacement character.
+
+    Whatever a model, a server or a file's name says goes through here before it is printed.
+
+    Example:
+
+        >>> printable("\\x1b]0;title\\x07 and\\ttab")
+        '\ufffd]0;title\ufffd and\\ttab'
+    """
+    return _COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line that holds paths or names: nothing in it is markup, and it is not broken."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:

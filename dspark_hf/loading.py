@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
 
@@ -43,12 +47,52 @@ def find_device(device: str) -> torch.device:
     return found
 
 
+def check_folder(option: str, name: str, what: str = "causal language model") -> None:
+    """Raise a `ValueError` if `name` is meant to be a folder that is not there, before a hub is asked for it.
+
+    `AUTHOR/MODEL` may be a folder or a name on the hub: it is taken for a slip where a folder `AUTHOR` is here, with
+    one in it that is called nearly so.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    is_path = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))
+    there = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, there, n=1)
+    is_slip = near and len(path.parts) == 2 and not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not is_path and not is_slip:
+        return
+    hint = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Correct the path."
+    hub = " For the model of that name on the hub, run `hf download` first." * (not is_path)
+    raise ValueError(
+        f"`{option}` must be the folder or hub name of a {what}, got {name!r}: no folder of this name is here. "
+        f"{hint}{hub}"
+    )
+
+
+def read_drafter_config(option: str, name: str) -> DSparkConfig:
+    """Return the configuration of a drafter's folder or hub name, given as `option`.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    check_folder(option, name, "DSpark drafter")
+    try:
+        return DSparkConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{option}` must be the folder or hub name of a DSpark drafter, got {name!r}, which cannot be read. "
+            f"Correct it. ({first_line(error)})"
+        ) from error
+
+
 def load_tokenizer(target: str) -> Any:
     """Return the tokenizer of a folder or hub name.
 
     Raises:
         ValueError: if it cannot be read.
     """
+    check_folder("--target", target)
     try:
         return AutoTokenizer.from_pretrained(target)
     except (OSError, ValueError) as error:
@@ -77,6 +121,7 @@ def load_target(
         ValueError: if the dtype, the device, the attention implementation or the target is not there.
     """
     check_dtype(dtype)
+    check_folder("--target", target)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": find_device(device)}}
     if attention != "auto":
         options["attn_implementation"] = attention

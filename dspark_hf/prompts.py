@@ -5,8 +5,7 @@ Legend: B prompts, T tokens.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dspark_hf.damage import is_text, parse_line, read_lines
 
 Message = dict[str, str]
 
@@ -69,30 +70,23 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     Other fields are ignored, and so are empty lines.
 
     Raises:
-        ValueError: if a line has another layout, or if there is no prompt at all.
+        ValueError: if it is no file, a line is no UTF-8 or has another layout, or there is no prompt at all.
     """
     path = Path(path)
-    with path.open(encoding="utf-8") as lines:
-        prompts = list(islice(_parse_lines(lines, path), limit))
+    prompts = list(islice(_parse_lines(path), limit))
     if not prompts and limit != 0:
         raise ValueError(f"`{path}` must hold at least one prompt, got an empty file. Write one prompt a line.")
     return prompts
 
 
-def _parse_lines(lines: Iterable[str], path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def _parse_lines(path: Path) -> Iterator[Prompt]:
+    for number, line in read_lines(path):
         if path.suffix == ".txt":
             yield user_turn(line.strip())
             continue
+        record = parse_line(path, number, line, "Correct the line, or name the file .txt if each line is a prompt.")
         try:
-            yield parse_prompt(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"`{path}` must hold one JSON object a line, got {line.strip()[:60]!r} on line {number} "
-                f"({error.msg}). Correct the line, or name the file .txt if each line is a prompt."
-            ) from error
+            yield parse_prompt(record)
         except ValueError as error:
             raise ValueError(f"`{path}`, line {number}: {error}") from error
 
@@ -135,11 +129,11 @@ def _conversation(messages: Any) -> Prompt:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return is_text(value) and bool(value.strip())
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return isinstance(value, Mapping) and all(is_text(value.get(key)) for key in ("role", "content"))
 
 
 def _short(value: Any) -> str:
@@ -154,10 +148,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> Tensor:
     their text. Raw text gets the tokenizer's own special tokens; text that yields no token becomes the BOS token.
 
     Raises:
-        ValueError: if nothing is left to start from.
+        ValueError: if nothing is left to start from, or the template cannot write these messages.
     """
     if prompt.messages is not None and has_chat_template(tokenizer):
-        rendered = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
+        rendered = apply_template(tokenizer, list(prompt.messages), opens_answer=True)
         # the template wrote the special tokens already
         token_ids = tokenizer(rendered, add_special_tokens=False).input_ids
     else:
@@ -167,6 +161,25 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> Tensor:
             "`prompt` must have at least one token, got none from a tokenizer without a BOS token. Give it some text."
         )
     return torch.tensor(token_ids or [tokenizer.bos_token_id], dtype=torch.long)
+
+
+def apply_template(tokenizer: Any, messages: list[Any], *, opens_answer: bool) -> str:
+    """Return messages as the tokenizer's chat template writes them, up to where an answer starts or without that.
+
+    Raises:
+        ValueError: if the template cannot write them: many refuse unknown roles, or turns of one role in a row.
+    """
+    # a template is a program, which may fail in any way
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=opens_answer, tokenize=False)
+    except (TemplateError, TypeError, LookupError, AttributeError) as error:
+        roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+        raise ValueError(
+            f"messages must be such that the target's chat template can write them, got the roles {_short(roles)}. "
+            f"Correct them. ({_short(str(error))})"
+        ) from error
 
 
 def pad_left(prompts: Sequence[Tensor], device: torch.device, pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -259,4 +272,4 @@ def _render_turn(tokenizer: Any, role: str) -> str:
     if role == "assistant":
         messages.append({"role": "assistant", "content": _PLACEHOLDER})
     # behind a user turn some templates write nothing but the opening of the answer
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=role == "user", tokenize=False)
+    return apply_template(tokenizer, messages, opens_answer=role == "user")

@@ -1,8 +1,8 @@
 """Ask DeepSeek-V4 one question: the answer as it is written, then in its parts, and what DSpark brings.
 
-    python examples/deepseek_v4_inference.py deepseek-ai/DeepSeek-V4-Flash-DSpark --mode think-max --compare
+    python examples/deepseek_v4_inference.py deepseek-ai/DeepSeek-V4-Flash-0731 --mode think-max --compare
 
-Without the weights: `dspark-hf tiny-v4 --out tiny`, and `tiny` for the name. It answers nonsense, by the same code.
+Without the weights: `dspark-hf tiny-v4 --output tiny`, and `tiny` for the name. It answers nonsense, by the same code.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from transformers import TextStreamer
 from dspark_hf import DeepseekV4DSparkForCausalLM
 from dspark_hf.loading import load_tokenizer
 from dspark_hf.modeling.deepseek_v4.chat import parse_response, set_chat_template
+from dspark_hf.modeling.deepseek_v4.chat.constants import DEFAULT_RELEASE, REASONING_EFFORTS
 
-# the preview's names of its efforts
+# the names on the model's page
 MODES = {"non-think": "none", "think-high": "high", "think-max": "max"}
 
 
 def main() -> None:
     """Load, ask, and answer once or, to compare, twice."""
     arguments = make_parser().parse_args()
-    effort = arguments.reasoning_effort or MODES[arguments.mode]
+    effort = arguments.reasoning_effort or MODES.get(arguments.mode)
     try:
         tokenizer = load_tokenizer(arguments.target)
         # released tokenizers have no template, and do not tell their release
@@ -83,6 +84,7 @@ def show(text: str, *, is_thinking: bool) -> None:
         response = parse_response(text, is_thinking=is_thinking)
     except ValueError as error:
         print(f"\nNot parsed: {error}")
+        print("A checkpoint with random weights, as `dspark-hf tiny-v4` writes, answers noise, which has no form.")
         return
     print(f"\nReasoning: {len(response.reasoning or '')} characters\nContent: {response.content}")
     for call in response.tool_calls:
@@ -104,10 +106,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", help="folder or hub name of a checkpoint in the released layout")
     parser.add_argument("--prompt", default="Which is larger, 9.9 or 9.11?")
     parser.add_argument("--tools", type=read_tools, help="JSON file: a list of tools' schemas in OpenAI's form")
-    parser.add_argument("--release", default="preview", help="the checkpoint's: preview (default), 0731 or 0813")
+    releases = f"the checkpoint's: {', '.join(REASONING_EFFORTS)}; default: {DEFAULT_RELEASE}"
+    parser.add_argument("--release", default=DEFAULT_RELEASE, help=releases)
     thinking = parser.add_mutually_exclusive_group()
-    thinking.add_argument("--mode", choices=MODES, default="think-high", help="how to think; default: think-high")
-    thinking.add_argument("--reasoning-effort", help="an effort by the release's own name, such as low since 0731")
+    thinking.add_argument("--mode", choices=MODES, help="how to think; default: as the release does unasked")
+    thinking.add_argument("--reasoning-effort", help="an effort by the release's own name, such as low")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; default: 0, greedy")
     parser.add_argument("--stream", action=switch, default=True, help="print the text as it is written")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,29 @@ def test_empty_text_is_the_bos_token() -> None:
     without_bos.bos_token = None
     with pytest.raises(ValueError, match="must have at least one token"):
         encode_prompt(Prompt(text=""), without_bos)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"user": "caf\xe9"}', "must be UTF-8, got the byte 0xe9 on line 2"),
+        (b"[" * 100_000, r"must hold one JSON object a line, got .* on line 2 \(too deep\)"),
+        (b'{"messages": 3}', "line 2: messages must be objects"),
+        (b'{"user": "\\ud800"}', "line 2: a prompt must be one of"),
+    ],
+)
+def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
+    """One bad line ends in a stack of calls that names neither file nor line."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"user": "a"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=message) as failure:
+        read_prompts(path)
+    assert str(path) in str(failure.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+def test_a_pipe_is_no_file_of_prompts(tmp_path: Path) -> None:
+    """A command waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="must be a file"):
+        read_prompts(tmp_path / "pipe")

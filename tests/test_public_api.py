@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
+
+import pytest
+
 import dspark_hf
 
 
@@ -23,3 +29,33 @@ def test_public_names():
         "uninstall",
     ]
     assert all(hasattr(dspark_hf, name) for name in dspark_hf.__all__)
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("training", ("DSparkTrainer", "DSparkTrainingArguments", "build_drafter", "read_conversations")),
+        ("evaluation", ("EvaluationSettings", "evaluate", "load_models", "write_evaluation")),
+        ("calibration", ("calibrate", "collect_observations", "save_temperatures")),
+        ("profiling", ("CostTable", "load_profile", "profile_key", "save_profile")),
+        ("data", ("DataOptions", "collect")),
+        ("generation.scheduling", ("AdaptiveScheduler", "Scheduler", "ThresholdScheduler", "reset_learned_state")),
+        ("generation.drafting", ("DraftContext", "DraftedBlock", "Drafter")),
+        ("modeling.deepseek_v4.chat", ("encode_messages", "parse_response", "set_chat_template")),
+    ],
+)
+def test_folders_offer_their_names(folder, names):
+    """What a user needs in Python is found in a file whose name may change only."""
+    package = importlib.import_module(f"dspark_hf.{folder}")
+    assert set(names) <= set(package.__all__)
+    for name in package.__all__:
+        assert callable(getattr(package, name))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+def test_one_file_does_not_load_its_whole_folder():
+    """Reading conversations loads the trainer, which takes a second."""
+    code = "import sys, dspark_hf.training.conversations; print('dspark_hf.training.trainer' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"

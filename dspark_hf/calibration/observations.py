@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dspark_hf.generation.statistics import SpeculationStatistics
-from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import pad_left
 
@@ -218,7 +218,7 @@ def _observe(
     drafter.last_statistics = None
     with temporary_temperatures(drafter, temperatures):
         target.generate(
-            **pad_left(prompts, target.device),
+            **pad_left(prompts, input_device(target)),
             assistant_model=drafter,
             num_assistant_tokens=drafter.block_size,
             scheduler="fixed",

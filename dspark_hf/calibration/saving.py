@@ -41,9 +41,11 @@ def save_temperatures(drafter: str | Path, temperatures: Sequence[float], output
     `output` that folder gets a copy of the drafter; there is a whole folder or none.
 
     Raises:
-        ValueError: if `output` is not empty, or left out for a drafter that is no folder in our own layout.
+        ValueError: if `output` is not empty, or left out for a drafter that is no folder in our own layout, or if the
+            temperatures are not one positive, finite number for each of the drafter's slots; nothing is written then.
     """
     check_destination(drafter, output)
+    DSparkConfig.from_pretrained(drafter, sts_temperatures=list(temperatures))
     if output is None:
         _write_field(Path(drafter, _CONFIG), temperatures)
         return Path(drafter)

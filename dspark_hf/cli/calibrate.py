@@ -103,7 +103,7 @@ def _check_request(
     from dspark_hf.calibration.diagrams import check_matplotlib
     from dspark_hf.calibration.observations import check_confidence_head
     from dspark_hf.calibration.saving import check_destination
-    from dspark_hf.modeling.configuration_dspark import DSparkConfig
+    from dspark_hf.loading import read_drafter_config
     from dspark_hf.prompts import read_prompts
 
     if report is not None:
@@ -118,14 +118,7 @@ def _check_request(
             f"`--prompts` must hold at least 2 prompts, one to fit on and one to validate on, got {len(read)}. "
             "Add some."
         )
-    try:
-        config = DSparkConfig.from_pretrained(drafter)
-    except OSError as error:
-        raise ValueError(
-            f"`--drafter` must be the folder or hub name of a DSpark drafter, got {drafter!r}, which cannot be read. "
-            f"Correct it. ({str(error).splitlines()[0]})"
-        ) from error
-    check_confidence_head(config.enable_confidence_head)
+    check_confidence_head(read_drafter_config("--drafter", drafter).enable_confidence_head)
     check_destination(drafter, output)
     return read
 

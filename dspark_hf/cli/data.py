@@ -87,11 +87,12 @@ def data(
     Prompts come from a file, from a dataset, or, without either, from the target itself.
     """
     # imported here, so that the help is instant
-    from dspark_hf.data.journal import InUseError
+    from dspark_hf.console import printable
     from dspark_hf.data.server import ServerError
     from dspark_hf.data.session import DataOptions, collect
     from dspark_hf.data.sources import NoNewPromptsError
     from dspark_hf.data.writers import DEFAULT_SAMPLINGS, Sampling
+    from dspark_hf.journal import InUseError
 
     try:
         options = DataOptions(
@@ -121,8 +122,8 @@ def data(
         result = collect(options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    except (InUseError, NoNewPromptsError, ServerError, ImportError) as error:
-        typer.echo(str(error), err=True)
+    except (InUseError, NoNewPromptsError, ServerError, ImportError, OSError) as error:
+        typer.echo(printable(str(error)), err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. {output} is whole; the same command goes on where it was.", err=True)
@@ -130,5 +131,12 @@ def data(
     typer.echo(f"{result.num_conversations} conversations in {output}, {result.num_new} of them new.")
     if result.num_too_long:
         typer.echo(f"{result.num_too_long} prompts were left out: the target has no room for them and an answer.")
+    if result.num_refused:
+        typer.echo(
+            f"{result.num_refused} prompts were left out: the server refused them, the last one {result.last_refusal}",
+            err=True,
+        )
+        if not result.num_conversations:
+            raise typer.Exit(1)
     if not result.is_complete:
         typer.echo("There are no more prompts. Give others, or raise --samples-per-prompt.", err=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+# part of the repository, not of the installed package
+DRAFTERS = Path(__file__).parents[2] / "drafters"
 
 
 class DemoModel(str, Enum):
@@ -29,8 +33,10 @@ def demo(
         Dtype.fp32
     ),
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 96,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to ask.")] = 4,
-    runs: Annotated[int, typer.Option(min=1, help="Answers per prompt and way; times are their medians.")] = 3,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", "--prompts", min=1, help="Prompts to ask.")] = 4,
+    repeats: Annotated[
+        int, typer.Option("--repeats", "--runs", min=1, help="Answers to a prompt, plain and drafted; medians count.")
+    ] = 3,
     drafter: Annotated[str | None, typer.Option(help="Folder or hub name of another drafter.")] = None,
     target: Annotated[str | None, typer.Option(help="Folder or hub name of another target; needs --drafter.")] = None,
 ) -> None:
@@ -38,16 +44,21 @@ def demo(
     # imported here, so that the help is instant
     from dspark_hf.demo.app import DemoOptions, run_demo
     from dspark_hf.demo.packaged import UnavailableError
+    from dspark_hf.loading import check_folder, read_drafter_config
 
     try:
+        if drafter is not None:
+            read_drafter_config("--drafter", drafter)
+        if target is not None:
+            check_folder("--target", target)
         options = DemoOptions(
             model=model.value,
             target=target,
             drafter=drafter,
             dtype=dtype.value,
             max_new_tokens=max_new_tokens,
-            num_prompts=prompts,
-            num_runs=runs,
+            num_prompts=num_prompts,
+            num_runs=repeats,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

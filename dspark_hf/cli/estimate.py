@@ -27,7 +27,7 @@ def estimate(
     cache_dtype: Annotated[
         CacheFormat, typer.Option(help="How the entries of the KV cache are stored.")
     ] = CacheFormat.released,
-    json: Annotated[Path | None, typer.Option(help="File to write all numbers to.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "--json", help="JSON file of all numbers.")] = None,
 ) -> None:
     """Estimate memory and FLOPs from the configuration alone, beside DeepSeek-V3.2; which devices suffice."""
     # imported here, so that the help is instant
@@ -37,17 +37,17 @@ def estimate(
 
     console = Console()
     try:
-        if json is not None and json.is_dir():
-            raise ValueError(f"`--json` must be a file, got the folder {str(json)!r}. Name a file in it.")
+        if output is not None and output.is_dir():
+            raise ValueError(f"`--output` must be a file, got the folder {str(output)!r}. Name a file in it.")
         report = make_report(model, EstimationSettings(context, batch_size, dtype, cache_dtype))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     print_report(report, console)
-    if json is not None:
+    if output is not None:
         try:
-            write_whole(json, to_json(report).encode())
+            write_whole(output, to_json(report).encode())
         except OSError as error:
             raise typer.BadParameter(
-                f"`--json` must be a file that can be written, got {str(json)!r}. Name another. ({error})"
+                f"`--output` must be a file that can be written, got {str(output)!r}. Name another. ({error})"
             ) from error
-        console.print(f"Written: {json}", soft_wrap=True, markup=False)
+        console.print(f"Written: {output}", soft_wrap=True, markup=False)

@@ -12,9 +12,14 @@ from dspark_hf.cli.options import Dtype
 
 
 def evaluate(
-    prompt_files: Annotated[list[Path], typer.Argument(help="Prompt sets, JSON Lines; named by their stems.")],
     target: Annotated[str, typer.Option(help="Folder or hub name of the model to accelerate.")],
     drafter: Annotated[str, typer.Option(help="Folder or hub name of its drafter.")],
+    prompt_files: Annotated[
+        list[Path] | None, typer.Argument(help="Prompt sets, JSON Lines; named by their stems.")
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="A prompt set; the same as a file without an option.")
+    ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Another drafter to compare with; may be given several times.")
     ] = None,
@@ -49,11 +54,14 @@ def evaluate(
     from dspark_hf.evaluation.writing import write_evaluation
 
     console = Console()
+    files = (*(prompt_files or ()), *(prompts or ()))
     try:
+        if not files:
+            raise ValueError("`--prompts` must name a prompt set at least, got none. Give files, JSON Lines.")
         request = EvaluationRequest(
             target=target,
             drafters=(drafter, *(baseline or ())),
-            prompt_files=tuple(prompt_files),
+            prompt_files=files,
             num_prompts=num_prompts,
             dtype=dtype.value,
             device=device,

@@ -12,7 +12,7 @@ import typer
 from dspark_hf.cli.calibrate import calibrate
 from dspark_hf.cli.command import PackageCommand
 from dspark_hf.cli.data import data
-from dspark_hf.cli.demo import demo
+from dspark_hf.cli.demo import DRAFTERS, demo
 from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.profile import profile
@@ -23,11 +23,12 @@ app = typer.Typer(
     name="dspark-hf",
     help="DSpark speculative decoding for Hugging Face Transformers.",
     no_args_is_help=True,
-    add_completion=False,
     # commands inherit it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, data, train, calibrate, profile):
+# without its drafters, as from an index, it has nothing to show by itself
+app.command(cls=PackageCommand, hidden=not DRAFTERS.is_dir())(demo)
+for command in (data, train, calibrate, profile):
     app.command(cls=PackageCommand)(command)
 # arithmetic on a configuration: no model, hence not the package
 app.command()(estimate)

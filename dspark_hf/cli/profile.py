@@ -110,8 +110,7 @@ def _check_request(
     from transformers import AutoConfig
 
     from dspark_hf.figures import check_plotting
-    from dspark_hf.loading import first_line
-    from dspark_hf.modeling.configuration_dspark import DSparkConfig
+    from dspark_hf.loading import check_folder, first_line, read_drafter_config
     from dspark_hf.profiling.grid import make_grid
 
     if output is not None and output.exists() and not output.is_dir():
@@ -122,13 +121,8 @@ def _check_request(
             raise ValueError(f"`--figure` must be a file that ends in .png, got {str(figure)!r}. Name another.")
     # the sizes first: what can be told without a file is told without one
     make_grid(*sizes, block_size=None, max_positions=None)
-    try:
-        block_size = None if drafter is None else DSparkConfig.from_pretrained(drafter).block_size
-    except OSError as error:
-        raise ValueError(
-            f"`--drafter` must be the folder or hub name of a DSpark drafter, got {drafter!r}, which cannot be read. "
-            f"Correct it. ({first_line(error)})"
-        ) from error
+    block_size = None if drafter is None else read_drafter_config("--drafter", drafter).block_size
+    check_folder("--target", target)
     try:
         config = AutoConfig.from_pretrained(target).get_text_config(decoder=True)
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ class Experts(str, Enum):
 
 
 def tiny_v4(
-    out: Annotated[Path, typer.Option(help="Folder to write, absent or empty.")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="Folder to write, absent or empty.")],
     experts: Annotated[
         Experts,
         typer.Option(help="fp4 as Flash and Pro (other matrices FP8), fp8 as their -Base, bf16: nothing quantised."),
@@ -35,9 +36,12 @@ def tiny_v4(
         write_tiny_checkpoint(folder, seed=seed, experts=experts.value, with_dspark=dspark)
 
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"`--out` must be absent or empty, got {str(out)!r}. Name another, or empty it.")
-        write_whole_folder(out, write)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"`--output` must be absent or empty, got {str(output)!r}. Name another, or empty it.")
+        write_whole_folder(output, write)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(f"Written: {out}")
+    typer.echo(f"Written: {output}")
+    name = shlex.quote(str(output))
+    typer.echo(f"Next: python examples/deepseek_v4_inference.py {name}, in a checkout, or load it in Python:")
+    typer.echo(f"    dspark_hf.DeepseekV4DSparkForCausalLM.from_pretrained({str(output)!r})")

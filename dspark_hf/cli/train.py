@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +46,16 @@ class Quantization(str, Enum):
     nf4 = "4bit"
 
 
+# a drafter below is hardly ever right
+_USEFUL_TAU = 1.05
+# the panels of the help
+_DRAFTER = "Drafter"
+_SCHEDULE = "Schedule"
+_EVALUATION = "Evaluation"
+_MEMORY = "Memory and speed"
+_MACHINE = "Number formats and devices"
+
+
 def train(
     target: Annotated[str, typer.Option(help="Folder or hub name of the model to draft for.")],
     data: Annotated[list[Path], typer.Option(help="Conversations from `dspark-hf data`; repeat for several files.")],
@@ -53,46 +64,88 @@ def train(
         Preset.small
     ),
     drafter: Annotated[str | None, typer.Option(help="Go on from this drafter instead of a fresh one.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Drafter layers.")] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Drafts per round.")] = 7,
-    markov_head: Annotated[MarkovHead, typer.Option(help="none is a plain DFlash drafter.")] = MarkovHead.vanilla,
-    markov_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the Markov head.")] = None,
-    target_layers: Annotated[str | None, typer.Option(help="Target layers to read, such as 9,19,28.")] = None,
-    draft_vocab: Annotated[
-        int | None, typer.Option(min=0, help="Propose only this many frequent tokens; 0 for all.")
+    layers: Annotated[int | None, typer.Option(min=1, help="Drafter layers.", rich_help_panel=_DRAFTER)] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Drafts per round.", rich_help_panel=_DRAFTER)] = 7,
+    markov_head: Annotated[
+        MarkovHead, typer.Option(help="none is a plain DFlash drafter.", rich_help_panel=_DRAFTER)
+    ] = MarkovHead.vanilla,
+    markov_rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the Markov head.", rich_help_panel=_DRAFTER)
     ] = None,
-    warm_start: Annotated[bool | None, typer.Option(help="Start from the target's last layers.")] = None,
-    max_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per device and pass.")] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Passes per step.")] = 4,
-    anchors: Annotated[int | None, typer.Option(min=1, help="Blocks per sequence and step.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="Longer conversations are cut, in tokens.")] = 2048,
-    learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak learning rate.")] = None,
-    optimizer: Annotated[Optimizer, typer.Option(help="muon also uses AdamW where Muon does not fit.")] = (
-        Optimizer.muon
-    ),
-    num_held_out: Annotated[int, typer.Option("--held-out", min=1, help="Conversations kept for evaluation.")] = 40,
-    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations and checkpoints.")] = 200,
+    target_layers: Annotated[
+        str | None, typer.Option(help="Target layers to read, such as 9,19,28.", rich_help_panel=_DRAFTER)
+    ] = None,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(min=0, help="Propose only this many frequent tokens; 0 for all.", rich_help_panel=_DRAFTER),
+    ] = None,
+    warm_start: Annotated[
+        bool | None, typer.Option(help="Start from the target's last layers.", rich_help_panel=_DRAFTER)
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_SCHEDULE)] = 2000,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences per device and pass.", rich_help_panel=_SCHEDULE)
+    ] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Passes per step.", rich_help_panel=_SCHEDULE)] = 4,
+    anchors: Annotated[
+        int | None, typer.Option(min=1, help="Blocks per sequence and step.", rich_help_panel=_SCHEDULE)
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(min=8, help="Longer conversations are cut, in tokens.", rich_help_panel=_SCHEDULE)
+    ] = 2048,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="Peak learning rate.", rich_help_panel=_SCHEDULE)
+    ] = None,
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="muon also uses AdamW where Muon does not fit.", rich_help_panel=_SCHEDULE)
+    ] = (Optimizer.muon),
+    num_held_out: Annotated[
+        int, typer.Option("--held-out", min=1, help="Conversations kept for evaluation.", rich_help_panel=_EVALUATION)
+    ] = 40,
+    every: Annotated[
+        int, typer.Option(min=1, help="Steps between evaluations and checkpoints.", rich_help_panel=_EVALUATION)
+    ] = 200,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many evaluations without a better tau.")
+        int | None,
+        typer.Option(min=1, help="Stop after so many evaluations without a better tau.", rich_help_panel=_EVALUATION),
     ] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Stop for now after this time; the same command goes on.")
+        float | None,
+        typer.Option(help="Stop for now after this time; the same command goes on.", rich_help_panel=_SCHEDULE),
     ] = None,
     confidence_only: Annotated[
-        bool, typer.Option("--confidence-only", help="Train only --drafter's confidence head, on text new to it.")
+        bool,
+        typer.Option(
+            "--confidence-only",
+            help="Train only --drafter's confidence head, on text new to it.",
+            rich_help_panel=_SCHEDULE,
+        ),
     ] = False,
-    state_cache_gb: Annotated[float | None, typer.Option(min=0, help="Disk for the target's states; 0: none.")] = None,
-    bf16: Annotated[bool, typer.Option(help="Multiply in bf16; weights stay fp32.")] = True,
-    dtype: Annotated[Dtype, typer.Option(help="What the frozen target computes in; auto is its own.")] = Dtype.bf16,
-    target_device: Annotated[str, typer.Option(help="Device of the target; auto is the drafter's.")] = "auto",
-    quantization: Annotated[Quantization, typer.Option(help="Hold the target in bitsandbytes' 8 or 4 bit.")] = (
-        Quantization.none
-    ),
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    compile_loss: Annotated[bool, typer.Option("--compile", help="Compile the loss.")] = False,
-    tensorboard: Annotated[bool, typer.Option(help="Log to TensorBoard in the output folder.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and blocks.")] = 0,
+    state_cache_gb: Annotated[
+        float | None,
+        typer.Option(metavar="GB", min=0, help="Disk for the target's states; 0: none.", rich_help_panel=_MEMORY),
+    ] = None,
+    bf16: Annotated[bool, typer.Option(help="Multiply in bf16; weights stay fp32.", rich_help_panel=_MACHINE)] = True,
+    dtype: Annotated[
+        Dtype, typer.Option(help="What the frozen target computes in; auto is its own.", rich_help_panel=_MACHINE)
+    ] = Dtype.bf16,
+    target_device: Annotated[
+        str, typer.Option(help="Device of the target; auto is the drafter's.", rich_help_panel=_MACHINE)
+    ] = "auto",
+    quantization: Annotated[
+        Quantization, typer.Option(help="Hold the target in bitsandbytes' 8 or 4 bit.", rich_help_panel=_MACHINE)
+    ] = (Quantization.none),
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_MEMORY)
+    ] = False,
+    compile_loss: Annotated[
+        bool, typer.Option("--compile", help="Compile the loss.", rich_help_panel=_MEMORY)
+    ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Log to TensorBoard in the output folder.", rich_help_panel=_EVALUATION),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and blocks.", rich_help_panel=_SCHEDULE)] = 0,
 ) -> None:
     """Train a drafter. A run that was interrupted goes on when the same command is given again.
 
@@ -101,8 +154,9 @@ def train(
     # imported here, so that the help is instant
     from transformers import set_seed
 
-    from dspark_hf.loading import load_target, load_tokenizer
+    from dspark_hf.loading import load_target, load_tokenizer, read_drafter_config
     from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+    from dspark_hf.training.checkpoints import RESULT, check_output
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
 
@@ -118,7 +172,10 @@ def train(
     }
     chosen.update({name: value for name, value in given.items() if value is not None})
     try:
+        check_output(output)
         layer_ids = _layer_ids(target_layers)
+        if drafter is not None:
+            read_drafter_config("--drafter", drafter)
         arguments = _arguments(
             output,
             chosen,
@@ -145,7 +202,7 @@ def train(
             device=str(arguments.device) if target_device == "auto" else target_device,
             quantization=quantization.value,
         )
-        training, held_out = _read(data, tokenizer, max_length, num_held_out)
+        training, held_out = _read(data, tokenizer, max_length, num_held_out, _vocab_size(model))
         set_seed(seed)
         if drafter is not None:
             start = DSparkAssistantModel.from_pretrained(drafter, dtype="float32")
@@ -164,10 +221,27 @@ def train(
         trainer = DSparkTrainer(start, model, arguments, training, held_out, processing_class=tokenizer)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. The same command goes on from the newest checkpoint in {output}, if any.", err=True)
+        raise typer.Exit(130) from None
     if trainer.is_world_process_zero():
-        save_trained(trainer, output / "drafter")
-        typer.echo(f"Saved: {output / 'drafter'} (held-out tau {trainer.best_tau:.2f})")
+        save_trained(trainer, output / RESULT)
+        typer.echo(describe_result(target, output / RESULT, trainer.best_tau))
+
+
+def describe_result(target: str, folder: Path, tau: float) -> str:
+    """Return what there is now, what its tau means, and what to do next."""
+    lines = [f"Saved: {folder}", f"Held-out tau {tau:.2f}: tokens that a pass of the target is expected to yield."]
+    if tau < _USEFUL_TAU:
+        lines.append(
+            "1.00 is what decoding yields without a drafter: this one is of no use yet. Train on, or on more text."
+        )
+    options = f"--target {shlex.quote(target)} --drafter {shlex.quote(str(folder))}"
+    lines.append(f"Next: dspark-hf eval {options} questions.jsonl")
+    lines.append(f"or, where confidence matters, first: dspark-hf calibrate {options} --prompts others.jsonl")
+    return "\n".join(lines)
 
 
 def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
@@ -187,7 +261,7 @@ def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
 
 
 def _read(
-    data: list[Path], tokenizer: Any, max_length: int, num_held_out: int
+    data: list[Path], tokenizer: Any, max_length: int, num_held_out: int, vocab_size: int
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return training and held-out conversations; every file gives its share of the latter."""
     from dspark_hf.training.conversations import read_conversations, split_held_out
@@ -197,7 +271,7 @@ def _read(
     for path in data:
         if not path.is_file():
             raise ValueError(f"`--data` must be files, got {str(path)!r}, which is none. `dspark-hf data` writes one.")
-        conversations = read_conversations(path, tokenizer, max_length=max_length)
+        conversations = read_conversations(path, tokenizer, max_length=max_length, vocab_size=vocab_size)
         if len(conversations) < 2:
             raise ValueError(
                 f"`--data` must hold at least 2 conversations a file, got {len(conversations)} in {str(path)!r}. "
@@ -208,6 +282,10 @@ def _read(
         training += kept
         held_out += apart
     return training, held_out
+
+
+def _vocab_size(target: Any) -> int:
+    return target.get_input_embeddings().num_embeddings
 
 
 def _layer_ids(text: str | None) -> list[int] | None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dspark_hf.data.journal import Journal
 from dspark_hf.data.sources import PromptSource
 from dspark_hf.data.writers import DEFAULT_SAMPLINGS, Answer, Sampling, Writer
+from dspark_hf.journal import Journal
 from dspark_hf.prompts import Prompt, plain_text
 
 # batches that are planned at once, so that alike lengths share one
@@ -72,16 +72,12 @@ class Collection:
 
     def __init__(self, path: str | Path, target: str):
         self._target = target
-        self._journal = Journal(path)
+        self._path = Path(path)
         self._answers: set[str] = set()
         self._samplings: dict[str, Counter[str]] = {}
-        try:
-            for number, record in enumerate(self._journal.records, start=1):
-                self._check(record, number)
-                self._count(record)
-        except BaseException:
-            self._journal.close()
-            raise
+        self._journal = Journal(path, self._check)
+        for record in self._journal.records:
+            self._count(record)
         self._size = len(self._journal.records)
         # known by their keys from here on
         self._journal.records.clear()
@@ -128,11 +124,16 @@ class Collection:
         return is_new
 
     def _check(self, record: dict[str, Any], number: int) -> None:
-        path = self._journal.path
+        path = self._path
         if not {"prompt", "completion"} <= record.keys():
             raise ValueError(
                 f"`{path}` must hold `prompt` and `completion` on every line, got {sorted(record)} on line {number}. "
                 "Name another file."
+            )
+        if not isinstance(record.get("sampling", ""), str):
+            raise ValueError(
+                f"`{path}` must hold a text as `sampling` on every line, got {record['sampling']!r:.60} on line "
+                f"{number}. Correct the line, or name another file."
             )
         if record.get("target", self._target) != self._target:
             raise ValueError(

@@ -7,21 +7,33 @@ import os
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
+from dspark_hf.console import printable
+from dspark_hf.data.http import TooLongError, send
 from dspark_hf.data.writers import Answer, Sampling
-from dspark_hf.prompts import Prompt
+from dspark_hf.prompts import Prompt, plain_text
 
 API_KEY_VARIABLE = "DSPARK_HF_API_KEY"
 
 # the server is busy, restarting, or behind a proxy that says so
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _MAX_DELAY = 60.0
+# the prompt is too long for this server, or holds what it does not take; others may be fine
+_REFUSED_PROMPT_STATUS = {400, 413, 422}
+# refused prompts after which, if they are more than the answered ones, the fault is taken to lie elsewhere
+_MANY_REFUSED = 20
+# A reply's bytes at most: for what stands around an answer, and for each token of it. A token has four characters,
+# the longest ones some dozens, each six bytes as JSON's escape, and its number.
+_MAX_BYTES = 4 << 20
+_MAX_BYTES_PER_TOKEN = 512
+# more than any vocabulary has
+_MAX_TOKEN_ID = 1 << 31
 
 
 class ServerError(RuntimeError):
@@ -31,8 +43,10 @@ class ServerError(RuntimeError):
 class ServerWriter:
     """A served target that writes.
 
-    Requests that fail for a passing reason are sent again, after 1, 2, 4 ... seconds or when the server says. The key,
-    if the server wants one, is read from the environment variable `DSPARK_HF_API_KEY` and is written nowhere.
+    Requests that fail for a passing reason are sent again, after 1, 2, 4 ... seconds or when the server says. A prompt
+    that the server refuses is left out. The key, if the server wants one, is read from the environment variable
+    `DSPARK_HF_API_KEY`; it is written nowhere, and sent to no other address: redirects are refused. A reply's size and
+    time are bounded, and what it says is checked.
 
     A server knows the text it wrote; its tokens it tells only if it knows the field `return_token_ids`, as vLLM does.
 
@@ -40,13 +54,18 @@ class ServerWriter:
         url: the server's address, with or without `/v1`.
         model: the name it serves the target under.
         num_workers: requests at once.
-        timeout: seconds until an answer must be there.
+        timeout: seconds until an answer must be there, all of it.
         num_tries: how often a request is sent before the run gives up.
         first_delay: seconds before the second try.
         asks_for_token_ids: whether to send `return_token_ids`; other servers may refuse a field they do not know.
+        vocab_size: the target's, if it is known; no token id can be larger.
+
+    Attributes:
+        num_refused: prompts that were left out.
+        last_refusal: the last of them and what the server said of it, in words; "" if there is none.
 
     Raises:
-        ValueError: if `url` is no address.
+        ValueError: if `url` is no address, or holds a password.
 
     Example:
 
@@ -64,9 +83,19 @@ class ServerWriter:
         num_tries: int = 6,
         first_delay: float = 1.0,
         asks_for_token_ids: bool = False,
+        vocab_size: int | None = None,
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            parts = urlsplit("")
+        if "@" in url.partition("://")[2].partition("/")[0]:
+            # not shown: it would stand in logs
+            raise ValueError(
+                "`server` must hold no user and no password, got an address with an @. Leave them out, and set the "
+                f"environment variable {API_KEY_VARIABLE} to the server's key."
+            )
+        if parts.scheme not in ("http", "https") or not parts.netloc or not url.isprintable():
             raise ValueError(
                 f"`server` must be an http address, got {url!r}. Write for example http://localhost:8000."
             )
@@ -79,6 +108,11 @@ class ServerWriter:
         self._num_tries = num_tries
         self._first_delay = first_delay
         self._asks_for_token_ids = asks_for_token_ids
+        self._max_token_id = _MAX_TOKEN_ID if vocab_size is None else vocab_size - 1
+        self._counting = threading.Lock()
+        self._num_answered = 0
+        self.num_refused = 0
+        self.last_refusal = ""
 
     def check(self) -> None:
         """Ask the server for its models.
@@ -93,7 +127,13 @@ class ServerWriter:
                 # not every server lists its models
                 return
             raise
-        models = [model.get("id") for model in listed.get("data") or [] if isinstance(model, dict)]
+        data = listed.get("data") if isinstance(listed, dict) else None
+        if not isinstance(data, list):
+            raise ServerError(
+                f"`server` must speak OpenAI's protocol, got {printable(repr(listed)[:80])} from {self._url}/models. "
+                "Check the address."
+            )
+        models = [str(model.get("id"))[:200] for model in data if isinstance(model, dict)]
         if models and self._model not in models:
             raise ServerError(
                 f"`model` must be served by {self._url}, got {self._model!r}, where there are {models[:8]}. Name "
@@ -103,10 +143,11 @@ class ServerWriter:
     def write(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, max_new_tokens: int, seed: int, stop: str = ""
     ) -> Iterator[tuple[int, Answer]]:
-        """Yield each prompt's index and its answer, as `Writer.write` says.
+        """Yield each prompt's index and its answer, as `Writer.write` says; prompts that are refused have none.
 
         Raises:
-            ServerError: if a request fails for good; the answers that were ready have been yielded.
+            ServerError: if a request fails for good, or most prompts are refused; the answers that were ready have
+                been yielded.
         """
         options = {
             "model": self._model,
@@ -117,17 +158,46 @@ class ServerWriter:
             **({"return_token_ids": True} if self._asks_for_token_ids else {}),
         }
 
-        def ask(index: int, stopping: threading.Event) -> Answer:
+        def ask(index: int, stopping: threading.Event) -> Answer | None:
             # another seed for each: the same prompt may be among them several times
-            return self._ask(prompts[index], {**options, "seed": (seed + index) % (1 << 31)}, stopping)
+            return self._ask_or_leave_out(prompts[index], {**options, "seed": (seed + index) % (1 << 31)}, stopping)
 
-        return _in_threads(ask, len(prompts), self._num_workers)
+        with closing(_in_threads(ask, len(prompts), self._num_workers)) as results:
+            for index, answer in results:
+                if answer is not None:
+                    yield index, answer
+
+    def _ask_or_leave_out(
+        self, prompt: Prompt, options: Mapping[str, Any], stopping: threading.Event
+    ) -> Answer | None:
+        """Return the answer, or None if the server refuses this prompt."""
+        try:
+            answer = self._ask(prompt, options, stopping)
+        except _RefusedError as error:
+            if error.status not in _REFUSED_PROMPT_STATUS:
+                raise
+            with self._counting:
+                self.num_refused += 1
+                self.last_refusal = f"{printable(plain_text(prompt)[:60])!r}: {error.said}"
+                if self.num_refused >= _MANY_REFUSED and self.num_refused > self._num_answered:
+                    raise ServerError(
+                        f"`server` must accept the prompts, got {self.num_refused} refused and {self._num_answered} "
+                        f"answered, the last one {self.last_refusal}. Check the model's name, `--max-new-tokens` and "
+                        "the prompts' lengths."
+                    ) from error
+            return None
+        with self._counting:
+            self._num_answered += 1
+        return answer
 
     def _ask(self, prompt: Prompt, options: Mapping[str, Any], stopping: threading.Event) -> Answer:
         if prompt.messages is None:
-            return self._send("/completions", {**options, "prompt": prompt.text}, stopping, _read_answer)
+            return self._send("/completions", {**options, "prompt": prompt.text}, stopping, self._read_answer)
         body = {**options, "messages": list(prompt.messages)}
-        return self._send("/chat/completions", body, stopping, _read_answer)
+        return self._send("/chat/completions", body, stopping, self._read_answer)
+
+    def _read_answer(self, reply: Any) -> Answer:
+        return _read_answer(reply, self._max_token_id)
 
     def _send(
         self,
@@ -157,14 +227,21 @@ class ServerWriter:
         if key := os.environ.get(API_KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
+        max_bytes = _MAX_BYTES + _MAX_BYTES_PER_TOKEN * (body or {}).get("max_tokens", 0)
+        address = self._url + path
         try:
-            with urlopen(Request(self._url + path, data, headers), timeout=self._timeout) as reply:
-                return json.loads(reply.read())
+            return json.loads(send(address, data, headers, seconds=self._timeout, max_bytes=max_bytes))
         except HTTPError as error:
-            raise _judge(error, self._url + path) from error
+            raise _judge(error, address) from error
+        except TooLongError as error:
+            raise ServerError(
+                f"`server` must reply with the answer alone, got more than {max_bytes:,} bytes from {address}. Check "
+                "the address."
+            ) from error
         except (URLError, OSError, HTTPException) as error:
-            raise _PassingError(f"no reply ({getattr(error, 'reason', None) or error!r})") from error
-        except ValueError as error:
+            reason = printable(str(getattr(error, "reason", None) or repr(error)))
+            raise _PassingError(f"no reply ({reason})") from error
+        except (ValueError, RecursionError) as error:
             raise _PassingError("a reply that is no JSON") from error
 
 
@@ -175,15 +252,25 @@ class _PassingError(Exception):
 
 
 class _RefusedError(ServerError):
-    def __init__(self, message: str, status: int):
+    def __init__(self, message: str, status: int, said: str):
         super().__init__(message)
         self.status = status
+        self.said = said
 
 
 def _judge(error: HTTPError, address: str) -> Exception:
     with error:
-        said = error.read(2000).decode(errors="replace").strip()
-    message = f"status {error.code} ({said[:300] or error.reason})"
+        try:
+            said = error.read(2000).decode(errors="replace").strip()
+        except (OSError, HTTPException):
+            said = ""
+    message = f"status {error.code} ({printable(said[:300] or str(error.reason))})"
+    if 300 <= error.code < 400:
+        return ServerError(
+            f"`server` must answer itself, got a redirect from {address} to "
+            f"{printable(str(error.headers.get('Location'))[:200])!r}. Nothing was sent there: name that address if "
+            "it is the server's."
+        )
     if error.code in _PASSING_STATUS:
         try:
             return _PassingError(message, float(error.headers.get("Retry-After", "")))
@@ -194,37 +281,47 @@ def _judge(error: HTTPError, address: str) -> Exception:
         if error.code in (401, 403)
         else "Check the address, the model's name and the lengths."
     )
-    return _RefusedError(f"`server` must accept the request, got {message} from {address}. {remedy}", error.code)
+    whole = f"`server` must accept the request, got {message} from {address}. {remedy}"
+    return _RefusedError(whole, error.code, message)
 
 
-def _read_answer(reply: Any) -> Answer:
+def _read_answer(reply: Any, max_token_id: int) -> Answer:
     try:
         choice = reply["choices"][0]
         message = choice.get("message")
         text = choice["text"] if message is None else message.get("content") or ""
         thoughts = message is not None and (message.get("reasoning_content") or message.get("reasoning"))
         token_ids = choice.get("token_ids")
-        usage = reply.get("usage") or {}
+        usage = reply.get("usage")
         is_finished = choice.get("finish_reason") == "stop"
     except (LookupError, TypeError, AttributeError) as error:
         raise _PassingError("a reply without an answer") from error
     if not isinstance(text, str):
         raise _PassingError("an answer that is no text")
+    if token_ids is not None and not _are_token_ids(token_ids, max_token_id):
+        raise _PassingError(f"`token_ids` that are no token ids of the target ({printable(repr(token_ids)[:60])})")
     if thoughts:
         raise ServerError(
             "`server` must return an answer as the target wrote it, got its thoughts apart. Start the server without "
             "a parser of thoughts (in vLLM, without `--reasoning-parser`)."
         )
-    num_tokens = usage.get("completion_tokens") or len(token_ids or ())
+    # it only moves a bar: what it may be is not worth an answer
+    said = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    num_tokens = said if type(said) is int and 0 < said <= _MAX_TOKEN_ID else len(token_ids or ())
     return Answer(text, is_finished, num_tokens, tuple(token_ids) if token_ids else None)
 
 
+def _are_token_ids(value: Any, most: int) -> bool:
+    # a truth value is no number
+    return isinstance(value, list) and all(type(one) is int and 0 <= one <= most for one in value)
+
+
 def _in_threads(
-    ask: Callable[[int, threading.Event], Answer], count: int, num_workers: int
-) -> Iterator[tuple[int, Answer]]:
+    ask: Callable[[int, threading.Event], Answer | None], count: int, num_workers: int
+) -> Generator[tuple[int, Answer | None], None, None]:
     """Yield what `ask` returns for each index as it becomes ready; raise its first error after what was ready."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    ready: queue.SimpleQueue[tuple[int, Answer | BaseException]] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[tuple[int, Answer | None | BaseException]] = queue.SimpleQueue()
     stopping = threading.Event()
     for index in range(count):
         waiting.put(index)
@@ -251,11 +348,11 @@ def _in_threads(
 
 
 def _drain(
-    ready: queue.SimpleQueue[tuple[int, Answer | BaseException]],
+    ready: queue.SimpleQueue[tuple[int, Answer | None | BaseException]],
     count: int,
     stopping: threading.Event,
     workers: Sequence[threading.Thread],
-) -> Iterator[tuple[int, Answer]]:
+) -> Iterator[tuple[int, Answer | None]]:
     for _ in range(count):
         index, result = ready.get()
         if not isinstance(result, BaseException):

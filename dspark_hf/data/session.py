@@ -11,7 +11,6 @@ from typing import Any
 from transformers import AutoConfig
 
 from dspark_hf.data.collection import Collection, CollectionPlan, Collector
-from dspark_hf.data.journal import Journal
 from dspark_hf.data.server import ServerWriter
 from dspark_hf.data.sources import (
     HeldOut,
@@ -19,11 +18,12 @@ from dspark_hf.data.sources import (
     PromptSource,
     SelfWrittenPrompts,
     for_base_model,
+    open_prompts,
     read_dataset,
 )
 from dspark_hf.data.writers import DEFAULT_SAMPLINGS, LocalWriter, Sampling, Writer
-from dspark_hf.loading import check_dtype, first_line, load_target, load_tokenizer
-from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.journal import Journal
+from dspark_hf.loading import check_dtype, load_target, load_tokenizer, read_drafter_config
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import Prompt, encode_prompt, has_chat_template, read_prompts
 
@@ -151,12 +151,16 @@ class CollectionResult:
         num_new: those that this run added.
         num_too_long: prompts left out, since they and their answer do not fit in the target's positions.
         is_complete: whether the plan is met, rather than out of prompts.
+        num_refused: prompts left out, since the server refused them.
+        last_refusal: the last of them and what the server said, in words.
     """
 
     num_conversations: int
     num_new: int
     num_too_long: int
     is_complete: bool
+    num_refused: int = 0
+    last_refusal: str = ""
 
 
 def collect(options: DataOptions) -> CollectionResult:
@@ -177,7 +181,7 @@ def collect(options: DataOptions) -> CollectionResult:
         listed = None if options.is_self_written else _listed_prompts(options, tokenizer, held_out)
         journal = None
         if listed is None:
-            journal = stack.enter_context(Journal(options.output.with_name(options.output.name + ".prompts")))
+            journal = stack.enter_context(open_prompts(options.output.with_name(options.output.name + ".prompts")))
         writer = _make_writer(options, tokenizer)
         source: PromptSource = listed or _self_written(options, writer, tokenizer, journal, held_out)
         plan = CollectionPlan(
@@ -197,6 +201,8 @@ def collect(options: DataOptions) -> CollectionResult:
             num_new=len(collection) - num_before,
             num_too_long=0 if listed is None else listed.num_dropped,
             is_complete=is_complete,
+            num_refused=getattr(writer, "num_refused", 0),
+            last_refusal=getattr(writer, "last_refusal", ""),
         )
 
 
@@ -230,13 +236,16 @@ def _listed_prompts(options: DataOptions, tokenizer: Any, held_out: HeldOut) -> 
 
 
 def _fits(options: DataOptions, tokenizer: Any) -> Callable[[Prompt], bool]:
+    limit = getattr(_target_config(options), "max_position_embeddings", None)
+    return lambda prompt: limit is None or len(encode_prompt(prompt, tokenizer)) + options.max_new_tokens <= limit
+
+
+def _target_config(options: DataOptions) -> Any:
     try:
-        config = AutoConfig.from_pretrained(options.target).get_text_config()
+        return AutoConfig.from_pretrained(options.target).get_text_config()
     except (OSError, ValueError):
         # with a server, a tokenizer alone will do
-        return lambda _: True
-    limit = getattr(config, "max_position_embeddings", None)
-    return lambda prompt: limit is None or len(encode_prompt(prompt, tokenizer)) + options.max_new_tokens <= limit
+        return None
 
 
 def _self_written(
@@ -262,6 +271,7 @@ def _make_writer(options: DataOptions, tokenizer: Any) -> Writer:
         target_name(options),
         num_workers=options.batch_size,
         asks_for_token_ids=options.server_token_ids,
+        vocab_size=getattr(_target_config(options), "vocab_size", None),
     )
     writer.check()
     return writer
@@ -269,19 +279,9 @@ def _make_writer(options: DataOptions, tokenizer: Any) -> Writer:
 
 def _load_writer(options: DataOptions, tokenizer: Any) -> LocalWriter:
     if options.drafter is not None:
-        _check_drafter(options.drafter)
+        read_drafter_config("--drafter", options.drafter)
     target = load_target(options.target, dtype=options.dtype, device=options.device)
     drafter = None
     if options.drafter is not None:
         drafter = DSparkAssistantModel.from_pretrained(options.drafter, dtype=target.dtype).to(target.device).eval()
     return LocalWriter(target, tokenizer, drafter=drafter, batch_size=options.batch_size)
-
-
-def _check_drafter(name: str) -> None:
-    try:
-        DSparkConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`--drafter` must be the folder or hub name of a DSpark drafter, got {name!r}, which cannot be read. "
-            f"Correct it. ({first_line(error)})"
-        ) from error

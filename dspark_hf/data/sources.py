@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dspark_hf.data.journal import Journal
 from dspark_hf.data.writers import Answer, Sampling, Writer
+from dspark_hf.journal import Journal
 from dspark_hf.prompts import (
     Prompt,
     has_chat_template,
@@ -84,7 +84,7 @@ class SelfWrittenPrompts:
     Args:
         writer: the target.
         tokenizer: its tokenizer.
-        journal: the file of the prompts.
+        journal: the file of the prompts, as `open_prompts` gives it.
         openings: texts a prompt starts with, in turns; without any it starts anywhere.
         max_tokens: a user turn must end within so many tokens; the beginning of a text is cut there.
         seed: seed of the first round.
@@ -117,9 +117,9 @@ class SelfWrittenPrompts:
         self._start = user_opening(tokenizer) if self._is_chat else ""
         self._stop = turn_end(tokenizer, "user") if self._is_chat else ""
         self._openings = [opening.strip() for opening in openings] or [""]
-        self._texts = [_recorded_text(record, journal.path) for record in journal.records]
+        self._texts = [plain_text(parse_prompt(record)) for record in journal.records]
         self._known = {normalize(text) for text in self._texts}
-        self._round = 1 + max((int(record.get("round", 0)) for record in journal.records), default=-1)
+        self._round = 1 + max((record.get("round", 0) for record in journal.records), default=-1)
         self._position = 0
 
     def take(self, count: int) -> list[Prompt]:
@@ -185,11 +185,27 @@ class SelfWrittenPrompts:
         return not self._special_ids & set((answer.token_ids or ())[:-1])
 
 
-def _recorded_text(record: dict[str, Any], path: Path) -> str:
-    try:
-        return plain_text(parse_prompt(record))
-    except ValueError as error:
-        raise ValueError(f"`{path}`: {error}") from error
+def open_prompts(path: str | Path) -> Journal:
+    """Return the file of self-written prompts, open for writing.
+
+    Raises:
+        InUseError: if another run has it open.
+        ValueError: if it holds something else.
+    """
+
+    def check(record: dict[str, Any], number: int) -> None:
+        try:
+            parse_prompt(record)
+        except ValueError as error:
+            raise ValueError(f"`{path}`, line {number}: {error}") from error
+        found = record.get("round", 0)
+        if type(found) is not int or found < 0:
+            raise ValueError(
+                f"`{path}` must hold a whole number as `round` on every line, got {found!r:.60} on line {number}. "
+                "Correct the line, or name another output."
+            )
+
+    return Journal(path, check)
 
 
 def read_dataset(

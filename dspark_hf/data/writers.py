@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer, is_stateful
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.prompts import Prompt, encode_prompt, end_token_id, has_chat_template
 
 SEGMENT_LENGTH = 64
@@ -181,7 +182,7 @@ class LocalWriter:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             call = _Call(self._target, self._tokenizer, sampling, stop)
-            batch = _left_padded([rows[index] for index in chosen], call.pad_token_id, self._target.device)
+            batch = _left_padded([rows[index] for index in chosen], call.pad_token_id, input_device(self._target))
             for row, token_ids in self._generate(call, *batch, max_new_tokens):
                 yield chosen[row], call.answer(token_ids, rows[chosen[row]][-_CONTEXT_LENGTH:].tolist())
 

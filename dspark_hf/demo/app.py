@@ -48,7 +48,8 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.num_prompts <= len(DEMO_PROMPTS):
             raise ValueError(
-                f"`--prompts` must lie in [1, {len(DEMO_PROMPTS)}], got {self.num_prompts}. There are no more prompts."
+                f"`--num-prompts` must lie in [1, {len(DEMO_PROMPTS)}], got {self.num_prompts}. Lower it: there are "
+                "no more."
             )
         if self.target is not None and self.drafter is None:
             raise ValueError(

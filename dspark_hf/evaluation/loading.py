@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dspark_hf.evaluation.settings import name_all
-from dspark_hf.loading import first_line, load_target, load_tokenizer
+from dspark_hf.loading import load_target, load_tokenizer, read_drafter_config
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import Prompt, encode_prompt, read_prompts
@@ -46,13 +46,7 @@ def check_drafters(names: Sequence[str], num_drafts: int | None) -> dict[str, DS
     """
     configurations = {}
     for short, path in name_all([Path(name) for name in names], "--drafter and --baseline", _folder_name).items():
-        try:
-            config = DSparkConfig.from_pretrained(str(path))
-        except OSError as error:
-            raise ValueError(
-                f"`--drafter` and `--baseline` must be folders or hub names of DSpark drafters, got {str(path)!r}, "
-                f"which cannot be read. Correct it. ({first_line(error)})"
-            ) from error
+        config = read_drafter_config("--drafter or --baseline", str(path))
         if num_drafts is not None and num_drafts > config.block_size:
             raise ValueError(
                 f"`--num-drafts` must lie in [1, {config.block_size}] for {short} (its block_size), got {num_drafts}. "

@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark_hf.evaluation.records import Answer, round_records
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.generation.scheduling import FixedScheduler
-from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import pad_left
 
@@ -119,7 +119,7 @@ class Measuring:
         self, prompts: Sequence[Tensor], way: str, temperature: float, *, seed: int, max_new_tokens: int | None = None
     ) -> Answer:
         chosen = self._ways[way]
-        inputs = pad_left([token_ids[0] for token_ids in prompts], self._target.device)
+        inputs = pad_left([token_ids[0] for token_ids in prompts], input_device(self._target))
         options = {
             "max_new_tokens": max_new_tokens or self._settings.max_new_tokens,
             **_sampling_options(temperature),

@@ -8,15 +8,17 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PrefixConstrainedLogitsProcessor, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.generation import GenerationMode
 
 # transformers 5.24 renamed the cache argument of every forward pass, of generate and of its output
 CACHE_KEY = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 # the decoding method that `generate` looks up on every call
 SEAM = "_assisted_decoding"
-# run-time knobs whose defaults Transformers fills in for other kinds of assistants
-KNOBS = ("num_assistant_tokens", "assistant_confidence_threshold")
-# where a prepared generation configuration keeps what the user said
+# run-time knobs; Transformers fills in defaults of the last two for other kinds of assistants
+KNOBS = ("scheduler", "num_assistant_tokens", "assistant_confidence_threshold")
+# where a prepared generation configuration keeps which of them the user set, and the scheduler of the call itself
 EXPLICIT = "_dspark_explicit"
 SCHEDULER = "_dspark_scheduler"
 
@@ -46,9 +48,14 @@ def scheduler_of_call(generation_config: GenerationConfig) -> Any:
     return getattr(generation_config, SCHEDULER, None)
 
 
+def user_function(processor: Any) -> Any:
+    """Return the `prefix_allowed_tokens_fn` of a `PrefixConstrainedLogitsProcessor`."""
+    return processor._prefix_allowed_tokens_fn
+
+
 def bind_row(processor: PrefixConstrainedLogitsProcessor, row: int) -> PrefixConstrainedLogitsProcessor:
     """Return the processor as it acts on one row of the batch."""
-    allowed = processor._prefix_allowed_tokens_fn
+    allowed = user_function(processor)
     # several returned sequences of one prompt share its number
     number = row // processor._num_beams
     return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(number, ids), 1)
@@ -69,7 +76,30 @@ def mask_length(generation_config: GenerationConfig, attention_mask: Tensor | No
 
 def is_stateful(model: PreTrainedModel) -> bool:
     """Return whether the model keeps a state that Transformers cannot take back."""
-    return bool(getattr(model, "_is_stateful", False))
+    if not getattr(model, "_is_stateful", False):
+        return False
+    # the flag is the class's: a hybrid one may be configured with attention alone
+    if getattr(model.config.get_text_config(decoder=True), "layer_types", None) is None:
+        return True
+    return not all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or is_placeholder_layer(layer)
+        for layer in empty_cache_like(model).layers
+    )
+
+
+def makes_own_cache(model: Any) -> bool:
+    """Return whether `generate` leaves the cache to the model, since it knows none of Transformers' own."""
+    return not model._supports_default_dynamic_cache()
+
+
+def check_supported_modes(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if the model's class names the ways to decode that it knows, without assistance."""
+    modes = getattr(model, "_supported_generation_modes", None)
+    if modes is not None and GenerationMode.ASSISTED_GENERATION not in modes:
+        raise ValueError(
+            f"`assistant_model` must be left out for {type(model).__name__}, got one. Its class knows "
+            f"{[mode.value for mode in modes]} only."
+        )
 
 
 def was_given_by_user(cache: Any) -> bool:
@@ -84,6 +114,21 @@ def is_placeholder_layer(layer: Any) -> bool:
     from transformers.cache_utils import DummyLayer
 
     return isinstance(layer, DummyLayer)
+
+
+def can_be_cropped(cache: transformers.Cache) -> bool:
+    """Return whether tokens can be taken back without a trace, as far as the cache knows before a pass."""
+    return cache.is_croppable or (
+        # convolutions say no until they hold something, since a recurrent state might come with it
+        any(map(_is_empty_state, cache.layers))
+        and all(layer.is_croppable or _is_empty_state(layer) for layer in cache.layers)
+    )
+
+
+def _is_empty_state(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not (
+        any(layer.is_conv_states_initialized.values()) or any(layer.is_recurrent_states_initialized.values())
+    )
 
 
 def stop_recording(cache: Any) -> None:

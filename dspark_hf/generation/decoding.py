@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from dspark_hf.generation.call.checks import check_request, read_options
+from dspark_hf.generation.call.checks import check_request
+from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.call.outputs import DSparkGenerateOutput
 from dspark_hf.generation.call.rows import CallRows
 from dspark_hf.generation.compat import CACHE_KEY, was_given_by_user
@@ -26,6 +27,7 @@ from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.scheduling.estimator import top_margin
 from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
+from dspark_hf.generation.stepwise import accept_in_steps
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
@@ -79,6 +81,7 @@ def decode(
         )
         # there from the start, so that a streamer can ask where a token came from
         drafter.last_statistics = rows.statistics
+        rows.statistics.scheduler = options.scheduler.name
         widest = options.num_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
         context = drafter.start(adapter, len(input_ids))
@@ -128,14 +131,14 @@ class Rounds:
     def prefill(self) -> None:
         """Process the prompts and commit every row's first token."""
         rows = self._rows
-        with self._statistics.timed("prefill_seconds", self._adapter.model.device):
+        with self._statistics.timed("prefill_seconds", self._adapter.device):
             target_pass = self._target.prefill()
         self._statistics.num_target_passes += 1
         last = torch.tensor(target_pass.num_tokens, device=target_pass.positions.device) - 1
         self._num_processed = (target_pass.positions.gather(1, last[:, None])[:, 0] + 1).tolist()
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, target_pass.num_tokens)
-        scores = rows.scores(target_pass, target_pass.positions[:, :0])
-        choices = _draw(scores[:, 0], rows.probabilities(scores[:, 0]))
+        nothing = [0] * len(target_pass.num_tokens)
+        scores, _, choices = self._accept(target_pass, target_pass.positions[:, :0], None, nothing)
         rows.commit(target_pass, scores, list(choices[:, None]), None)
         self.drop_rows()
 
@@ -150,8 +153,8 @@ class Rounds:
                 record.num_verified = self._schedule.admit(drafted, batch)
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
-            scores = rows.scores(target_pass, tokens[:, 1:])
-            record.num_accepted, bonus = self._accept(drafted, record.num_verified, scores)
+            judged = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
+            scores, record.num_accepted, bonus = judged
             new_tokens = _accepted_tokens(tokens, record.num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
             self._keep(target_pass, num_kept)
@@ -161,7 +164,7 @@ class Rounds:
         """Take rows that are over out of the batch and the caches."""
         staying = self._rows.leave()
         if staying:
-            index = torch.tensor(staying, device=self._adapter.model.device)
+            index = torch.tensor(staying, device=self._adapter.device)
             self._target.select_rows(index)
             self._context.select_rows(index)
             self._num_processed = [self._num_processed[i] for i in staying]
@@ -189,7 +192,7 @@ class Rounds:
             return None
         positions = torch.tensor(self._num_processed, device=anchors.device)
         self._margins = []
-        with self._statistics.timed("draft_seconds", self._adapter.model.device):
+        with self._statistics.timed("draft_seconds", self._adapter.device):
             drafted = self._context.draft(anchors, positions, num_drafts, self._sample_draft)
         if drafted.parents is not None:
             raise ValueError(
@@ -207,18 +210,21 @@ class Rounds:
 
     def _verify(self, tokens: Tensor, parents: Tensor | None) -> TargetPass:
         """Return the target's pass over `tokens` `(b, W)`, which continue each other as `parents` say."""
-        with self._statistics.timed("verify_seconds", self._adapter.model.device):
-            target_pass = self._target.verify(tokens.to(self._adapter.model.device), parents)
+        with self._statistics.timed("verify_seconds", self._adapter.device):
+            target_pass = self._target.verify(tokens.to(self._adapter.device), parents)
         self._statistics.num_target_passes += 1
         return target_pass
 
     def _accept(
-        self, drafted: DraftedBlock | None, num_verified: list[int], scores: Tensor
-    ) -> tuple[list[int], Tensor]:
-        """Return how many drafts each row accepts, and every row's bonus token `(b,)`."""
+        self, target_pass: TargetPass, drafts: Tensor, drafted: DraftedBlock | None, num_verified: list[int]
+    ) -> tuple[Tensor, list[int], Tensor]:
+        """Return the pass's scores `(b, W, V)`, how many drafts each row accepts, and its bonus token `(b,)`."""
+        if self._rows.accept_in_steps:
+            return accept_in_steps(self._rows, target_pass, drafts, drafted, num_verified)
+        scores = self._rows.scores(target_pass, drafts)
         num_drafts = scores.shape[1] - 1
         if drafted is None or num_drafts == 0:
-            return [0] * len(num_verified), _draw(scores[:, 0], self._rows.probabilities(scores[:, 0]))
+            return scores, [0] * len(num_verified), _draw(scores[:, 0], self._rows.probabilities(scores[:, 0]))
         limits = torch.tensor(num_verified, device=scores.device)
         draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
         target_probs = self._rows.probabilities(scores)
@@ -227,7 +233,7 @@ class Rounds:
         else:
             draft_probs = drafted.probs[:, :num_drafts].to(scores.device)
             num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits)
-        return num_accepted.tolist(), bonus
+        return scores, num_accepted.tolist(), bonus
 
     def _keep(self, target_pass: TargetPass, num_kept: list[int]) -> None:
         """Roll the target back to the kept tokens, and let the drafter read their hidden states."""
@@ -244,6 +250,7 @@ class Rounds:
         yield record
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
+        statistics.count_parking(self._schedule.parked_because, record.num_drafted)
         self._schedule.observe(
             RoundOutcome(
                 batch,

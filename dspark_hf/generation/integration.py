@@ -8,7 +8,6 @@ which `generate` does not know, and that an assistant was passed to a mode that 
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import os
@@ -19,19 +18,12 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from dspark_hf.generation.compat import (
-    EXPLICIT,
-    KNOBS,
-    SCHEDULER,
-    SEAM,
-    is_installed,
-    is_set,
-    is_stateful,
-    scheduler_of_call,
-)
+from dspark_hf.generation.call.checks import check_mode
+from dspark_hf.generation.call.knobs import choose_knobs
+from dspark_hf.generation.compat import EXPLICIT, SCHEDULER, SEAM, is_installed, scheduler_of_call
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.targets.recurrent_support import check_state
+from dspark_hf.generation.wrappers import unwrap
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
@@ -108,15 +100,13 @@ def _remember_knobs(original: Any) -> Any:
     def prepare_generation_config(
         self: PreTrainedModel, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> Any:
-        given = [
-            source for source in (generation_config, getattr(self, "generation_config", None)) if source is not None
-        ]
-        explicit = {
-            name for name in KNOBS if kwargs.get(name) is not None or any(is_set(source, name) for source in given)
-        }
+        chosen = choose_knobs(kwargs, generation_config, getattr(self, "generation_config", None))
         # generate takes what it does not know for an input of the model, and refuses it
         scheduler = kwargs.pop("scheduler", None)
         prepared, model_kwargs = original(self, generation_config, **kwargs)
+        for name, value in chosen.items():
+            setattr(prepared, name, value)
+        explicit = set(chosen)
         setattr(prepared, EXPLICIT, explicit)
         setattr(prepared, SCHEDULER, scheduler)
         return prepared, model_kwargs
@@ -134,21 +124,19 @@ def _check_mode(original: Any) -> Any:
         generation_config: GenerationConfig,
         generation_mode_kwargs: dict[str, Any],
     ) -> Any:
-        if isinstance(generation_mode_kwargs.get("assistant_model"), Drafter):
-            if generation_mode != GenerationMode.ASSISTED_GENERATION:
-                raise ValueError(
-                    f"`num_beams` must be 1 when a drafter assists, got the mode {generation_mode.value!r}. Use "
-                    "greedy decoding or sampling, or generate without `assistant_model`."
-                )
-            if is_stateful(self):
-                check_state(self)
-                # the original refuses such models as targets of assistants, and as those alone
-                generation_mode = GenerationMode.SAMPLE
-            if generation_config.do_sample and generation_config.num_return_sequences > 1:
-                # the original refuses, since its own loop knows a single row only
-                generation_config = copy.copy(generation_config)
-                generation_config.num_return_sequences = 1
-        elif scheduler_of_call(generation_config) is not None:
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if isinstance(assistant, str):
+            raise TypeError(
+                f"`assistant_model` must be a model, got the name {assistant!r}. Load it once: `drafter = "
+                f"AutoModelForCausalLM.from_pretrained({assistant!r})`, after `import dspark_hf` if it is a drafter."
+            )
+        drafter = unwrap(assistant)
+        if isinstance(drafter, Drafter):
+            # the decoding method is called with what these hold
+            generation_mode_kwargs["assistant_model"] = drafter
+            check_mode(self, generation_mode, generation_config, generation_mode_kwargs)
+            return None
+        if scheduler_of_call(generation_config) is not None:
             raise ValueError(
                 "`scheduler` must be left out unless a DSpark drafter assists, got "
                 f"{scheduler_of_call(generation_config)!r}. Pass `assistant_model=drafter`."

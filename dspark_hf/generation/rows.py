@@ -5,6 +5,7 @@ b rows in the batch, k drafts so far, W positions of a verify pass, V vocab.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -31,6 +32,30 @@ class Rows(Protocol):
 
     def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
         """Return the scores `(b, W, V)` after processors, of a pass over `drafts` `(b, W - 1)` and what precedes."""
+        ...
+
+    @property
+    def accept_in_steps(self) -> bool:
+        """Whether scores may be asked for only behind text that is to stay: then by `scores_at`, never by `scores`."""
+        ...
+
+    def live(self) -> list[int]:
+        """Return the indices of the rows that still write."""
+        ...
+
+    def scores_at(self, target_pass: TargetPass, drafts: Tensor, going: Sequence[int]) -> Tensor:
+        """Return the scores `(b, V)` of a pass behind its first `drafts` `(b, k)`, which the rows `going` accepted.
+
+        Other rows have zeros.
+        """
+        ...
+
+    def going_on(self, going: Sequence[int], accepted: Sequence[bool], tokens: Tensor) -> list[int]:
+        """Return which of the rows `going` look at a further draft, having got `tokens` `(b,)` or accepted them."""
+        ...
+
+    def is_end(self, index: int, token_id: int) -> bool:
+        """Return whether a token ends the text of a row."""
         ...
 
     def probabilities(self, scores: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,9 +41,17 @@ class RoundInProgress:
 
 @dataclass
 class SpeculationStatistics:
-    """Count rounds and drafts of one call of `generate`, over all rows.
+    """Count rounds and drafts of one call of `generate`, over all rows; `print` it for a summary.
 
     A round of a row is one verify pass that the row took part in; the prefill is none.
+
+    Example:
+
+        >>> statistics = SpeculationStatistics(scheduler="fixed", verify_seconds=0.5)
+        >>> statistics.add_round(num_drafted=7, num_verified=7, num_accepted=3, num_committed=4)
+        >>> print(statistics)
+        tau 4.00: tokens per round, over 1 round; 3 of 7 verified drafts accepted (43%); 8.0 tokens/s after the prefill
+        scheduler fixed
 
     Attributes:
         num_target_passes: forward passes of the target, the prefill included; a pass serves all rows.
@@ -60,6 +69,9 @@ class SpeculationStatistics:
         other_seconds: the rest of the rounds: sampling, bookkeeping, criteria, streaming.
         origins: per row, for every generated token, whether it was a draft.
         rounds: every verify pass, in order.
+        scheduler: name of the scheduler, or None where it is not known.
+        num_parked: passes that the scheduler left without drafts because drafting would not pay.
+        parked_because: why drafting is parked at the end, or None if it is not.
     """
 
     num_target_passes: int = 0
@@ -74,24 +86,60 @@ class SpeculationStatistics:
     verify_seconds: float = 0.0
     prefill_seconds: float = 0.0
     other_seconds: float = 0.0
-    origins: list[list[bool]] = field(default_factory=list)
+    origins: list[list[bool]] = field(default_factory=list, repr=False)
     rounds: list[Round] = field(default_factory=list, repr=False)
+    scheduler: str | None = None
+    num_parked: int = 0
+    parked_because: str | None = None
 
     @property
     def tau(self) -> float:
-        """Accepted length, tokens per round, the bonus token included (the paper's tau)."""
-        return self.num_committed / max(self.num_rounds, 1)
+        """Accepted length, tokens per round, the bonus token included (the paper's tau); NaN without rounds."""
+        return _ratio(self.num_committed, self.num_rounds)
 
     @property
     def mean_accepted(self) -> float:
-        """Accepted drafts, tokens per round, without the bonus token (Transformers' `n_matches`)."""
-        return self.num_accepted / max(self.num_rounds, 1)
+        """Accepted drafts per round, without the bonus token (Transformers' `n_matches`); NaN without rounds."""
+        return _ratio(self.num_accepted, self.num_rounds)
 
     @property
     def accept_rate_by_position(self) -> list[float]:
-        """Share of verified drafts accepted at each position, given that the prefix was."""
-        pairs = zip(self.accepted_by_position, self.verified_by_position, strict=True)
-        return [accepted / max(verified, 1) for accepted, verified in pairs]
+        """Share of drafts accepted at each position, given that the prefix was; NaN where none was reached."""
+        return [*map(_ratio, self.accepted_by_position, self.verified_by_position)]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the rounds, over all rows, the prefill left out; NaN where no time was taken."""
+        return _ratio(self.num_committed, self.draft_seconds + self.verify_seconds + self.other_seconds)
+
+    def __str__(self) -> str:
+        lines = ["; ".join(self._measured())]
+        if self.scheduler is not None:
+            lines.append(f"scheduler {self.scheduler}")
+        if self.num_parked:
+            passes = "pass" if self.num_parked == 1 else "passes"
+            lines.append(f"drafting was parked for {self.num_parked} {passes}, since it would not have paid")
+        if self.parked_because is not None:
+            lines.append(f"parked at the end: {self.parked_because}")
+        return "\n".join(lines)
+
+    def _measured(self) -> Iterator[str]:
+        if not self.num_rounds:
+            yield "no rounds: the text ended with its first token"
+            return
+        yield f"tau {self.tau:.2f}: tokens per round, over {self.num_rounds} round{'s' * (self.num_rounds > 1)}"
+        if self.num_verified:
+            share = self.num_accepted / self.num_verified
+            yield f"{self.num_accepted} of {self.num_verified} verified drafts accepted ({share:.0%})"
+        else:
+            yield "no draft was verified"
+        if not math.isnan(self.tokens_per_second):
+            yield f"{self.tokens_per_second:.1f} tokens/s after the prefill"
+
+    def count_parking(self, reason: str | None, num_drafted: int) -> None:
+        """Count a pass if it was left without drafts for that reason; None says that drafting goes on."""
+        self.num_parked += reason is not None and num_drafted == 0
+        self.parked_because = reason
 
     def start_rows(self, num_rows: int) -> None:
         """Make room for the rows' origins."""
@@ -123,3 +171,7 @@ class SpeculationStatistics:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         setattr(self, name, getattr(self, name) + perf_counter() - start)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

@@ -1,4 +1,4 @@
-"""Lossless verification of a drafted block (Leviathan et al., Algorithm 1).
+"""Lossless verification of a drafted block: all of it at once when sampling (Sun et al., arXiv 2403.10444).
 
 B batch, K drafts, V vocab.
 """
@@ -16,21 +16,67 @@ def verify(
 
     Takes `draft_ids` `(B, K)`, `draft_probs` `(B, K, V)`, `target_probs` `(B, K + 1, V)` (fp32, rows sum to 1) and
     `num_verified` `(B)`: only the first so many drafts of a row are up for acceptance. Returns `num_accepted` `(B)`
-    and `bonus` `(B)`; the committed tokens follow the target exactly.
+    and `bonus` `(B)`; the committed tokens follow the target exactly, and no lossless rule that sees one block accepts
+    more of them on average.
+
+    With w_0 = 1 and w_k = min(w_{k-1} p_t(x_k) / p_d(x_k), 1), the chance that at least k drafts are accepted is
+    w_k for every prefix x_1 to x_k. A draft that the target likes better than the drafter so makes up for an earlier
+    one that it likes less; token by token (Leviathan et al., Algorithm 1) it cannot. Whether there is a draft k + 1 to
+    verify may depend on the first k drafts, as under that rule.
     """
+    weights = prefix_weights(draft_ids, draft_probs, target_probs)
+    stops = stop_chances(weights, draft_probs, target_probs, num_verified)
+    places = torch.arange(stops.shape[1], device=stops.device)
+    num_accepted = torch.where(torch.rand_like(stops) < stops, places, 0).amax(1)
+    return num_accepted, _bonus(num_accepted, num_verified, weights, draft_probs, target_probs)
+
+
+def prefix_weights(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """Return w `(B, K + 1)`, the chance of every prefix of the drafts to be accepted."""
     num_drafts = draft_ids.shape[1]
     p_draft = draft_probs.gather(-1, draft_ids[..., None]).squeeze(-1)
     p_target = target_probs[:, :num_drafts].gather(-1, draft_ids[..., None]).squeeze(-1)
-    accepted = torch.rand_like(p_draft) * p_draft < p_target
-    num_accepted = _count_prefix(accepted, num_verified)
-    rows = torch.arange(len(draft_ids), device=draft_ids.device)
+    weights = [torch.ones_like(p_draft[:, 0])]
+    for k in range(num_drafts):
+        # a token that was drawn has a chance above zero
+        weights.append((weights[-1] * p_target[:, k] / p_draft[:, k]).clamp_max(1.0))
+    return torch.stack(weights, dim=1)
+
+
+def stop_chances(weights: Tensor, draft_probs: Tensor, target_probs: Tensor, num_verified: Tensor) -> Tensor:
+    """Return the chance `(B, K + 1)` that k drafts are accepted, given that no more than k are.
+
+    Behind all verified drafts it is w_k; before, what is left of w_k by the prefixes that are one draft longer,
+    r_k / (r_k + 1 - w_k) with r_k the sum of max(w_k p_t - p_d, 0).
+    """
+    num_drafts = draft_probs.shape[1]
+    chances = [
+        _left_over(weights[:, k], draft_probs[:, k], target_probs[:, k]) if k < num_drafts else weights[:, k]
+        for k in range(num_drafts + 1)
+    ]
+    places = torch.arange(num_drafts + 1, device=weights.device)
+    before_end = torch.where(places < num_verified[:, None], torch.stack(chances, dim=1), 0.0)
+    return torch.where(places == num_verified[:, None], weights, before_end)
+
+
+def _left_over(weight: Tensor, p_draft: Tensor, p_target: Tensor) -> Tensor:
+    left = (weight[:, None] * p_target - p_draft).clamp_min(0).sum(-1)
+    # nothing is left, and nothing is missing, where w = 1 and p_t = p_d
+    return left / (left + 1 - weight).clamp_min(torch.finfo(left.dtype).tiny)
+
+
+def _bonus(
+    num_accepted: Tensor, num_verified: Tensor, weights: Tensor, draft_probs: Tensor, target_probs: Tensor
+) -> Tensor:
+    """Return a token per row `(B)`: from max(w p_t - p_d, 0) after a rejection, else from p_t."""
+    rows = torch.arange(len(num_accepted), device=num_accepted.device)
     at_end = target_probs[rows, num_accepted]
-    # after a rejection sample from max(p_t - p_d, 0); after a fully accepted block from p_t itself
-    rejected = draft_probs[rows, num_accepted.clamp_max(num_drafts - 1)]
-    residual = torch.where((num_accepted < num_verified)[:, None], (at_end - rejected).clamp_min(0), at_end)
+    rejected = draft_probs[rows, num_accepted.clamp_max(draft_probs.shape[1] - 1)]
+    left = (weights[rows, num_accepted, None] * at_end - rejected).clamp_min(0)
+    residual = torch.where((num_accepted < num_verified)[:, None], left, at_end)
     # equal distributions reject with probability zero, yet rounding may: then p_t is the residual's limit
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, at_end)
-    return num_accepted, torch.multinomial(residual, num_samples=1).squeeze(-1)
+    return torch.multinomial(residual, num_samples=1).squeeze(-1)
 
 
 def verify_greedy(draft_ids: Tensor, target_ids: Tensor, num_verified: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.rotary import rotate
 
 
 class RMSNorm(nn.Module):
@@ -30,44 +31,16 @@ class RMSNorm(nn.Module):
         return states.to(hidden_states.dtype)
 
 
-class RotaryEmbedding(nn.Module):
-    """Return cosines and sines `(*, head_dim)` for positions `(*)`.
+class BlockAttention(nn.Module):
+    """Attend from every slot of a block to its context and to the block itself (Eq. 3).
 
-    Two kinds: `"default"`, and Gemma 4's `"proportional"`, which rotates only the first `partial_rotary_factor` of
-    the head and keeps the full head's frequencies. Other kinds in a released configuration describe the target.
+    The block is seen both ways, or if `is_causal` only backwards.
     """
 
-    def __init__(self, config: DSparkConfig):
+    def __init__(self, config: DSparkConfig, is_causal: bool = False):
         super().__init__()
-        self.head_dim = config.head_dim
-        parameters = config.rope_parameters
-        self.theta = float(parameters.get("rope_theta", 10000.0))
-        is_proportional = parameters.get("rope_type") == "proportional"
-        self.rotated = float(parameters.get("partial_rotary_factor", 1.0)) if is_proportional else 1.0
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # computed on the fly: a non-persistent buffer would be left unset by loading on the meta device
-        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
-        frequencies = 1.0 / (self.theta**exponents)
-        num_rotated = int(self.rotated * self.head_dim // 2)
-        frequencies[num_rotated:] = 0.0
-        angles = positions[..., None].float() * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions `(B, *, E)` to states `(B, *, H, E)`."""
-    cos, sin = rotary[0].unsqueeze(-2), rotary[1].unsqueeze(-2)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-class BlockAttention(nn.Module):
-    """Attend from every slot of a block to its context and, both ways, to the block itself (Eq. 3)."""
-
-    def __init__(self, config: DSparkConfig):
-        super().__init__()
+        self.is_causal = is_causal
+        self.is_interleaved = config.rope_interleaved
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -91,7 +64,7 @@ class BlockAttention(nn.Module):
         shape = (*hidden_states.shape[:-1], self.num_key_value_heads, self.head_dim)
         raw_keys = self.k_proj(hidden_states).view(shape)
         values = raw_keys if self.v_proj is None else self.v_proj(hidden_states).view(shape)
-        return rotate(self.k_norm(raw_keys), rotary), self.v_norm(values)
+        return rotate(self.k_norm(raw_keys), rotary, self.is_interleaved), self.v_norm(values)
 
     def forward(
         self,
@@ -108,7 +81,7 @@ class BlockAttention(nn.Module):
         groups = self.num_heads // self.num_key_value_heads
         shape = (batch, blocks, size, self.num_key_value_heads, groups, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(batch, blocks, size, self.num_heads, self.head_dim))
-        query = rotate(query, rotary).view(shape).permute(0, 3, 1, 4, 2, 5)  # [B, H, N, G, K, E]
+        query = rotate(query, rotary, self.is_interleaved).view(shape).permute(0, 3, 1, 4, 2, 5)  # [B, H, N, G, K, E]
         key, value = (x.permute(0, 3, 1, 2, 4) for x in self.keys_and_values(hidden_states, rotary))  # [B, H, N, K, E]
         query = query.reshape(batch, self.num_key_value_heads, blocks, groups * size, self.head_dim) * self.scaling
 
@@ -118,6 +91,9 @@ class BlockAttention(nn.Module):
         if context_mask is not None:
             context_scores = context_scores.masked_fill(~context_mask[:, None, :, None], float("-inf"))
         block_scores = query @ key.transpose(-1, -2)
+        if self.is_causal:
+            slots = torch.arange(size, device=query.device)
+            block_scores = block_scores.masked_fill(slots > slots.repeat(groups)[:, None], float("-inf"))
         weights = torch.cat([context_scores, block_scores], dim=-1).softmax(-1, dtype=torch.float32)
         weights = weights.to(value.dtype)
         context_weights, block_weights = weights.split([context_key.shape[2], size], dim=-1)
@@ -145,9 +121,9 @@ class DSparkLayer(GradientCheckpointingLayer):
 
     layer_scalar: Tensor
 
-    def __init__(self, config: DSparkConfig):
+    def __init__(self, config: DSparkConfig, is_causal: bool = False):
         super().__init__()
-        self.self_attn = BlockAttention(config)
+        self.self_attn = BlockAttention(config, is_causal)
         self.mlp = GatedMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

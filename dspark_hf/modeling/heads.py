@@ -49,9 +49,12 @@ class MarkovHead(nn.Module):
         """Return the bias `(*, V)` on the logits for a latent `(*, R)`."""
         return self.markov_w2(latent)
 
-    def latents(self, prev_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        """Return the latents `(*, K, R)` of whole blocks, teacher-forced on `prev_ids` `(*, K)`."""
-        state = self.initial_state(hidden_states[..., 0, :])
+    def latents(self, prev_ids: Tensor, hidden_states: Tensor, state: Tensor | None = None) -> Tensor:
+        """Return the latents `(*, K, R)` of whole blocks, teacher-forced on `prev_ids` `(*, K)`.
+
+        `state` is that before the first slot; None takes `initial_state`.
+        """
+        state = self.initial_state(hidden_states[..., 0, :]) if state is None else state
         steps = []
         for k in range(prev_ids.shape[-1]):
             latent, state = self.step(prev_ids[..., k], hidden_states[..., k, :], state)

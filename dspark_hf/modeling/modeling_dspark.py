@@ -5,6 +5,7 @@ B batch, N blocks per row, K block_size, T tokens, V vocab, D hidden, M tapped l
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +22,17 @@ from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, 
 from dspark_hf.generation.scheduling.interface import Scheduler
 from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target
-from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm, RotaryEmbedding
+from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.checkpoints.dspark_module import load_module
 from dspark_hf.modeling.deepseek_v4.layer import init_weights
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
+from dspark_hf.modeling.formats.choosing import find_packaging, load_tensors
 from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
+from dspark_hf.modeling.rotary import RotaryEmbedding
 from dspark_hf.modeling.warm_start import copy_last_layers
 
 
@@ -87,7 +90,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         deepseek, count = config.deepseek_v4, config.num_hidden_layers
         self.streams = None if deepseek is None else StreamEnds(deepseek)
         if deepseek is None:
-            self.layers = nn.ModuleList([DSparkLayer(config) for _ in range(count)])
+            are_causal = [config.has_causal_sliding_layers and config.window_of(i) is not None for i in range(count)]
+            self.layers = nn.ModuleList([DSparkLayer(config, is_causal) for is_causal in are_causal])
             self.rotary_emb: nn.Module = RotaryEmbedding(config)
         else:
             self.layers = nn.ModuleList([DeepseekV4Stage(deepseek) for _ in range(count)])
@@ -96,6 +100,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         if config.owns_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        if config.owns_head:
             self.lm_head = nn.Linear(width, config.num_draft_logits, bias=False)
         if config.draft_vocab_size is not None:
             # as vLLM and speculators store it: draft id + d2t[draft id] = target id; t2d marks proposable tokens
@@ -135,10 +140,11 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             overrides: other fields of `DSparkConfig`.
 
         Raises:
-            ValueError: if `target` is an encoder-decoder, or a field breaks a rule of `DSparkConfig`, or `warm_start`
-                finds no layer that fits.
+            ValueError: if no drafter can assist `target`, an encoder-decoder for example, or a field breaks a rule of
+                `DSparkConfig`, or `warm_start` finds no layer that fits.
         """
-        adapter = TargetAdapter(from_target.check_decoder_only(target))
+        target = from_target.check_servable(target)
+        adapter = TargetAdapter(target)
         config = from_target.config_for_target(
             adapter,
             block_size=block_size,
@@ -158,15 +164,16 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if warm_start:
             copy_last_layers(adapter, drafter)
         dtype = target.dtype if target.dtype.is_floating_point else torch.float32
-        drafter.to(device=target.device, dtype=dtype)  # type: ignore[call-arg]  # Transformers hides the signature
+        drafter.to(device=adapter.device, dtype=dtype)  # type: ignore[call-arg]  # Transformers hides the signature
         return drafter.eval()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # every further argument is passed on
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a drafter from a folder or a hub name: our own layout, the released DeepSpec one, or DeepSeek-V4.
+        """Load a drafter from a folder or a hub name: our own layout, a foreign one, or DeepSeek-V4.
 
+        Of foreign folders configurations and tensors are read; code that they bring is never run.
         Takes every argument of `PreTrainedModel.from_pretrained`. Of a DeepSeek-V4 checkpoint with a DSpark module,
         that module alone is read; `dtype`, `keep_quantized`, a device as `device_map` and hub options apply.
 
@@ -183,7 +190,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             return load_module(cls, pretrained_model_name_or_path, config, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if find_packaging(fields) is None:
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        else:
+            options = _options_for_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, hub_options)
+            tensors = load_tensors(pretrained_model_name_or_path, **hub_options)
+            loaded = super().from_pretrained(None, *args, state_dict=tensors, **options)
+            loaded[0].config.name_or_path = str(pretrained_model_name_or_path)
         drafter, info = loaded
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:
@@ -192,6 +205,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                     f"{kind.replace('_', ' ')} {sorted(info[kind])} in {str(pretrained_model_name_or_path)!r}. Its "
                     "weights and its configuration do not belong together: save the drafter anew."
                 )
+        drafter.check_draft_token_ids()
         return (drafter, info) if wants_info else drafter
 
     def save_pretrained(
@@ -274,11 +288,31 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                 f"`draft_token_ids` must be {size} different ids in [0, {self.config.vocab_size - 1}], got "
                 f"{len(token_ids)} different ids from {token_ids[0]} to {token_ids[-1]}. Remove duplicates."
             )
-        self.d2t.copy_(token_ids - torch.arange(size, device=self.d2t.device))
+        self.d2t.copy_(token_ids - torch.arange(len(token_ids), device=self.d2t.device))
         self.t2d.zero_()
         self.t2d[token_ids] = True
         if self.config.markov_over_draft_vocab and self.markov_head is not None:
             self.markov_head.known_ids.copy_(token_ids)
+
+    def check_draft_token_ids(self) -> None:
+        """Raise a `ValueError` if `d2t` and `t2d`, as loaded, do not name the proposable tokens as one."""
+        if self.config.draft_vocab_size is None or self.d2t.is_meta:
+            return
+        size, known = self.config.vocab_size, getattr(self.markov_head, "known_ids", None)
+        ids = cast(Tensor, self.draft_token_ids)
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= size:
+            raise _wrong_map(f"`d2t` must name tokens in [0, {size - 1}], got ids from {lowest} to {highest}")
+        if len(ids.unique()) < len(ids):
+            raise _wrong_map(f"`d2t` must name {len(ids)} different tokens, got {len(ids.unique())}")
+        marked = torch.zeros(size, dtype=torch.bool, device=ids.device)
+        marked[ids] = True
+        if not torch.equal(self.t2d.to(ids.device).bool(), marked):
+            raise _wrong_map(
+                f"`t2d` must mark the {len(ids)} tokens that `d2t` names, got {int(self.t2d.sum())} others"
+            )
+        if known is not None and not torch.equal(known.to(ids.device), ids.sort().values):
+            raise _wrong_map("`known_ids` must hold the tokens that `d2t` names, in ascending order, got others")
 
     # the parts
 
@@ -288,7 +322,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             # rounded to the weights' dtype first, as Gemma does
             scale = torch.tensor(self.config.embed_scale).to(self.dtype).item()
             return self.embed_tokens(token_ids) * scale
-        return target.embed(token_ids).to(device=self.device, dtype=self.dtype)
+        embed = target.embed_bare if self.config.borrows_bare_weights else target.embed
+        return embed(token_ids).to(device=self.device, dtype=self.dtype)
 
     def project_context(self, context_hidden_states: Tensor) -> Tensor:
         """Return the context features `(B, T, D)` of tapped hidden states `(B, T, M * D)` (Eq. 2)."""
@@ -306,13 +341,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         anchor_positions: Tensor,
         num_slots: int,
         context: Sequence[tuple[Tensor, Tensor]],
-        context_mask: Tensor | None,
+        context_masks: Sequence[Tensor | None],
         target: TargetAdapter,
     ) -> tuple[Tensor, Tensor]:
         """Return hidden states of blocks that start at the anchors `(B, N)`, after the final norm and before (Eq. 1).
 
-        Both are `(B, N, num_slots, D)`. `context` holds every layer's keys and values, `context_mask` `(B, N, C)` what
-        each block may see of them.
+        Both are `(B, N, num_slots, D)`. `context` holds every layer's keys and values, `context_masks` `(B, N, C)`
+        what each block may see of them there, None for all.
         """
         slots = torch.arange(num_slots, device=anchor_ids.device)
         block_ids = anchor_ids[..., None].expand(*anchor_ids.shape, num_slots)
@@ -321,8 +356,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         rotary = self.rotary_emb(anchor_positions[..., None] + slots, hidden_states.dtype)
         if self.streams is not None:
             hidden_states = self.streams.open(hidden_states)
-        for layer, layer_context in zip(self.layers, context, strict=True):
-            hidden_states = layer(hidden_states, rotary, layer_context, context_mask)
+        for layer, layer_context, mask in zip(self.layers, context, context_masks, strict=True):
+            hidden_states = layer(hidden_states, rotary, layer_context, mask)
         if self.streams is not None:
             hidden_states = self.streams.close(hidden_states)
         return self.norm(hidden_states), hidden_states
@@ -361,19 +396,51 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         positions = torch.arange(length, device=anchor_ids.device).expand(len(anchor_ids), -1)
         context = self.context_keys_and_values(self.project_context(context_hidden_states), positions)
         age = anchor_positions[..., None] - positions[:, None, :]
-        visible = age > 0
-        if self.config.context_window is not None:
-            visible &= age <= self.config.context_window
+        windows = [self.config.window_of(layer) for layer in range(len(self.layers))]
+        seen = {w: age > 0 if w is None else (age > 0) & (age <= w) for w in set(windows)}
         hidden_states, unnormed = self.run_blocks(
-            anchor_ids, anchor_positions, self.config.block_size, context, visible, target
+            anchor_ids, anchor_positions, self.config.num_slots, context, [seen[w] for w in windows], target
         )
-        latents = None if self.markov_head is None else self.markov_head.latents(previous_ids, hidden_states)
+        hidden_states, unnormed, state = self.drafting_slots(hidden_states, unnormed, anchor_ids)
+        head = self.markov_head
+        latents = None if head is None else head.latents(previous_ids, hidden_states, state)
         features = self.confidence_features(hidden_states, unnormed)
         return BlockStates(hidden_states, latents, self.confidence_logits(features, previous_ids))
+
+    def drafting_slots(
+        self, normed: Tensor, unnormed: Tensor, anchor_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the states `(*, K, D)` of the slots that draft, and the Markov head's state before them.
+
+        Takes the states of all slots `(*, slots, D)`, normed and not, and the anchors `(*)`.
+        """
+        if self.config.sample_from_anchor:
+            return normed, unnormed, None
+        state, head = None, self.markov_head
+        if head is not None:
+            # the anchor's slot drafts nothing, but a recurrent head has passed it in training
+            _, state = head.step(anchor_ids, normed[..., 0, :], head.initial_state(normed[..., 0, :]))
+        return normed[..., 1:, :], unnormed[..., 1:, :], state
 
     def draft_head(self, target: TargetAdapter) -> _DraftHead:
         """Return the function from hidden states to logits over the proposable tokens."""
         return _DraftHead(self, target)
+
+
+def _options_for_tensors(
+    config_class: type[DSparkConfig], name_or_path: Any, options: dict[str, Any], hub_options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return options of `from_pretrained` for tensors at hand: the configuration among them, what finds files not."""
+    names = inspect.signature(config_class.__init__).parameters
+    overrides = {name: value for name, value in options.items() if name in names}
+    left = {name: value for name, value in options.items() if name not in (*overrides, *HUB_OPTIONS)}
+    if not isinstance(left.get("config"), DSparkConfig):
+        left["config"] = config_class.from_pretrained(name_or_path, **hub_options, **overrides)
+    return left
+
+
+def _wrong_map(message: str) -> ValueError:
+    return ValueError(f"{message}. The map of draft tokens is damaged: fetch or save the drafter anew.")
 
 
 class _DraftHead:
@@ -381,7 +448,8 @@ class _DraftHead:
 
     def __init__(self, drafter: DSparkAssistantModel, target: TargetAdapter):
         self._target = target
-        self._own_head = drafter.lm_head if drafter.config.owns_embeddings else None
+        self._own_head = drafter.lm_head if drafter.config.owns_head else None
+        self._is_bare = drafter.config.borrows_bare_weights
         self._cap = drafter.config.final_logit_softcapping
         self._ids = drafter.draft_token_ids
         self._device = drafter.device
@@ -395,8 +463,10 @@ class _DraftHead:
         if self.rows is not None:
             weight, bias = self.rows
             states = hidden_states.to(device=weight.device, dtype=weight.dtype)
-            return self._target.finish_logits(nn.functional.linear(states, weight, bias)).to(self._device)
-        logits = self._target.head(hidden_states).to(self._device)
+            logits = nn.functional.linear(states, weight, bias)
+            return (logits if self._is_bare else self._target.finish_logits(logits)).to(self._device)
+        head = self._target.head_bare if self._is_bare else self._target.head
+        logits = head(hidden_states).to(self._device)
         return logits if self._ids is None else logits[..., self._ids]
 
 
@@ -408,12 +478,15 @@ class _DSparkContext(DraftContext):
         self._target = target
         self._head = drafter.draft_head(target)
         self._ids = drafter.draft_token_ids
-        self.cache = ContextCache(len(drafter.layers), batch_size, drafter.device, drafter.config.context_window)
+        self._windows = [drafter.config.window_of(layer) for layer in range(len(drafter.layers))]
+        # what no layer sees any more is forgotten
+        window = None if None in self._windows else drafter.config.context_window
+        self.cache = ContextCache(len(drafter.layers), batch_size, drafter.device, window)
         temperatures = drafter.config.sts_temperatures
         self._temperatures = None if temperatures is None else torch.tensor(temperatures, device=drafter.device)
 
     def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
-        drafter, window = self._drafter, self._drafter.config.context_window
+        drafter, window = self._drafter, self.cache.window
         if window is not None and hidden_states.shape[1] > window:
             hidden_states, positions, num_tokens = _latest(hidden_states, positions, num_tokens, window)
         features = drafter.project_context(hidden_states)
@@ -425,12 +498,20 @@ class _DSparkContext(DraftContext):
         anchors, positions = anchor_ids.to(drafter.device), positions.to(drafter.device)
         context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
         # all slots run even if fewer drafts are wanted: the block was trained at its full width
-        hidden_states, unnormed = (
-            states[:, 0, :num_drafts]
+        masks = {window: self.cache.mask(window) for window in set(self._windows)}
+        normed, unnormed = (
+            states[:, 0]
             for states in drafter.run_blocks(
-                anchors[:, None], positions[:, None], drafter.block_size, context, self.cache.mask(), self._target
+                anchors[:, None],
+                positions[:, None],
+                drafter.config.num_slots,
+                context,
+                [masks[window] for window in self._windows],
+                self._target,
             )
         )
+        hidden_states, unnormed, state = drafter.drafting_slots(normed, unnormed, anchors)
+        hidden_states, unnormed = hidden_states[:, :num_drafts], unnormed[:, :num_drafts]
         token_ids, probs, previous_ids = sample_block(
             self._head(hidden_states),
             hidden_states,
@@ -438,6 +519,7 @@ class _DSparkContext(DraftContext):
             sampler,
             markov_head=drafter.markov_head,
             expand_logits=self._expand,
+            state=state,
         )
         logits = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
         if logits is not None and self._temperatures is not None:

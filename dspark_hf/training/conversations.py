@@ -5,7 +5,6 @@ Legend: T tokens.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from dspark_hf.prompts import Prompt, encode_prompt, end_token_id, parse_prompt, special_token_ids, user_turn
+from dspark_hf.damage import is_text, parse_line, read_lines
+from dspark_hf.prompts import (
+    Prompt,
+    apply_template,
+    encode_prompt,
+    end_token_id,
+    parse_prompt,
+    special_token_ids,
+    user_turn,
+)
 
+# more than any vocabulary has
+_MOST_TOKENS = 1 << 31
 _LAYOUTS = "`user` and `assistant`, or `prompt` and `completion`, or `messages`,"
 
 
@@ -30,7 +40,9 @@ class Conversation:
     loss_mask: Tensor
 
 
-def read_conversations(path: str | Path, tokenizer: Any, *, max_length: int = 1024) -> list[Conversation]:
+def read_conversations(
+    path: str | Path, tokenizer: Any, *, max_length: int = 1024, vocab_size: int | None = None
+) -> list[Conversation]:
     """Return the conversations of a JSON Lines file; those of whose answer hardly a token is left are dropped.
 
     A line is in one of these layouts:
@@ -47,37 +59,37 @@ def read_conversations(path: str | Path, tokenizer: Any, *, max_length: int = 10
         path: the file.
         tokenizer: the target's tokenizer, with its chat template.
         max_length: longest conversation kept, in tokens; longer ones are cut.
+        vocab_size: the target's, which `completion_ids` must lie in.
 
     Raises:
-        ValueError: if a line has another layout; the message names the line.
+        ValueError: if a line has another layout, or no conversation is left; the message names the line.
     """
-    reader = _Reader(tokenizer, max_length)
+    reader, path = _Reader(tokenizer, max_length, vocab_size), Path(path)
     conversations = []
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                conversations += _read_line(line, reader, f"`{path}`, line {number}", path, number)
-    return [conversation for conversation in conversations if int(conversation.loss_mask.sum()) > 1]
-
-
-def _read_line(line: str, reader: _Reader, place: str, path: str | Path, number: int) -> list[Conversation]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+    for number, line in read_lines(path):
+        conversations += _read_line(line, reader, path, number)
+    kept = [conversation for conversation in conversations if int(conversation.loss_mask.sum()) > 1]
+    if conversations and not kept:
         raise ValueError(
-            f"`{path}` must hold one JSON object a line, got {line.strip()[:60]!r} on line {number} ({error.msg}). "
-            "Correct or remove the line."
-        ) from error
+            f"`{path}` must hold answers of which at least two tokens lie within `max_length`, got "
+            f"{len(conversations)} conversations, of which none has. Raise `max_length` ({max_length}), or give "
+            "longer answers."
+        )
+    return kept
+
+
+def _read_line(line: str, reader: _Reader, path: Path, number: int) -> list[Conversation]:
+    record = parse_line(path, number, line, "Correct or remove the line.")
     fields = sorted(record) if isinstance(record, Mapping) else record
     if not isinstance(record, Mapping) or not _is_conversation(record):
         raise ValueError(
-            f"`{path}` must hold {_LAYOUTS} on every line, got {fields} on line {number}. Write one JSON object a "
-            "line with these fields."
+            f"`{path}` must hold {_LAYOUTS} on every line, got {fields!r:.80} on line {number}. Write one JSON object "
+            "a line with these fields."
         )
     try:
         return reader.read(record)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"`{path}`, line {number}: {error}") from error
 
 
 def _is_conversation(record: Mapping[str, Any]) -> bool:
@@ -85,9 +97,10 @@ def _is_conversation(record: Mapping[str, Any]) -> bool:
 
 
 class _Reader:
-    def __init__(self, tokenizer: Any, max_length: int):
+    def __init__(self, tokenizer: Any, max_length: int, vocab_size: int | None = None):
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._vocab_size = vocab_size
         self._end_id = end_token_id(tokenizer)
         self._special_ids = special_token_ids(tokenizer)
 
@@ -100,14 +113,30 @@ class _Reader:
     def _answer_ids(self, record: Mapping[str, Any]) -> list[int]:
         # a record that does not say how it ended: what the target wrote, if its tokens are there, else a whole answer
         token_ids = record.get("completion_ids")
-        is_finished = record.get("finished", token_ids is None)
+        is_finished = record.get("finished")
+        if is_finished is None:
+            is_finished = token_ids is None
+        if not isinstance(is_finished, bool):
+            raise ValueError(f"`finished` must be true or false, got {is_finished!r:.60}. Correct or remove it.")
         if token_ids is None:
             token_ids = self._ids(_answer_text(record))
+        self._check_ids(token_ids)
         has_end = token_ids and token_ids[-1] in self._special_ids
         end_ids = [self._end_id] if is_finished and not has_end and self._end_id is not None else []
         return [*token_ids, *end_ids]
 
+    def _check_ids(self, token_ids: Any) -> None:
+        most = _MOST_TOKENS if self._vocab_size is None else self._vocab_size
+        # a truth value is no number
+        if not isinstance(token_ids, list) or not all(type(one) is int and 0 <= one < most for one in token_ids):
+            raise ValueError(
+                f"`completion_ids` must be token ids in [0, {most - 1}], got {token_ids!r:.60}. Remove the field: the "
+                "text is read instead."
+            )
+
     def _read_messages(self, messages: Any) -> list[Conversation]:
+        if not isinstance(messages, list) or not all(_has_role(message) for message in messages):
+            raise ValueError(f"`messages` must be a list of objects with a `role`, got {messages!r:.60}. Correct it.")
         turns = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         prefixes = [self._render(messages[:turn], opens_answer=True) for turn in turns]
         wholes = [self._render(messages[: turn + 1]) for turn in turns]
@@ -144,31 +173,44 @@ class _Reader:
         )
 
     def _render(self, messages: Any, *, opens_answer: bool = False) -> str:
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=opens_answer, tokenize=False)
+        text = apply_template(self._tokenizer, messages, opens_answer=opens_answer)
+        if not is_text(text):
+            raise ValueError("`messages` must hold whole characters, got half of one. Remove the escape.")
+        return text
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
 
+def _has_role(message: Any) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
+
+
 def _prompt(record: Mapping[str, Any]) -> Prompt:
     if "completion" not in record:
-        return user_turn(record["user"])
+        return user_turn(_text(record, "user"))
     # an empty text is where a base model started from nothing
     return Prompt(text="") if record["prompt"] == "" else parse_prompt({"prompt": record["prompt"]})
 
 
 def _answer_text(record: Mapping[str, Any]) -> str:
     if "completion" not in record:
-        return record["assistant"]
+        return _text(record, "assistant")
     completion = record["completion"]
-    if isinstance(completion, str):
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], Mapping):
+        completion = completion[0].get("content")
+    if is_text(completion):
         return completion
-    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0].get("content"), str):
-        return completion[0]["content"]
     raise ValueError(
         f"`completion` must be a text or one assistant message, got {str(completion)[:80]}. Write longer "
         "conversations as `messages`."
     )
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    if not is_text(record[name]):
+        raise ValueError(f"`{name}` must be a text, got {record[name]!r:.60}. Correct it.")
+    return record[name]
 
 
 def encode(user: str, assistant: str, tokenizer: Any, *, max_length: int, finished: bool = True) -> Conversation:

@@ -1,18 +1,12 @@
-"""What a training run shows while it runs, when it stops for now, and where it goes on."""
+"""What a training run shows while it runs, and when it stops for now."""
 
 from __future__ import annotations
 
-import re
-import shutil
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from transformers import IntervalStrategy, ProgressCallback, TrainerCallback
 
-_FOLDER = re.compile(r"checkpoint-(\d+)")
-# Trainer writes it last
-_LAST_FILE = "trainer_state.json"
 _SHOWN = {"loss": "loss", "expected_tau": "tau", "accept_rate_1": "first", "eval_expected_tau": "held-out tau"}
 
 
@@ -54,15 +48,3 @@ class TimeLimit(TrainerCallback):
         if monotonic() - self._start >= self._seconds:
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
             control.should_save = control.should_training_stop = True
-
-
-def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None; remove newer ones that a crash left half-written."""
-    folders = {
-        int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name))
-    }
-    for step in sorted(folders, reverse=True):
-        if (folders[step] / _LAST_FILE).is_file():
-            return folders[step]
-        shutil.rmtree(folders[step])
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dspark_hf.files import write_whole_folder
+from dspark_hf.files import replace_whole_folder
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+from dspark_hf.training.checkpoints import is_own
 from dspark_hf.training.conversations import Conversation, most_frequent_tokens
 from dspark_hf.training.trainer import DSparkTrainer
+
+# an earlier result's, whatever number of files it had
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 # what a choice is when it is left open
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -91,8 +95,15 @@ def build_drafter(
 def save_trained(trainer: DSparkTrainer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Save the drafter of a trainer in `dtype`, with the target's tokenizer and the log of its evaluations.
 
-    An earlier result in `folder` is replaced; there is a whole folder or none.
+    An earlier result in `folder` is replaced, what else lies in it stays; there is a whole folder or none.
+
+    Raises:
+        ValueError: if `folder` is there and holds no drafter.
     """
+    if (folder.exists() or folder.is_symlink()) and not is_own(folder):
+        raise ValueError(
+            f"`folder` must be new, or hold a drafter that is to be replaced, got {str(folder)!r}. Name another."
+        )
     drafter = trainer.accelerator.unwrap_model(trainer.model).eval().to(dtype=dtype)
     log = [json.dumps(record) + "\n" for record in trainer.state.log_history if "eval_loss" in record]
 
@@ -102,6 +113,4 @@ def save_trained(trainer: DSparkTrainer, folder: Path, dtype: torch.dtype = torc
             trainer.processing_class.save_pretrained(empty)
         (empty / "training_log.jsonl").write_text("".join(log), encoding="utf-8")
 
-    if folder.exists():
-        shutil.rmtree(folder)
-    write_whole_folder(folder, write)
+    replace_whole_folder(folder, write, lambda name: _WEIGHTS.fullmatch(name) is not None)

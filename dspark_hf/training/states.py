@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
 
+from dspark_hf.files import remove_stale, whole_file
 from dspark_hf.generation.targets.adapter import TargetAdapter
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -63,8 +67,8 @@ class StateSource:
         if not sequences:
             return []
         model, width = self._target.model, self._target.hidden_size
-        input_ids = pad_sequence(sequences, batch_first=True).to(model.device)
-        with self._target, torch.autocast(model.device.type, self._dtype, enabled=self._dtype != model.dtype):
+        input_ids = pad_sequence(sequences, batch_first=True).to(self._target.device)
+        with self._target, torch.autocast(self._target.device.type, self._dtype, enabled=self._dtype != model.dtype):
             output = model.get_decoder()(input_ids=input_ids, use_cache=False)
             context = self._target.pop_context_hidden_states().to(torch.bfloat16)
             # rounded first: probabilities taken from the stored states sum to one with a sum over the same states
@@ -82,7 +86,8 @@ class StateCache:
     """States on disk, one file a sequence, at most `max_bytes` in all; what does not fit is not kept.
 
     Files are whole or absent, so processes and runs may share a folder. Its subfolder is named after the target, the
-    tapped layers and the dtype: states of another target are never found.
+    tapped layers and the dtype: states of another target are never found. A file that is damaged all the same is
+    named in a warning and counts as absent: the states are computed again, and replace it.
 
     Args:
         folder: where the files lie.
@@ -94,7 +99,10 @@ class StateCache:
     def __init__(self, folder: str | Path, target: TargetAdapter, *, dtype: torch.dtype, max_bytes: int):
         self._folder = Path(folder) / _fingerprint(target, dtype)
         self._folder.mkdir(parents=True, exist_ok=True)
+        remove_stale(self._folder)
         self._max_bytes = max_bytes
+        self._width = target.hidden_size
+        self._num_layers = len(target.layer_ids)
         self._num_bytes = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
 
     def get(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -102,20 +110,37 @@ class StateCache:
         path = self._path(input_ids)
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as tensors:
-            return tensors.get_tensor("context"), tensors.get_tensor("last"), tensors.get_tensor("lse")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                states = tensors.get_tensor("context"), tensors.get_tensor("last"), tensors.get_tensor("lse")
+            self._check(states, len(input_ids))
+        except (SafetensorError, OSError, ValueError) as error:
+            logger.warning(f"Computing the states in {path} again, which cannot be used ({error}).")
+            return None
+        return states
 
     def put(self, input_ids: Tensor, states: tuple[Tensor, Tensor, Tensor]) -> None:
         """Keep the states of a sequence, if there is room."""
+        path = self._path(input_ids)
         size = sum(tensor.numel() * tensor.element_size() for tensor in states)
+        # what a damaged file held is free again
+        size -= path.stat().st_size if path.is_file() else 0
         if self._num_bytes + size > self._max_bytes:
             return
         self._num_bytes += size
-        path = self._path(input_ids)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         tensors = dict(zip(("context", "last", "lse"), (x.contiguous().cpu() for x in states), strict=True))
-        save_file(tensors, partial)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial)
+
+    def _check(self, states: Sequence[Tensor], length: int) -> None:
+        widths = [self._num_layers * self._width, self._width]
+        shapes = [(length, widths[0]), (length, widths[1]), (length,)]
+        dtypes = [torch.bfloat16, torch.bfloat16, torch.float32]
+        for tensor, shape, dtype in zip(states, shapes, dtypes, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise ValueError(f"{tuple(tensor.shape)} in {tensor.dtype}, where {shape} in {dtype} belong")
+            if not tensor.isfinite().all():
+                raise ValueError("numbers that are not finite")
 
     def _path(self, input_ids: Tensor) -> Path:
         digest = hashlib.sha256(input_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()

@@ -18,11 +18,12 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.training.anchors import BlockTargets, sample_blocks, stack_blocks
 from dspark_hf.training.arguments import DSparkTrainingArguments
+from dspark_hf.training.checkpoints import check_output, last_whole_checkpoint
 from dspark_hf.training.conversations import Conversation, ConversationDataset, collate
 from dspark_hf.training.losses import DraftLosses, Slots, TargetHead, draft_losses, slot_weights
 from dspark_hf.training.metrics import DraftMetrics
 from dspark_hf.training.optimizers import MuonAdamW, split_parameters
-from dspark_hf.training.progress import LiveProgress, TimeLimit, last_whole_checkpoint
+from dspark_hf.training.progress import LiveProgress, TimeLimit
 from dspark_hf.training.states import StateCache, StateSource
 
 
@@ -85,6 +86,7 @@ class DSparkTrainer(Trainer):
         if drafter.config.owns_embeddings:
             # copies of the target's, and frozen like them
             drafter.embed_tokens.requires_grad_(False)
+        if drafter.config.owns_head:
             drafter.lm_head.requires_grad_(False)
         if args.confidence_only:
             _freeze_all_but_confidence(drafter)
@@ -119,9 +121,17 @@ class DSparkTrainer(Trainer):
     def train(  # type: ignore[override]  # every further argument is passed on
         self, resume_from_checkpoint: str | bool | None = True, **kwargs: Any
     ) -> Any:
-        """Train; by default continue from the last whole checkpoint in `output_dir`, if there is one."""
+        """Train; by default continue from the last whole checkpoint in `output_dir`, if there is one.
+
+        Raises:
+            ValueError: if `output_dir` holds folders under the names of checkpoints that are none of a drafter.
+        """
+        output_dir = Path(str(self.args.output_dir))
+        check_output(output_dir)
         if resume_from_checkpoint is True:
-            found = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            # one process moves away what is damaged, before the others look
+            with self.args.main_process_first(local=False):
+                found = last_whole_checkpoint(output_dir)
             resume_from_checkpoint = None if found is None else str(found)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

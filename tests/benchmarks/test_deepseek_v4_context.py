@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from benchmarks.deepseek_v4_context import (
+    NUM_DRAFTS,
     Native,
     Ours,
     bytes_table,
+    check_rounds,
     fill,
     measure,
     small_config,
@@ -16,6 +18,7 @@ from benchmarks.deepseek_v4_context import (
     time_table,
     wall_clock,
 )
+from dspark_hf.generation.statistics import SpeculationStatistics
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +46,29 @@ def test_contexts_are_filled_and_timed(kind):
     prompt, random = places[1].kv_bytes, places[2].kv_bytes
     # room for entries to come depends on when there was none left
     assert prompt.entries == pytest.approx(random.entries, rel=0.01) and prompt.rest == random.rest
-    measure(places, num_rounds=2, num_passes=1)
+    measure(places, num_rounds=1, num_passes=1)
     for place in places:
-        assert all(len(place.rounds[kind]) == 2 for kind in ("token", "verify"))
+        assert all(len(place.rounds[kind]) == 1 for kind in ("token", "verify"))
         # the native cache cannot be taken back
-        assert way.length(place.cache) == place.context + (0 if kind is Ours else 3 * 9)
+        assert way.length(place.cache) == place.context + (0 if kind is Ours else 2 * 9)
     assert len(time_table(places)) == 2 + 4
     assert len(bytes_table(places)) == 2 + 3
     assert "256 to 1,024" in wall_clock(places)
+
+
+def test_rounds_that_are_timed_are_full_rounds():
+    """What is timed as a round makes no drafts, since the scheduler gave the random drafter up."""
+    way = Ours(small_config(16, max_rollback=8))
+    place = next(fill(way, [256], 256, 256, _silent))
+    num_rounds = way.rounds(place.cache, 16)
+    statistics = way.drafter.last_statistics
+    assert statistics.num_rounds == num_rounds > NUM_DRAFTS + 2
+    # the last rounds may write 1 to 7 tokens, and one of them is the target's own
+    assert statistics.num_drafted >= NUM_DRAFTS * (num_rounds - NUM_DRAFTS)
+    assert way.length(place.cache) == 256
+    for num_drafted, num_verified in ((0, 0), (NUM_DRAFTS * 12 - 29, NUM_DRAFTS * 12 - 29), (NUM_DRAFTS * 12, 12)):
+        with pytest.raises(RuntimeError, match="`num_drafted` must be 7 a round, all of them verified"):
+            check_rounds(SpeculationStatistics(num_rounds=12, num_drafted=num_drafted, num_verified=num_verified))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,17 @@ def test_only_the_temperatures_change(original, drafter):
     assert config.sts_temperatures == TEMPERATURES
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("has_output", [True, False])
+def test_no_other_numbers_reach_a_drafter(original, drafter, tmp_path, value, has_output):
+    """A failed fit writes NaN, which is no JSON, into a drafter that worked."""
+    output = tmp_path / "calibrated" if has_output else None
+    with pytest.raises(ValueError, match="`sts_temperatures` must be 7 positive numbers"):
+        save_temperatures(drafter, [*TEMPERATURES[:-1], value], output)
+    assert _contents(drafter) == _contents(original)
+    assert not (tmp_path / "calibrated").exists()
+
+
 def test_another_folder_gets_the_whole_drafter(original, drafter, tmp_path):
     """The calibrated drafter lacks a file, or the original was changed."""
     output = tmp_path / "deep" / "calibrated"

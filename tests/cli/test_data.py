@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.cli.data import data
 from dspark_hf.data import session as collecting
-from dspark_hf.data.journal import Journal
+from dspark_hf.journal import Journal
 from dspark_hf.training.conversations import read_conversations
 from tests.data.test_server import serving
 from tests.tiny import tiny_target
@@ -172,6 +172,18 @@ def test_a_file_in_use_is_told(target: Path, tmp_path: Path) -> None:
         result = _run(target, tmp_path / "chats.jsonl", "--num-conversations", 2)
     assert result.exit_code == 1
     assert "must be written by one run at a time" in result.output
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.jsonl.prompts"])
+def test_a_file_of_another_kind_is_not_changed(name: str, target: Path, tmp_path: Path) -> None:
+    """A file that somebody named by mistake is cut, and the command says that all went well."""
+    precious = tmp_path / name
+    precious.write_text(json.dumps([{"messages": [{"role": "user", "content": "precious"}]}] * 200))
+    before = precious.read_bytes()
+    result = _run(target, tmp_path / "chats.jsonl", "--num-conversations", 1)
+    assert result.exit_code == 2
+    assert "must hold one JSON object a line" in " ".join(result.output.replace("│", " ").split())
+    assert precious.read_bytes() == before
 
 
 @pytest.mark.parametrize(

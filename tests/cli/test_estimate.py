@@ -64,8 +64,8 @@ def test_cache_formats_differ(tmp_path):
         ((PRO, "--context", "-1"), "`--context` must be at least 1, got -1. Raise it."),
         ((PRO, "--batch-size", "0"), "`--batch-size` must be at least 1, got 0. Raise it."),
         ((PRO, "--dtype", "fp7"), "'fp7' is not one of"),
-        ((PRO, "--json", "{folder}"), "`--json` must be a file, got the folder"),
-        ((PRO, "--json", "{folder}/file/below.json"), "`--json` must be a file that can be written"),
+        ((PRO, "--output", "{folder}"), "`--output` must be a file, got the folder"),
+        ((PRO, "--json", "{folder}/file/below.json"), "`--output` must be a file that can be written"),
     ],
 )
 def test_mistakes_are_told(tmp_path, arguments, message):

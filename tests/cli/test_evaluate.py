@@ -73,9 +73,11 @@ def test_same_text_for_the_same_drafter(folder):
     ("arguments", "prompts", "message"),
     [
         ((), ("absent.jsonl",), "`PROMPT_FILES` must be files"),
+        ((), (), "`--prompts` must name a prompt set at least, got none"),
+        (("--prompts", "{folder}/absent.jsonl"), (), "`PROMPT_FILES` must be files"),
         ((), ("first.jsonl", "first.jsonl"), "`PROMPT_FILES` must be given once per value"),
         ((), ("target/config.json",), "must hold one JSON object a line"),
-        (("--drafter", "{folder}/nowhere"), ("first.jsonl",), "must be folders or hub names of DSpark drafters"),
+        (("--drafter", "{folder}/nowhere"), ("first.jsonl",), "must be the folder or hub name of a DSpark drafter"),
         (("--drafter", "{folder}/target"), ("first.jsonl",), "must hold a DSpark drafter"),
         (("--baseline", "{folder}/drafter"), ("first.jsonl",), "`--drafter and --baseline` must be given once"),
         (("--num-drafts", "99"), ("first.jsonl",), "`--num-drafts` must lie in [1, 7] for drafter"),

@@ -92,6 +92,41 @@ def test_short_help(arguments):
     assert short.output == long.output
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal(command):
+    """Names of options are cut, so that nobody can type them."""
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    cut = [line for line in result.output.splitlines() if "…" in line]
+    assert "--help" in result.output and cut == []
+
+
+def test_commands_agree_on_names():
+    """One command writes with `--output`, another with a name that has to be looked up."""
+    options = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    writing = ("data", "train", "calibrate", "profile", "estimate", "tiny-v4", "eval")
+    assert all("--output" in options[name] for name in writing)
+    assert all({"--target", "--drafter", "--prompts"} <= options[name] for name in ("data", "calibrate", "eval"))
+    assert all("--num-prompts" in options[name] for name in ("demo", "calibrate", "eval"))
+    assert all("--repeats" in options[name] for name in ("demo", "profile", "eval"))
+    # what they were called before
+    assert "--out" in options["tiny-v4"] and "--json" in options["estimate"]
+    assert {"--prompts", "--runs"} <= options["demo"]
+
+
+def test_completion_is_offered():
+    """A shell cannot complete commands and options."""
+    result = CliRunner().invoke(
+        app,
+        [],
+        env={"_DSPARK_HF_COMPLETE": "complete_bash", "COMP_WORDS": "dspark-hf ti", "COMP_CWORD": "1"},
+        prog_name="dspark-hf",
+    )
+    assert result.output.split() == ["tiny-v4"]
+
+
 def test_version():
     """Three places tell three versions."""
     installed = metadata.version("dspark-hf")

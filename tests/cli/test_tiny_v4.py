@@ -21,6 +21,7 @@ def test_writes_what_is_asked(tmp_path):
     code, output = _run("--out", str(folder), "--experts", "bf16", "--no-dspark", "--seed", "3")
     assert code == 0, output
     assert f"Written: {folder}" in output
+    assert f"Next: python examples/deepseek_v4_inference.py {folder}" in output
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in fields
     assert "dspark_block_size" not in fields
@@ -35,7 +36,7 @@ def test_mistakes_are_told(tmp_path):
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     code, output = _run("--out", str(tmp_path))
     assert code == 2
-    assert "`--out` must be absent or empty, got" in output
+    assert "`--output` must be absent or empty, got" in output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     code, output = _run("--out", str(tmp_path / "new"), "--experts", "fp2")
     assert code == 2

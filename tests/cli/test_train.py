@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.cli.train import train
+from dspark_hf.cli.train import describe_result, train
 from dspark_hf.demo.tiny import write_tiny_pair
 
 app = typer.Typer()
@@ -70,7 +70,8 @@ def test_trains_a_drafter_that_drafts(folder: Path) -> None:
     """The command would not do what its help says, or its result would not load beside the target."""
     code, output = _run(folder, "small", "--tensorboard")
     assert code == 0, output
-    assert "held-out tau" in output
+    assert "Held-out tau" in output
+    assert f"Next: dspark-hf eval --target {folder / 'target'} --drafter {folder / 'small' / 'drafter'}" in output
     drafter = DSparkAssistantModel.from_pretrained(folder / "small" / "drafter")
     assert drafter.dtype == torch.bfloat16
     assert drafter.config.draft_vocab_size == 40
@@ -83,6 +84,19 @@ def test_trains_a_drafter_that_drafts(folder: Path) -> None:
     inputs = tokenizer("baba dufo", return_tensors="pt")
     plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(plain, target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=drafter))
+
+
+def test_folders_of_others_are_left_alone(folder: Path) -> None:
+    """Somebody's folder is removed, without a word, because of its name."""
+    thesis = folder / "project" / "drafter" / "thesis.txt"
+    export = folder / "project" / "checkpoint-500" / "model.safetensors"
+    for path in (thesis, export):
+        path.parent.mkdir(parents=True)
+        path.write_text("precious")
+    code, output = _run(folder, "project")
+    assert code == 2
+    assert "must be a folder that only training writes to" in output
+    assert thesis.read_text() == export.read_text() == "precious"
 
 
 @pytest.mark.parametrize("head", ["gated", "rnn", "none"])
@@ -162,3 +176,9 @@ def test_two_processes_train_what_one_would(folder: Path) -> None:
     # and of equal length: two batches of two weigh as one of four
     taus = [[record["eval_expected_tau"] for record in log] for log in (two, one)]
     assert taus[0] == pytest.approx(taus[1], abs=5e-3)
+
+
+@pytest.mark.parametrize(("tau", "is_useless"), [(1.0, True), (1.04, True), (2.2, False)])
+def test_the_end_says_what_tau_means(tau: float, is_useless: bool) -> None:
+    """A drafter that is never right is reported like one that helps."""
+    assert ("of no use" in describe_result("target", Path("drafter"), tau)) == is_useless

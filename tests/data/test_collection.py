@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dspark_hf.data.collection import Collection, CollectionPlan, Collector
-from dspark_hf.data.journal import InUseError
 from dspark_hf.data.sources import ListedPrompts
 from dspark_hf.data.writers import Answer, Sampling
+from dspark_hf.journal import InUseError
 from dspark_hf.prompts import Prompt, plain_text, user_turn
 
 SAMPLINGS = (Sampling(), Sampling(0.7, 0.95), Sampling(1.0))

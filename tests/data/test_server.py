@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -189,15 +190,15 @@ def test_failures_that_stay_end_the_run() -> None:
 
 
 def test_ready_answers_are_kept_when_another_fails() -> None:
-    """A single bad prompt would cost all the answers beside it."""
+    """A request that fails for good costs all the answers beside it."""
 
     def respond(path: str, body: Any) -> Reply:
         text = body["messages"][0]["content"]
         time.sleep(0.2 if text == "slow" else 0)
-        return (400, b"too long", {}) if text == "bad" else _chat(text)
+        return (404, b"unknown", {}) if text == "bad" else _chat(text)
 
     texts = []
-    with serving(respond) as server, pytest.raises(ServerError, match=r"got status 400 \(too long\)"):
+    with serving(respond) as server, pytest.raises(ServerError, match=r"got status 404 \(unknown\)"):
         for _, answer in _writer(server).write(
             [user_turn("slow"), user_turn("good"), user_turn("bad")], Sampling(), max_new_tokens=4, seed=0
         ):
@@ -256,3 +257,122 @@ def test_a_wrong_address_is_named(url: str) -> None:
     """A typing error would look like a server that is down."""
     with pytest.raises(ValueError, match="must be an http address"):
         ServerWriter(url, "target")
+
+
+def _refusing(text: str) -> Callable[[str, Any], Reply]:
+    said = b"maximum \x1b]0;context\x07 length", {}
+    return lambda _, body: (400, *said) if text in body["messages"][0]["content"] else _chat("fine")
+
+
+def test_a_refused_prompt_costs_one_prompt() -> None:
+    """One prompt that is too long for the server ends a collection, in every run anew."""
+    with serving(_refusing("bad")) as server:
+        writer = _writer(server)
+        prompts = [user_turn("bad" if index == 3 else "good") for index in range(30)]
+        answers = dict(writer.write(prompts, Sampling(), max_new_tokens=4, seed=0))
+    assert sorted(answers) == [index for index in range(30) if index != 3]
+    assert writer.num_refused == 1
+    assert writer.last_refusal == "'bad': status 400 (maximum \ufffd]0;context\ufffd length)"
+
+
+def test_many_refused_prompts_end_the_run() -> None:
+    """A wrong setting is sent with thousands of prompts, and nobody hears of it."""
+    with serving(_refusing("")) as server:
+        with pytest.raises(ServerError, match=r"must accept the prompts, got 20 refused and 0 answered"):
+            _write(_writer(server, num_workers=1), *[user_turn("good")] * 100)
+        assert len(server.requests) < 30
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("path", ["check", "write"])
+def test_the_key_is_sent_to_no_other_address(status: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever a server points to gets the key, and may answer in its place."""
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret")
+    with serving(_echo) as other:
+        reply = status, b"", {"Location": other.url + "/v1/models"}
+        with serving(lambda *_: reply) as server:
+            writer = _writer(server)
+            with pytest.raises(ServerError, match=f"must answer itself, got a redirect .* to '{other.url}"):
+                writer.check() if path == "check" else _write(writer, user_turn("q"))
+    assert len(server.requests) == 1 and other.requests == []
+
+
+@pytest.mark.parametrize("url", ["http://user:hunter2@host", "http://hunter2@host:8000/v1"])
+def test_a_password_in_the_address_is_refused_and_not_shown(url: str) -> None:
+    """A password that is not used stands in the logs."""
+    with pytest.raises(ValueError, match="must hold no user and no password") as failure:
+        ServerWriter(url, "target")
+    assert "hunter2" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "token_ids", [["a"], [10**12], [-5], [1.5], "abc", {"a": 1}, [[1]], 5, [True], [64]], ids=lambda value: str(value)
+)
+def test_nonsense_in_the_place_of_tokens_is_refused(token_ids: Any) -> None:
+    """It is written to the file, and training breaks on it later."""
+    with serving(lambda *_: _chat("a", token_ids=token_ids)) as server:
+        writer = _writer(server, asks_for_token_ids=True, num_tries=2, vocab_size=64)
+        with pytest.raises(ServerError, match="got `token_ids` that are no token ids of the target"):
+            _write(writer, user_turn("q"))
+
+
+@pytest.mark.parametrize("usage", [{"completion_tokens": "many"}, [1], 3, {"completion_tokens": -4}, None])
+def test_odd_counts_cost_nothing(usage: Any) -> None:
+    """The progress bar ends a run."""
+    reply = 200, {"choices": [{"text": "b", "finish_reason": ["stop"]}], "usage": usage}, {}
+    with serving(lambda *_: reply) as server:
+        assert _write(_writer(server), Prompt(text="a")) == [Answer("b", False, 0)]
+
+
+@pytest.mark.parametrize("listed", [[1], None, 3, "models", {"data": 3}, {}])
+def test_another_protocol_is_named(listed: Any) -> None:
+    """A stack of calls is shown in the place of what is wrong."""
+    with serving(lambda *_: (200, listed, {})) as server, pytest.raises(ServerError, match="must speak OpenAI's"):
+        _writer(server).check()
+
+
+def test_deep_replies_are_none() -> None:
+    """A reply of brackets ends a run with a stack of calls."""
+    with serving(_in_turns((200, b"[" * 200_000, {}), _chat("fine"))) as server:
+        assert _write(_writer(server), user_turn("q"))[0].text == "fine"
+
+
+def test_a_reply_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply without an end fills the memory."""
+    monkeypatch.setattr("dspark_hf.data.server._MAX_BYTES", 1 << 16)
+    with serving(lambda *_: (200, b" " * (1 << 20), {})) as server:
+        with pytest.raises(ServerError, match=r"got more than 69,632 bytes"):
+            _write(_writer(server), user_turn("q"))
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("dribbled", ["header", "body"])
+def test_a_reply_is_bounded_in_time(dribbled: str) -> None:
+    """A server that sends a byte now and then holds a run for ever."""
+    is_over = threading.Event()
+
+    def dribble(connection: socket.socket) -> None:
+        connection.recv(1 << 16)
+        start = b"HTTP/1.1 200 OK\r\n" + (b"X: " if dribbled == "header" else b"Content-Length: 100000\r\n\r\n")
+        try:
+            connection.sendall(start)
+            while not is_over.wait(0.02):
+                connection.sendall(b" ")
+        except OSError:
+            is_over.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                dribble(connection)
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        writer = ServerWriter(f"http://127.0.0.1:{listening.getsockname()[1]}", "target", timeout=0.3, num_tries=1)
+        with pytest.raises(ServerError, match="got no reply"):
+            _write(writer, user_turn("q"))
+        # the connection was cut: without that the server would go on for ever
+        thread.join(5)
+        assert not thread.is_alive()

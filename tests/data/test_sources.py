@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dspark_hf.data.journal import Journal
 from dspark_hf.data.sources import (
     HeldOut,
     ListedPrompts,
@@ -21,6 +20,7 @@ from dspark_hf.data.sources import (
     read_dataset,
 )
 from dspark_hf.data.writers import Answer, LocalWriter, Sampling
+from dspark_hf.journal import Journal
 from dspark_hf.prompts import Prompt, end_token_id, turn_end, user_opening, user_turn
 from tests.tiny import tiny_target
 from tests.training.tiny_tokenizer import WORDS, tiny_tokenizer

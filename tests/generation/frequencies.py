@@ -23,6 +23,8 @@ PROMPT = torch.tensor([2, 3, 4, 5, 1])
 class PrefixDependent(LogitsProcessor):
     """Add a bias that depends on every token of the prefix; token 0, which pads, counts nothing."""
 
+    depends_on_prefix_alone = True
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores + 2 * torch.sin(input_ids.sum(-1, keepdim=True) + torch.arange(scores.shape[1]))
 

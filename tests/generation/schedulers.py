@@ -27,3 +27,18 @@ class _EveryThirdRound(Schedule):
 
     def observe(self, outcome: RoundOutcome) -> None:
         self._num_rounds += 1
+
+
+class PlainSteps(Scheduler, Schedule):
+    """Draft nothing: every pass is over one token."""
+
+    name = "plain steps"
+
+    def start(self, call: CallInfo) -> Schedule:
+        return self
+
+    def num_drafts(self, batch: Batch) -> int:
+        return 0
+
+    def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
+        raise AssertionError("nothing was to be drafted")

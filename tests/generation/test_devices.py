@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DSparkAssistantModel, Request, generate_stream
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
@@ -148,3 +149,38 @@ def test_drafter_on_another_device(target_device, drafter_device, kind, num_rows
     assert torch.equal(_greedy(target, inputs, assistant_model=drafter), _greedy(target, inputs))
     options = {"do_sample": True, "temperature": 0.8, "repetition_penalty": 1.2}
     target.generate(**inputs, max_new_tokens=NEW_TOKENS, assistant_model=drafter, **options)
+
+
+@pytest.fixture(params=["cpu_offload", "disk", "embedding on disk"])
+def offloaded_target(request: pytest.FixtureRequest, saved_target: Path, tmp_path: Path) -> PreTrainedModel:
+    """A target whose first weights, or all of them, are elsewhere until a module runs."""
+    if request.param == "cpu_offload":
+        return cpu_offload(tiny_target())
+    rest = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places = {"model.embed_tokens": "disk", **rest} if "embedding" in request.param else {"": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(saved_target, device_map=places, offload_folder=tmp_path)
+    assert model.device.type == "meta"
+    return model.eval()
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_target_whose_first_weights_are_elsewhere(offloaded_target, num_rows):
+    """Tokens are sent to the device that the first weights are said to lie on, which holds nothing."""
+    inputs = ragged_prompts(num_rows)
+    plain = _greedy(offloaded_target, inputs)
+    drafter = _untrained(offloaded_target)
+    assert drafter.device.type == "cpu"
+    # this one measures costs, too
+    scheduler = "hardware_aware" if num_rows == 1 else "fixed"
+    assert torch.equal(_greedy(offloaded_target, inputs, assistant_model=drafter, scheduler=scheduler), plain)
+
+
+def test_requests_for_an_offloaded_target(offloaded_target):
+    """A stream fails each request, since it puts the prompt where the first weights are said to lie."""
+    prompt = ragged_prompts(1)["input_ids"]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    (finished,) = generate_stream(
+        offloaded_target, [Request(prompt[0].tolist(), options)], drafter=_untrained(offloaded_target)
+    )
+    assert finished.error is None
+    assert torch.equal(finished.token_ids, offloaded_target.generate(prompt, **options)[0])

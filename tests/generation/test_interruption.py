@@ -15,6 +15,7 @@ from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.modeling.deepseek_v4.cache import DeepseekV4DSparkCache
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.generation.schedulers import PlainSteps
 from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.recurrent import RECURRENT_FAMILIES, recurrent_target
 from tests.tiny import tiny_target
@@ -133,9 +134,13 @@ def test_no_rejected_drafts_stay(family, num_rows, what):
         _check_cache(target, cache, plain[:, :length], inputs)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "deepseek_v4", "falcon_h1", "bamba"])
-def test_a_pass_that_ends_early_leaves_nothing(family):
-    """After Ctrl-C within a pass, some layers hold more than others."""
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [(family, None) for family in ("llama", "gemma3_text", "gemma4_text", "deepseek_v4", "falcon_h1", "bamba")]
+    + [("llama", PlainSteps()), ("gemma3_text", PlainSteps()), ("qwen3_5_text", PlainSteps())],
+)
+def test_a_pass_that_ends_early_leaves_nothing(family, scheduler):
+    """After Ctrl-C within a pass, of one token or of many, some layers hold more than others."""
     target, inputs = _target(family), ragged_prompts(1)
     plain = target.generate(**inputs, **OPTIONS)
     drafter = _erring_drafter(target, plain, num_padded(inputs), LENGTH)
@@ -149,7 +154,7 @@ def test_a_pass_that_ends_early_leaves_nothing(family):
             raise Interrupt
 
     with target.get_decoder().layers[1].register_forward_pre_hook(interrupt), pytest.raises(Interrupt):
-        target.generate(**inputs, **OPTIONS, assistant_model=drafter, **{CACHE_KEY: cache})
+        target.generate(**inputs, **OPTIONS, assistant_model=drafter, scheduler=scheduler, **{CACHE_KEY: cache})
     _check_cache(target, cache, plain[:, : LENGTH + 8], inputs)
 
 

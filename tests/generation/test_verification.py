@@ -5,6 +5,7 @@ B batch, K drafts, V vocab.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from dspark_hf.generation.verification import verify, verify_greedy
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value
 from tests.reference.verification import (
-    accept_rate,
+    accepted_chances,
+    accepted_chances_by_token,
     committed_probabilities,
     continued_probabilities,
     greedy_outcome,
@@ -132,19 +134,39 @@ def test_committed_text_follows_the_oracle(kind):
         assert p_value(samples, _expected(tables, num_verified)) > SMALLEST_P_VALUE
 
 
+def _expected_survivals(tables: Tables, chances: Callable[..., list[float]]) -> list[float]:
+    """Return the chances that at least 1, 2, ... drafts are accepted, over all blocks."""
+    draft, target = map(_table_lookup, tables)
+    survivals = [0.0] * NUM_DRAFTS
+    for drafts in itertools.product(range(VOCAB_SIZE), repeat=NUM_DRAFTS):
+        probability = math.prod(draft(drafts[:k])[token] for k, token in enumerate(drafts))
+        if probability > 0:
+            counts = chances(drafts, draft, target)
+            for k in range(NUM_DRAFTS):
+                survivals[k] += probability * sum(counts[k + 1 :])
+    return survivals
+
+
 @pytest.mark.parametrize("kind", ["far apart", "close", "one-hot draft", "overlapping"])
-def test_number_of_accepted_drafts_meets_its_closed_form(kind):
+def test_number_of_accepted_drafts_is_the_expected_one(kind):
     """Fewer drafts are accepted than losslessness allows: decoding is slower than it could be."""
-    # the same distribution after every token, so that positions are independent: Eq. 8 per slot, then products
-    tables = tuple(table[:, :1].expand_as(table) for table in TABLES[kind])
-    rates = [accept_rate(tables[0][k, 0].tolist(), tables[1][k, 0].tolist()) for k in range(NUM_DRAFTS)]
-    num_accepted, _ = verify(*_drafted(tables, NUM_ROWS), torch.full((NUM_ROWS,), NUM_DRAFTS))
-    survivals = [math.prod(rates[: k + 1]) for k in range(NUM_DRAFTS)]
+    survivals = _expected_survivals(TABLES[kind], accepted_chances)
+    num_accepted, _ = verify(*_drafted(TABLES[kind], NUM_ROWS), torch.full((NUM_ROWS,), NUM_DRAFTS))
     for k, survival in enumerate(survivals):
         _assert_mean(num_accepted > k, survival, survival * (1 - survival))
     # E[n] = sum of survivals, E[n^2] = sum of (2 k + 1) survival_k
     mean = sum(survivals)
     _assert_mean(num_accepted, mean, sum((2 * k + 1) * s for k, s in enumerate(survivals)) - mean**2)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_block_at_once_accepts_no_fewer_than_token_by_token(kind):
+    """Blocks are verified at once for nothing."""
+    at_once = sum(_expected_survivals(TABLES[kind], accepted_chances))
+    by_token = sum(_expected_survivals(TABLES[kind], accepted_chances_by_token))
+    assert at_once >= by_token - 1e-6
+    if kind in ("far apart", "overlapping"):
+        assert at_once > 1.01 * by_token
 
 
 def test_equal_distributions_accept_everything():

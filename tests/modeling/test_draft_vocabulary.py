@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -120,6 +121,31 @@ def test_wrong_ids_are_refused(ids: list[int]) -> None:
     """Duplicate or unknown tokens would corrupt the map."""
     with pytest.raises(ValueError, match=r"`draft_token_ids` must be . different ids in \[0, 63\]"):
         DSparkAssistantModel.from_target(tiny_target(), num_hidden_layers=1, markov_rank=4, draft_token_ids=ids)
+
+
+_LONG = torch.tensor(DRAFT_IDS) - torch.arange(len(DRAFT_IDS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d2t": _LONG + 40}, r"`d2t` must name tokens in \[0, 63\], got ids from 43 to 102"),
+        ({"d2t": _LONG - 9}, r"`d2t` must name tokens in \[0, 63\], got ids from -6"),
+        ({"d2t": -torch.arange(len(DRAFT_IDS))}, "`d2t` must name 7 different tokens, got 1"),
+        ({"t2d": torch.arange(64) < 7}, "`t2d` must mark the 7 tokens that `d2t` names"),
+        ({"t2d": torch.zeros(64, dtype=torch.bool)}, "`t2d` must mark the 7 tokens that `d2t` names"),
+        ({"markov_head.known_ids": torch.arange(7)}, "`known_ids` must hold the tokens that `d2t` names"),
+    ],
+)
+def test_a_damaged_map_is_refused_when_loading(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A wrong map would load, and stop generation in the middle or draft tokens that nobody meant."""
+    drafter, _ = _pair(markov_over_draft_vocab=True)
+    drafter.save_pretrained(tmp_path)
+    DSparkAssistantModel.from_pretrained(tmp_path)
+    weights = {**load_file(tmp_path / "model.safetensors"), **changes}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        DSparkAssistantModel.from_pretrained(tmp_path)
 
 
 def test_all_tokens_have_no_map() -> None:

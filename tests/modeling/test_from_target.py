@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.modeling.from_target import config_for_target
+from tests.closeness import assert_same_up_to_rounding
+from tests.generation.prompts import ragged_prompts
 from tests.modeling.drafting import draft_greedily
 from tests.tiny import FAMILIES, tiny_target
 
@@ -94,6 +99,37 @@ def test_overrides_win() -> None:
     assert drafter.block_size == 4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_the_embeddings_output_may_be_tapped(family: str) -> None:
+    """Layer -1 would be taken for the last layer, or for the embedding without its scale or its positions."""
+    target = tiny_target(family)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, target_layer_ids=[-1, 0])
+    adapter = TargetAdapter(target, drafter.target_layer_ids)
+    drafter.check_target(adapter)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with adapter, torch.no_grad():
+        output = target(ids, output_hidden_states=True)
+        tapped = adapter.pop_context_hidden_states()
+    assert torch.equal(tapped, torch.cat([output.hidden_states[0], output.hidden_states[1]], dim=-1))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(target.generate(ids, **options), target.generate(ids, assistant_model=drafter, **options))
+    assert not any(layer._forward_pre_hooks for layer in adapter.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_bare_matrices_may_be_borrowed(family: str) -> None:
+    """Drafters that were trained on a target's bare matrices would read scaled rows and write capped logits."""
+    target = tiny_target(family)
+    drafter = DSparkAssistantModel.from_target(
+        target, num_hidden_layers=1, markov_rank=4, borrows_bare_weights=True, block_size=3
+    )
+    adapter, ids = TargetAdapter(target), torch.tensor([[5, 6]])
+    bare = target.get_input_embeddings().weight[ids]
+    torch.testing.assert_close(drafter.embed(ids, adapter), bare)
+    logits = bare @ target.get_output_embeddings().weight.T
+    torch.testing.assert_close(drafter.draft_head(adapter)(bare), logits)
+
+
 def test_encoder_decoders_are_refused() -> None:
     """An encoder-decoder would fail deep inside, without a reason."""
     config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
@@ -106,7 +142,7 @@ def test_encoder_decoders_are_refused() -> None:
     [
         ({"hidden_size": 64, "head_dim": 16}, "must have the target's `hidden_size` 64, got 32"),
         ({"vocab_size": 80}, "must have the target's `vocab_size` 80, got 64"),
-        ({"num_hidden_layers": 2}, r"`target_layer_ids` must lie in \[0, 1\] for this target, got \[1, 2\]"),
+        ({"num_hidden_layers": 2}, r"`target_layer_ids` must lie in \[-1, 1\] for this target, got \[1, 2\]"),
     ],
 )
 def test_drafters_of_other_targets_are_refused(overrides: dict, message: str) -> None:
@@ -180,3 +216,117 @@ def test_warm_start_needs_enough_layers() -> None:
     """More drafter layers than the target has would fail without a reason."""
     with pytest.raises(ValueError, match="`num_hidden_layers` must be at most 2 .*, got 3"):
         DSparkAssistantModel.from_target(tiny_target(), num_hidden_layers=3, markov_rank=4, warm_start=True)
+
+
+def _from_config(family: str, **fields: Any) -> PreTrainedModel:
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **{**common, "eos_token_id": None, "initializer_range": 0.4, **fields})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+# whose configurations or modules are not built as those of others
+_UNUSUAL: dict[str, dict[str, Any]] = {
+    # widths by layer, and several streams of hidden states
+    "gemma3n_text": {
+        "intermediate_size": [48, 48],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 0,
+        "head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 64,
+        "laurel_rank": 8,
+        "sliding_window": 8,
+    },
+    # layers with two attentions, counted twice
+    "longcat_flash": {
+        "num_hidden_layers": 4,
+        "num_layers": 2,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "n_routed_experts": 4,
+        "moe_topk": 2,
+        "zero_expert_num": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 8,
+    },
+    # whose output head is called `decoder`
+    "modernbert-decoder": {
+        "intermediate_size": 48,
+        **{f"{kind}_token_id": 0 for kind in ("pad", "bos", "cls", "sep")},
+    },
+}
+
+
+@pytest.mark.parametrize("family", _UNUSUAL)
+def test_unusual_targets(family: str) -> None:
+    """`from_target` finds no layers or no widths in what is there, or reads hidden states along a wrong dimension."""
+    target = _from_config(family, **_UNUSUAL[family])
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    assert len(TargetAdapter(target).layers) == 2
+    options = {"max_new_tokens": 16, "do_sample": False}
+    inputs = ragged_prompts(3)
+    plain = target.generate(**inputs, **options)
+    assert torch.equal(target.generate(**inputs, **options, assistant_model=drafter, scheduler="fixed"), plain)
+
+
+def test_layers_of_an_image_encoder_are_not_the_decoders() -> None:
+    """Taps lie on the layers of an image encoder, which no text passes."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    target = _from_config("git", intermediate_size=48, vision_config={**vision, "image_size": 32, "patch_size": 16})
+    layers = TargetAdapter(target).layers
+    assert layers is target.git.encoder.layer
+    assert len(layers) == len(target.git.image_encoder.vision_model.encoder.layers)
+
+
+def test_streams_are_read_along_their_own_dimension() -> None:
+    """Hidden states of several streams are averaged over tokens, so that a drafter reads the future."""
+    target = _from_config("gemma3n_text", **_UNUSUAL["gemma3n_text"])
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    adapter = TargetAdapter(target, [0])
+    with adapter, torch.no_grad():
+        target(ids)
+        whole = adapter.pop_context_hidden_states()
+        target(ids[:, :3])
+        prefix = adapter.pop_context_hidden_states()
+    assert whole.shape == (1, 5, 32)
+    assert_same_up_to_rounding(whole[:, :3], prefix)
+
+
+def test_embeddings_of_another_width_are_not_lent() -> None:
+    """A drafter is built that fails at its first draft, since the target's embeddings are narrower than its states."""
+    target = _from_config("rembert", input_embedding_size=16, output_embedding_size=48, is_decoder=True)
+    with pytest.raises(
+        ValueError, match=r"`target` must have embeddings of its hidden size 32.*got 16.*owns_embeddings"
+    ):
+        DSparkAssistantModel.from_target(target, num_hidden_layers=1)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, owns_embeddings=True)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    plain = target.generate(ids := torch.tensor([[5, 6, 7]]), **options)
+    assert torch.equal(target.generate(ids, **options, assistant_model=drafter, scheduler="fixed"), plain)
+
+
+def test_layers_without_positions_have_no_rate() -> None:
+    """`from_target` asks the rotary parameters of layers that have none."""
+    adapter = TargetAdapter(tiny_target())
+    adapter.config.rope_parameters = {"full_attention": None, "sliding_attention": {"rope_theta": 5.0}}
+    fields: dict[str, Any] = {"num_hidden_layers": 1, "target_layer_ids": [0], "mask_token_id": 3, "warm_start": False}
+    assert config_for_target(adapter, **fields).rope_parameters["rope_theta"] == 10000.0
+
+
+def test_layers_left_out_for_text_are_not_read() -> None:
+    """A drafter reads the cross-attention of Llama 3.2 Vision, which runs for images only."""
+    adapter = TargetAdapter(tiny_target(num_hidden_layers=8))
+    adapter.config.cross_attention_layers = [0, 3]
+    fields: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "target_layer_ids": None,
+        "mask_token_id": 3,
+        "warm_start": False,
+    }
+    assert config_for_target(adapter, **fields).target_layer_ids == [1, 2, 4, 5]

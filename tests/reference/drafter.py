@@ -31,21 +31,31 @@ def rms_norm(vector: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed if weight is None else normed * weight
 
 
-def rotate(vector: Tensor, position: int, theta: float, rotated_share: float) -> Tensor:
-    """Return one head's `vector` turned by its position: entry i pairs with entry i + E / 2."""
+def rotate(vector: Tensor, position: int, theta: float, rotated_share: float, is_interleaved: bool = False) -> Tensor:
+    """Return one head's `vector` turned by its position: entry i pairs with entry i + E / 2, or 2 i with 2 i + 1."""
     half = len(vector) // 2
     turned = vector.clone()
     for i in range(half):
         if i >= int(rotated_share * half):
             continue
         angle = position * theta ** (-i / half)
-        turned[i] = vector[i] * math.cos(angle) - vector[i + half] * math.sin(angle)
-        turned[i + half] = vector[i + half] * math.cos(angle) + vector[i] * math.sin(angle)
+        a, b = (2 * i, 2 * i + 1) if is_interleaved else (i, i + half)
+        turned[a] = vector[a] * math.cos(angle) - vector[b] * math.sin(angle)
+        turned[b] = vector[b] * math.cos(angle) + vector[a] * math.sin(angle)
     return turned
 
 
 class DrafterOracle:
-    """A DSpark drafter in the DeepSpec layout."""
+    """A DSpark drafter in the DeepSpec layout.
+
+    What other layouts may say is set on it: `num_dead_slots` at the start of a block that draft nothing, `windows` and
+    `causal_layers` by layer, `is_interleaved`.
+    """
+
+    num_dead_slots = 0
+    windows: dict[str, int] = {}
+    causal_layers: tuple[str, ...] = ()
+    is_interleaved = False
 
     def __init__(self, weights: dict[str, Tensor], fields: dict[str, Any]):
         self.weights = {name: tensor.double() for name, tensor in weights.items()}
@@ -84,7 +94,10 @@ class DrafterOracle:
         logits, confidences, drafted = [], [], []
         previous = anchor_id
         state: Tensor | None = None
-        for k in range(self.block_size):
+        for k in range(self.num_dead_slots):
+            _, state = self._markov_bias(anchor_id, hidden[k], state)
+        hidden = hidden[self.num_dead_slots :]
+        for k in range(len(hidden)):
             bias, state = self._markov_bias(previous, hidden[k], state)
             logits.append(self._head(hidden[k]) + bias)
             confidences.append(self._confidence(previous, hidden[k]))
@@ -124,7 +137,9 @@ class DrafterOracle:
         values = [self._value_heads(name, state) for state, _ in seen]
         outputs = []
         for slot, states, position in zip(slots, normed, positions, strict=True):
-            attended = self._linear(f"{name}.self_attn.o_proj", self._attend(name, states, position, keys, values))
+            chosen = [i for i, (_, at) in enumerate(seen) if self._sees(name, positions[0], position, at)]
+            attended = self._attend(name, states, position, [keys[i] for i in chosen], [values[i] for i in chosen])
+            attended = self._linear(f"{name}.self_attn.o_proj", attended)
             if self.is_gemma:
                 slot = slot + self._normed(f"{name}.post_attention_layernorm", attended)
                 fed = self._mlp(name, self._normed(f"{name}.pre_feedforward_layernorm", slot))
@@ -135,6 +150,11 @@ class DrafterOracle:
                 slot = slot + self._mlp(name, self._normed(f"{name}.post_attention_layernorm", slot))
             outputs.append(slot)
         return outputs
+
+    def _sees(self, name: str, anchor: int, position: int, other: int) -> bool:
+        if other < anchor:
+            return name not in self.windows or other >= anchor - self.windows[name]
+        return name not in self.causal_layers or other <= position
 
     def _attend(
         self, name: str, states: Tensor, position: int, keys: list[list[Tensor]], values: list[list[Tensor]]
@@ -159,7 +179,7 @@ class DrafterOracle:
         return [rms_norm(head, None, self.eps) if self.is_gemma else head for head in heads]
 
     def _turned(self, head: Tensor, position: int) -> Tensor:
-        return rotate(head, position, self.theta, self.rotated_share)
+        return rotate(head, position, self.theta, self.rotated_share, self.is_interleaved)
 
     def _mlp(self, name: str, states: Tensor) -> Tensor:
         gate = self.act(self._linear(f"{name}.mlp.gate_proj", states))

@@ -228,3 +228,54 @@ def test_held_out_is_never_trained_on(total: int, count: int) -> None:
     assert len(held_out) == count
     numbers = [int(conversation.input_ids) for conversation in [*kept, *held_out]]
     assert sorted(numbers) == list(range(total))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"user": "caf\xe9", "assistant": "b"}', "must be UTF-8, got the byte 0xe9 on line 2"),
+        (b'{"a": ' + b"[" * 100_000, r"must hold one JSON object a line, got .* on line 2 \(too deep\)"),
+        (b'{"messages": 3}', "line 2: `messages` must be a list of objects with a `role`, got 3"),
+        (b'{"messages": [3]}', r"line 2: `messages` must be a list of objects with a `role`, got \[3\]"),
+        (b'{"user": 3, "assistant": "b"}', "line 2: `user` must be a text, got 3"),
+        (b'{"user": "a", "assistant": "\\ud800"}', "line 2: `assistant` must be a text"),
+        (b'{"prompt": "a", "completion": [3]}', "line 2: `completion` must be a text or one assistant message"),
+        (
+            b'{"prompt": "a", "completion": "b", "completion_ids": "x"}',
+            "line 2: `completion_ids` must be token ids in",
+        ),
+        (b'{"prompt": "a", "completion": "b", "completion_ids": 7}', "line 2: `completion_ids` must be token ids in"),
+        (
+            b'{"prompt": "a", "completion": "b", "completion_ids": [9, 10]}',
+            r"must be token ids in \[0, 9\], got \[9, 10\]",
+        ),
+        (b'{"prompt": "a", "completion": "b", "completion_ids": [1.5, 2]}', "line 2: `completion_ids` must be token"),
+        (b'{"prompt": "a", "completion": "b", "completion_ids": [true]}', "line 2: `completion_ids` must be token"),
+        (b'{"prompt": "a", "completion": "b", "finished": "no"}', "line 2: `finished` must be true or false"),
+    ],
+)
+def test_a_bad_line_is_named(line: bytes, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """One bad line in a million ends in a stack of calls, or breaks training in an embedding hours later."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"user": "a b", "assistant": "c d"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=message) as failure:
+        read_conversations(path, tokenizer, vocab_size=len(WORDS))
+    assert str(path) in str(failure.value)
+
+
+def test_a_template_that_refuses_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Roles that a chat template does not know end in a stack of calls of its own."""
+    start = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    tokenizer.chat_template = start + str(tokenizer.chat_template)
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    with pytest.raises(ValueError, match=r"(?s)line 1: messages must be such .* got the roles .*must alternate"):
+        read_conversations(path, tokenizer)
+
+
+def test_conversations_that_are_all_cut_away_are_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A full file is said to be empty, and nobody thinks of the longest length."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"user": "a b c d", "assistant": "c d"}) + "\n")
+    with pytest.raises(ValueError, match=r"got 1 conversations, of which none has. Raise `max_length` \(3\)"):
+        read_conversations(path, tokenizer, max_length=3)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -83,7 +86,7 @@ def test_states_of_another_target_are_not_found(tmp_path: Path) -> None:
     """A drafter would be trained on the states of another target, of other layers or of other arithmetic."""
     sequence = _sequences(9)[0]
     target = tiny_target()
-    states = (torch.zeros(9, 32), torch.zeros(9, 32), torch.zeros(9))
+    states = (torch.zeros(9, 32).bfloat16(), torch.zeros(9, 32).bfloat16(), torch.zeros(9))
     _cache(tmp_path, target).put(sequence, states)
     assert _cache(tmp_path, target).get(sequence) is not None
     assert _cache(tmp_path, target, [1]).get(sequence) is None
@@ -92,3 +95,53 @@ def test_states_of_another_target_are_not_found(tmp_path: Path) -> None:
         target.lm_head.weight.add_(0.01)
     assert _cache(tmp_path, target).get(sequence) is None
     assert _cache(tmp_path, tiny_target("qwen3")).get(sequence) is None
+
+
+def _nan(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["last"][3, 2] = float("nan")
+    save_file(tensors, path)
+
+
+def _shorter(path: Path) -> None:
+    save_file({name: tensor[:5] for name, tensor in load_file(path).items()}, path)
+
+
+def _without_lse(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["lse"]
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        _nan,
+        _shorter,
+        _without_lse,
+    ],
+    ids=["empty", "cut", "another", "not_finite", "shorter", "a_part_missing"],
+)
+def test_damaged_states_are_computed_again(
+    damage: Callable[[Path], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One damaged file stops every later run, or is trained on."""
+    target, sequences = tiny_target(), _sequences(9, 12)
+    adapter = TargetAdapter(target, [0])
+    source = StateSource(adapter, dtype=torch.float32, cache=_cache(tmp_path, target))
+    before = source.get(sequences)
+    for path in tmp_path.rglob("*.safetensors"):
+        damage(path)
+    with caplog.at_level(logging.WARNING, "dspark_hf"):
+        again = StateSource(adapter, dtype=torch.float32, cache=_cache(tmp_path, target)).get(sequences)
+    assert caplog.text.count("which cannot be used") == 2
+    caplog.clear()
+    # replaced, so that nothing is wrong any more
+    last = StateSource(adapter, dtype=torch.float32, cache=_cache(tmp_path, target)).get(sequences)
+    assert not caplog.text
+    for name in ("context", "last", "lse"):
+        assert torch.equal(getattr(again, name), getattr(before, name))
+        assert torch.equal(getattr(last, name), getattr(before, name))

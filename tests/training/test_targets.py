@@ -19,6 +19,7 @@ from dspark_hf import DSparkAssistantModel
 from dspark_hf.training.arguments import DSparkTrainingArguments
 from dspark_hf.training.conversations import Conversation
 from dspark_hf.training.trainer import DSparkTrainer
+from tests.thinning import mostly_slow
 from tests.tiny import FAMILIES, tiny_config, tiny_target
 
 
@@ -54,7 +55,7 @@ def _learns(trainer: DSparkTrainer) -> bool:
     return losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ("llama", "gpt2", "gemma3_text", "gemma4_text", "qwen3_moe")))
 def test_families(family: str, tmp_path: Path) -> None:
     """A family whose head, embedding or layers are built otherwise could not be trained for."""
     target = tiny_target(family)

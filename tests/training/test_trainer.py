@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dspark_hf.training.arguments import DSparkTrainingArguments
 from dspark_hf.training.conversations import Conversation, ConversationDataset, collate
 from dspark_hf.training.trainer import DSparkTrainer
 from tests.reference.objective import OracleSlot, objective
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 
@@ -82,6 +84,7 @@ def test_an_interrupted_run_continues_the_same(optimizer: str, tmp_path: Path) -
     # as if the crash had come while a checkpoint was being written
     torn = tmp_path / "cut" / "checkpoint-5"
     torn.mkdir()
+    shutil.copy(tmp_path / "cut" / "checkpoint-4" / "config.json", torn)
     (torn / "model.safetensors").write_bytes(b"half")
     resumed = _trainer(tmp_path / "cut", target, texts, drafter_options, **options)
     resumed.train()
@@ -94,7 +97,7 @@ def test_an_interrupted_run_continues_the_same(optimizer: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("head", "optimizer"), [("vanilla", "adamw"), ("gated", "muon"), ("rnn", "adamw")], ids=lambda value: value
+    ("head", "optimizer"), [("vanilla", "adamw"), ("gated", "muon"), slow("rnn", "adamw")], ids=lambda value: value
 )
 def test_training_raises_the_accepted_length(head: str, optimizer: str, tmp_path: Path) -> None:
     """The trainer would not teach: drafts of a trained drafter would be accepted no more often."""
@@ -298,7 +301,7 @@ def test_a_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"gradient_checkpointing": True}, pytest.param({"compile_loss": True}, marks=pytest.mark.slow)],
+    [{"gradient_checkpointing": True}, slow({"compile_loss": True})],
     ids=str,
 )
 def test_ways_to_save_time_or_memory_change_nothing(

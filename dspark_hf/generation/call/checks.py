@@ -1,58 +1,51 @@
-"""Checks of a call of `generate` before any work is done, and the run-time knobs it carries."""
+"""Checks of a call of `generate` before any work is done."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 
 from dspark_hf.generation.call.rotary import check_rotary
-from dspark_hf.generation.compat import CACHE_KEY, explicit_knob, is_stateful, scheduler_of_call
-from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.scheduling.choosing import choose_scheduler
-from dspark_hf.generation.scheduling.interface import Scheduler
-from dspark_hf.generation.targets.recurrent_support import can_recompute, check_state
+from dspark_hf.generation.compat import CACHE_KEY, can_be_cropped, check_supported_modes
+from dspark_hf.generation.targets.recurrent_support import can_recompute
+from dspark_hf.generation.targets.rollback import check_rollback
+
+# model types whose classes in Transformers cannot take tokens back, and our classes that can, of other types
+_OUR_CLASSES = {"deepseek_v4": "DeepseekV4DSparkForCausalLM"}
 
 
-@dataclass(frozen=True)
-class SpeculationOptions:
-    """`num_drafts`: drafts per round at most; `scheduler`: how many are made, and how many of them verified."""
+def check_mode(
+    model: PreTrainedModel,
+    mode: GenerationMode,
+    generation_config: GenerationConfig,
+    mode_kwargs: dict[str, Any],
+) -> None:
+    """Raise a `ValueError` unless `generate` is asked for what a drafter can assist.
 
-    num_drafts: int
-    scheduler: Scheduler
-
-
-def read_options(
-    generation_config: GenerationConfig, drafter: Drafter, model: PreTrainedModel, scheduler: Scheduler | str | None
-) -> SpeculationOptions:
-    """Return the run-time knobs; `scheduler` is what `custom_generate` was called with.
-
-    Raises:
-        ValueError: if more drafts are asked for than the drafter was trained to propose, or the threshold is no
-            probability, or the scheduler does not exist or contradicts the threshold.
-        TypeError: if the scheduler is neither a name nor a `Scheduler`.
+    Stands in for Transformers' own check, which goes by a flag of the target's class, and knows assistants of other
+    vocabularies and single rows only. `mode_kwargs` hold the tokenizers, if any.
     """
-    num_drafts = explicit_knob(generation_config, "num_assistant_tokens")
-    if num_drafts is not None and not 1 <= num_drafts <= drafter.block_size:
+    if mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
-            f"`num_assistant_tokens` must lie in [1, {drafter.block_size}] for this drafter (its block_size), got "
-            f"{num_drafts}. Slots beyond the trained block are noise: lower it, or leave it out."
+            f"`num_beams` must be 1 when a drafter assists, got the mode {mode.value!r}. Use "
+            "greedy decoding or sampling, or generate without `assistant_model`."
         )
-    threshold = explicit_knob(generation_config, "assistant_confidence_threshold")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(
-            f"`assistant_confidence_threshold` must lie in [0, 1], got {threshold}. It is compared with a probability."
+    check_class(model)
+    check_supported_modes(model)
+    check_rollback(model)
+    num_sequences = generation_config.num_return_sequences or 1
+    if num_sequences > 1 and not generation_config.do_sample:
+        _refuse("`num_return_sequences`", "be 1 for greedy decoding", num_sequences, "Set `do_sample=True`.")
+    if mode_kwargs.get("assistant_tokenizer") is not None:
+        _refuse(
+            "`assistant_tokenizer`",
+            "be left out when a DSpark drafter assists: it speaks the target's own tokens",
+            type(mode_kwargs["assistant_tokenizer"]).__name__,
+            "Leave it out.",
         )
-    chosen = scheduler if scheduler is not None else scheduler_of_call(generation_config)
-    if chosen is None and threshold is None:
-        chosen = drafter.scheduler
-    is_tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
-    return SpeculationOptions(
-        num_drafts or drafter.block_size,
-        choose_scheduler(chosen, threshold, is_tensor_parallel=is_tensor_parallel),
-    )
 
 
 def check_request(
@@ -69,10 +62,10 @@ def check_request(
 
     `num_drafts` are made per round at most; `shares_passes` says whether other requests run in the same passes.
     """
+    check_class(model)
     if model.config.is_encoder_decoder:
         _refuse("`assistant_model`", "assist a decoder-only target", f"the encoder-decoder {type(model).__name__}")
-    if is_stateful(model):
-        check_state(model)
+    check_rollback(model)
     if (generation_config.num_beams or 1) > 1:
         _refuse("`num_beams`", "be 1 when a drafter assists", generation_config.num_beams, "Use greedy or sampling.")
     if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
@@ -80,11 +73,7 @@ def check_request(
         _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
-    if model_kwargs.get("use_cache") and model_kwargs.get(CACHE_KEY) is None:
-        # generate prepares none for MiniMax and its kin
-        remedy = "It keeps one in a form of its own: generate without `assistant_model`."
-        _refuse("`assistant_model`", "assist a target whose cache can be rolled back", type(model).__name__, remedy)
-    check_cache(model_kwargs.get(CACHE_KEY), has_states=can_recompute(model))
+    check_cache(model_kwargs.get(CACHE_KEY), generation_config, has_states=can_recompute(model))
     check_rotary(
         model.config.get_text_config(decoder=True),
         input_ids,
@@ -95,21 +84,34 @@ def check_request(
     )
 
 
-def check_cache(cache: Any, *, has_states: bool = False) -> None:
+def check_class(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` that names our class if `model` is one of Transformers' that has a twin with a rollback."""
+    ours = _OUR_CLASSES.get(getattr(model.config, "model_type", ""))
+    if ours is not None:
+        _refuse(
+            "`assistant_model`",
+            f"assist a target whose cache can be rolled back, for this model type a {ours}",
+            type(model).__name__,
+            f"Load the checkpoint with `dspark_hf.{ours}.from_pretrained`.",
+        )
+
+
+def check_cache(cache: Any, generation_config: GenerationConfig, *, has_states: bool = False) -> None:
     """Raise a `ValueError` unless `cache` is one that a rollback leaves no trace in.
 
     With `has_states`, those of recurrent layers are taken back by other means than a crop.
     """
+    if cache is None:
+        # MPT's configuration turns it off
+        _refuse("`use_cache`", "be True when a drafter assists", generation_config.use_cache, "Pass `use_cache=True`.")
     if not isinstance(cache, Cache):
-        given = None if cache is None else type(cache).__name__
         _refuse(
-            # MPT's configuration turns it off
-            "`use_cache`",
-            "be True when a drafter assists, with a Transformers cache",
-            given,
-            "Pass `use_cache=True`.",
+            f"`{CACHE_KEY}`",
+            "be a cache of Transformers when a drafter assists",
+            type(cache).__name__,
+            "Leave it out, or generate without `assistant_model`.",
         )
-    if not isinstance(cache, DynamicCache) or not (has_states or cache.is_croppable):
+    if not isinstance(cache, DynamicCache) or not (has_states or can_be_cropped(cache)):
         _refuse(
             "`cache_implementation`",
             "be a dynamic cache that can be rolled back when a drafter assists",

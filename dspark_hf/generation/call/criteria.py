@@ -40,6 +40,11 @@ class StopRules:
         return bool(self._eos)
 
     @property
+    def has_others(self) -> bool:
+        """Whether there are criteria beside ends and lengths."""
+        return bool(self._others)
+
+    @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end a row."""
         return [token_id for eos in self._eos for token_id in eos.tolist()]

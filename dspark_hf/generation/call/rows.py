@@ -5,6 +5,8 @@ B rows of the batch, b rows still in it, k drafts so far, W positions of a verif
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -57,6 +59,9 @@ class CallRows:
         self._eos_token_ids = self._rules.eos_token_ids
         self._processors = ProcessorChain(logits_processor, self._sequences, self._eos_token_ids)
         self._has_processors = not self._processors.is_empty
+        self.accept_in_steps = self._processors.may_remember
+        # then processors are shown the whole batch, whose rows must have the same length
+        self._advance_together = self.accept_in_steps and len(input_ids) > 1
         self._streams = streamer is not None
         self._stream = OrderedStream(streamer, self._sequences)
         self._recorder = OutputRecorder(generation_config, len(input_ids))
@@ -82,7 +87,11 @@ class CallRows:
         return not any(self._is_live(row) for row in range(self._sequences.batch_size))
 
     def _is_live(self, row: int) -> bool:
-        return row not in self._stopped_at or self._sequences.lengths[row] < self._common_length()
+        if row not in self._stopped_at:
+            return True
+        if self._advance_together and not self._rules.pads_finished_rows:
+            return len(self._stopped_at) < self._sequences.batch_size
+        return self._sequences.lengths[row] < self._common_length()
 
     def _common_length(self) -> int:
         """Return the length that stopped rows still grow to.
@@ -103,7 +112,9 @@ class CallRows:
 
     def batch(self) -> Batch:
         """Return what a schedule is told of the rows."""
-        limits = tuple(min(self._num_drafts, self._room(row) - 1) for row in self._rows)
+        # where a criterion of the user's ends a row, the others' processors must be shown its padding at once
+        most = 0 if self._advance_together and self._rules.has_others else self._num_drafts
+        limits = tuple(min(most, self._room(row) - 1) for row in self._rows)
         num_live = sum(self._is_live(row) for row in self._rows)
         return Batch(limits, num_live, max(self._sequences.lengths[row] for row in self._rows))
 
@@ -113,7 +124,7 @@ class CallRows:
 
     def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
-        if not self._has_processors:
+        if not self._has_processors and not self._is_sampling:
             return logits
         device = self._sequences.device
         scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
@@ -127,6 +138,33 @@ class CallRows:
             return target_pass.logits
         device = self._sequences.device
         return self._processors(self._rows, drafts.to(device), target_pass.logits.to(device))
+
+    def live(self) -> list[int]:
+        """Return the indices of the rows that still write."""
+        return [index for index, row in enumerate(self._rows) if self._is_live(row)]
+
+    def scores_at(self, target_pass: TargetPass, drafts: Tensor, going: Sequence[int]) -> Tensor:
+        """Return the scores `(b, V)` of a pass behind its first `drafts` `(b, k)`; rows that are over have zeros."""
+        device, live = self._sequences.device, self.live()
+        rows, ahead = [self._rows[index] for index in live], drafts[live].to(device)
+        is_end = torch.isin(ahead, torch.tensor(self._eos_token_ids, dtype=torch.long, device=device))
+        # a row that has ended in this very block is padded
+        ahead = ahead.masked_fill(is_end.long().cumsum(-1) - is_end.long() > 0, self._sequences.pad_token_id)
+        logits = target_pass.logits[live, drafts.shape[1]].to(device)
+        processed = self._processors.at(rows, ahead, logits)
+        scores = processed.new_zeros(len(drafts), logits.shape[-1])
+        scores[live] = processed
+        return scores
+
+    def going_on(self, going: Sequence[int], accepted: Sequence[bool], tokens: Tensor) -> list[int]:
+        """Return which of the rows `going` look at a further draft: none once one of them rejected its own."""
+        if not all(accepted[index] for index in going):
+            return []
+        return [index for index in going if not self.is_end(index, int(tokens[index]))]
+
+    def is_end(self, index: int, token_id: int) -> bool:
+        """Return whether a token ends the text of a row."""
+        return token_id in self._eos_token_ids
 
     def probabilities(self, scores: Tensor) -> Tensor | None:
         """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None when greedy."""
@@ -160,7 +198,7 @@ class CallRows:
         """Return how many of the `new_tokens` each row gets, and remember where rows stop."""
         stops = self._rules.first_stops(self._rows, new_tokens, self._scores_until)
         for index, row in enumerate(self._rows):
-            if row in self._stopped_at:
+            if row in self._stopped_at and not self._advance_together:
                 counts[index] = min(counts[index], max(self._common_length() - self._sequences.lengths[row], 0))
         for index, row in enumerate(self._rows):
             stop = stops[index]
@@ -196,7 +234,7 @@ class CallRows:
         """Return what `generate` returns."""
         self._stream.end()
         sequences = self._sequences.padded()
-        cache = target.returned_cache() if self._returns_cache else None
+        cache = target.returned_cache(sequences) if self._returns_cache else None
         if not self._recorder.returns_dict:
             return sequences
         return self._recorder.build(sequences, cache, self.statistics)

@@ -22,17 +22,20 @@ def sample_block(
     *,
     markov_head: Any,
     expand_logits: Callable[[Tensor], Tensor],
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Draw the drafts of a block left to right (Eq. 4).
 
     Takes `base_logits` `(B, K, V_draft)` and `hidden_states` `(B, K, D)` of the backbone, `anchor_ids` `(B)`, and
-    `expand_logits`, which spreads proposable tokens over the target's vocabulary.
+    `expand_logits`, which spreads proposable tokens over the target's vocabulary. `state` is the Markov head's before
+    the first slot; None takes its `initial_state`.
 
     Returns the drafts `(B, K)`, their distributions `(B, K, V)` (None when greedy) and the previous token of every
     slot `(B, K)`.
     """
     previous = anchor_ids
-    state = None if markov_head is None else markov_head.initial_state(hidden_states[:, 0])
+    if state is None and markov_head is not None:
+        state = markov_head.initial_state(hidden_states[:, 0])
     drafted: list[Tensor] = []
     probs: list[Tensor] = []
     for k in range(base_logits.shape[1]):

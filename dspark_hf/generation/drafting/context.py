@@ -131,16 +131,20 @@ class ContextCache:
         """Return keys and values `(B, H, longest row, E)` of one layer."""
         return self.stores[layer].read(max(self.lengths.host))
 
-    def mask(self) -> Tensor | None:
-        """Return which entries a block may see, `(B, 1, longest row)`, or None if all of them."""
+    def mask(self, window: int | None = None) -> Tensor | None:
+        """Return which entries a block may see, `(B, 1, longest row)`, or None if all of them.
+
+        `window` is how many of the latest entries that are, where a layer sees fewer than the others.
+        """
+        window = self.window if window is None else window
         lengths = self.lengths.host
-        is_short = self.window is None or max(lengths) <= self.window
+        is_short = window is None or max(lengths) <= window
         if min(lengths) == max(lengths) and is_short:
             return None
         slots = torch.arange(max(lengths), device=self.lengths.device.device)
         visible = slots < self.lengths.device[:, None]
-        if self.window is not None:
-            visible &= slots >= self.lengths.device[:, None] - self.window
+        if window is not None:
+            visible &= slots >= self.lengths.device[:, None] - window
         return visible[:, None]
 
     def select_rows(self, rows: Tensor) -> None:

@@ -50,7 +50,21 @@ class DraftedBlock:
 
 
 class DraftContext(ABC):
-    """What a drafter remembers of the sequences being generated."""
+    """What a drafter remembers of the sequences being generated.
+
+    Example, a context that guesses the same token for ever, whatever the target says:
+
+        >>> import torch
+        >>> class Guess(DraftContext):
+        ...     def extend(self, hidden_states, positions, num_tokens):
+        ...         pass
+        ...     def draft(self, anchor_ids, positions, num_drafts, sampler):
+        ...         return DraftedBlock(torch.full((len(anchor_ids), num_drafts), 7), probs=None, confidence=None)
+        ...     def select_rows(self, rows):
+        ...         pass
+        >>> Guess().draft(torch.tensor([3, 4]), torch.tensor([9, 9]), num_drafts=2, sampler=None).token_ids.tolist()
+        [[7, 7], [7, 7]]
+    """
 
     @abstractmethod
     def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
@@ -76,12 +90,18 @@ class Drafter(ABC):
     """A model that proposes blocks of tokens from the target's hidden states.
 
     `scheduler` says how many drafts are made and verified: a name, a `Scheduler`, or None for the adaptive one; what
-    a call says goes before. `last_statistics` holds what the last call of `generate` measured. Several threads may
+    a call says goes before, or the target's generation configuration; what `generation_config` recommends, if there is
+    one, comes last. `last_statistics` holds what the last call of `generate` measured. Several threads may
     use a drafter at once; what each of them measured is in its output with `return_dict_in_generate=True`.
+
+    A class of your own must also have a `config` with the target's `vocab_size`, as a `PreTrainedConfig` has it:
+    `generate(assistant_model=drafter)` compares the two before it calls the drafter (transformers 5.24,
+    `_validate_assistant`).
     """
 
     # Transformers evaluates annotations when the class is made, and schedulers know drafters
     scheduler: Any = None
+    generation_config: Any = None
     last_statistics: SpeculationStatistics | None = None
 
     @property

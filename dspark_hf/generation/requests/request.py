@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Full
 from threading import Condition
@@ -23,6 +23,16 @@ class Request:
         options: what `generate` would be called with for this prompt alone, `max_new_tokens=64` or `do_sample=True`,
             also processors, stopping criteria, a streamer.
         key: whatever helps you to tell requests apart.
+
+    Raises:
+        TypeError: if the prompt is text, or all that a tokenizer returns.
+
+    Example:
+
+        >>> request = Request([5, 6, 7], {"max_new_tokens": 20, "do_sample": False}, key="first")
+        >>> request.cancel()
+        >>> request.key, request.is_cancelled
+        ('first', True)
     """
 
     input_ids: Any
@@ -31,6 +41,11 @@ class Request:
     is_cancelled: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.input_ids, (str, Mapping)):
+            raise TypeError(
+                f"`input_ids` of a request must be token ids, got {type(self.input_ids).__name__}. Pass "
+                "`tokenizer(text).input_ids`, or the `input_ids` of what the tokenizer returned."
+            )
         self.options = dict(self.options)
 
     def cancel(self) -> None:

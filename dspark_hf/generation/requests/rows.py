@@ -5,7 +5,7 @@ b rows in the batch, k drafts so far, W positions of a verify pass, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -74,6 +74,11 @@ class RequestRow:
         return not self._processors.is_empty
 
     @property
+    def may_remember(self) -> bool:
+        """Whether a processor may remember its calls."""
+        return self._processors.may_remember
+
+    @property
     def is_over(self) -> bool:
         """Whether the row leaves the batch."""
         return self.is_finished or self.error is not None or self.request.is_cancelled
@@ -92,6 +97,17 @@ class RequestRow:
             with self._guarded():
                 return self._processors([0], ahead, logits)
         return logits.float()
+
+    def scores_at(self, ahead: Tensor, logits: Tensor) -> Tensor:
+        """Return the scores `(1, V)` of `logits` `(1, V)` behind `ahead` `(1, k)`, which is to stay."""
+        if self.error is None:
+            with self._guarded():
+                return self._processors.at([0], ahead, logits)
+        return logits.float()
+
+    def is_end(self, token_id: int) -> bool:
+        """Return whether a token ends the text."""
+        return token_id in self._eos_token_ids
 
     def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Return the scores `(1, V)` of a slot's `logits`, behind the drafts `(1, k)`."""
@@ -150,7 +166,7 @@ class RequestRows:
         """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
         device = self.rows[0].sequences.device
         logits, drafted = logits.to(device), drafted.to(device)
-        if not any(row.has_processors for row in self.rows):
+        if not any(row.has_processors or row.is_sampling for row in self.rows):
             return logits
         rows = enumerate(self.rows)
         return torch.cat([row.draft_scores(logits[i : i + 1], drafted[i : i + 1]) for i, row in rows])
@@ -162,6 +178,32 @@ class RequestRows:
         if not any(row.has_processors for row in self.rows):
             return logits
         return torch.cat([row.scores(drafts[i : i + 1], logits[i : i + 1]) for i, row in enumerate(self.rows)])
+
+    @property
+    def accept_in_steps(self) -> bool:
+        """Whether a request has a processor that may remember its calls."""
+        return any(row.may_remember for row in self.rows)
+
+    def live(self) -> list[int]:
+        """Return the indices of the rows that still write: all that have not left."""
+        return list(range(len(self.rows)))
+
+    def scores_at(self, target_pass: TargetPass, drafts: Tensor, going: Sequence[int]) -> Tensor:
+        """Return the scores `(b, V)` of a pass behind its first `drafts` `(b, k)`, zeros but for the rows `going`."""
+        device = self.rows[0].sequences.device
+        logits, drafts = target_pass.logits[:, drafts.shape[1]].to(device), drafts.to(device)
+        scores = torch.zeros_like(logits, dtype=torch.float32)
+        for i in going:
+            scores[i : i + 1] = self.rows[i].scores_at(drafts[i : i + 1], logits[i : i + 1])
+        return scores
+
+    def going_on(self, going: Sequence[int], accepted: Sequence[bool], tokens: Tensor) -> list[int]:
+        """Return which of the rows `going` look at a further draft: each for itself."""
+        return [i for i in going if accepted[i] and not self.is_end(i, int(tokens[i]))]
+
+    def is_end(self, index: int, token_id: int) -> bool:
+        """Return whether a token ends the text of a row."""
+        return self.rows[index].is_end(token_id)
 
     def probabilities(self, scores: Tensor) -> Tensor | None:
         """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None if all rows are greedy."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StopStringCriteria
 
-from dspark_hf.generation.call.checks import check_request, read_options
+from dspark_hf.generation.call.checks import check_request
+from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.requests.batch import RequestBatch
@@ -19,7 +20,7 @@ from dspark_hf.generation.requests.request import FinishedRequest, Request, Requ
 from dspark_hf.generation.requests.rows import RequestRow
 from dspark_hf.generation.scheduling.interface import CallInfo, Schedule, Scheduler
 from dspark_hf.generation.statistics import SpeculationStatistics
-from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
@@ -93,6 +94,7 @@ class RequestStream(Iterator[FinishedRequest]):
         self.statistics = SpeculationStatistics()
         self._adapter = TargetAdapter(target, drafter.target_layer_ids)
         drafter.check_target(self._adapter)
+        target = self._adapter.model
         try:
             RaggedCache(target, 1)
         except ValueError as error:
@@ -100,6 +102,7 @@ class RequestStream(Iterator[FinishedRequest]):
                 raise _unfit(target) from error
         self._drafter = drafter
         self._scheduler = read_options(target.generation_config, drafter, target, scheduler).scheduler
+        self.statistics.scheduler = self._scheduler.name
         self._max_rows = max_rows
         self._requests = requests
         self._source = iter(requests)
@@ -222,12 +225,12 @@ class RequestStream(Iterator[FinishedRequest]):
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), strings]
-        input_ids = _as_row(request.input_ids, model.device)
+        input_ids = _as_row(request.input_ids, self._adapter.device)
         if input_ids.numel() == 0:
             raise ValueError("`input_ids` of a request must hold a token at least, got none. Give it a prompt.")
         if options.get("attention_mask") is not None:
             # a tokenizer without `return_tensors` gives lists
-            options["attention_mask"] = mask = _as_row(options["attention_mask"], model.device)
+            options["attention_mask"] = mask = _as_row(options["attention_mask"], self._adapter.device)
             if mask.shape != input_ids.shape:
                 raise ValueError(
                     f"`attention_mask` of a request must have the shape of its `input_ids`, {tuple(input_ids.shape)}, "
@@ -338,7 +341,7 @@ def _as_row(values: Any, device: torch.device) -> Tensor:
 def _has_own_rows(target: Any) -> bool:
     """Return whether `generate` prepares a cache of the target's own whose rows have their own lengths."""
     prepared: dict[str, Any] = {}
-    input_ids = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+    input_ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(target))
     target.generate(input_ids, custom_generate=_keep_in(prepared), max_new_tokens=1)
     return isinstance(prepared.get(CACHE_KEY), RowwiseCache)
 

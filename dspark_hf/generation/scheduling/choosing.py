@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from dspark_hf.generation.scheduling.adaptive.scheduler import AdaptiveScheduler
@@ -60,7 +61,9 @@ def choose_scheduler(chosen: Any, threshold: float | None, *, is_tensor_parallel
 
 def _by_name(name: str, threshold: float | None) -> Scheduler:
     if name not in SCHEDULERS:
-        raise ValueError(f"`scheduler` must be one of {', '.join(SCHEDULERS)}, got {name!r}. Correct the name.")
+        meant = get_close_matches(name, SCHEDULERS, 1)
+        remedy = f"Did you mean {meant[0]!r}?" if meant else "Correct the name."
+        raise ValueError(f"`scheduler` must be one of {', '.join(SCHEDULERS)}, got {name!r}. {remedy}")
     if name == ThresholdScheduler.name:
         return ThresholdScheduler(DEFAULT_THRESHOLD if threshold is None else threshold)
     return SCHEDULERS[name]()

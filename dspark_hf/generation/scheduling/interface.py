@@ -102,10 +102,12 @@ class RoundOutcome:
 class Schedule(ABC):
     """The decisions of one call of `generate`.
 
-    `wants_margins` says whether drafted blocks must carry their margins.
+    `wants_margins` says whether drafted blocks must carry their margins. `parked_because` says why drafting is
+    given up for now, where a schedule expects that it would not pay; it is None while drafts are made.
     """
 
     wants_margins: bool = False
+    parked_because: str | None = None
 
     def num_drafts(self, batch: Batch) -> int:
         """Return how many drafts to make, decided from earlier rounds only."""

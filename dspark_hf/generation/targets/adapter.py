@@ -15,6 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dspark_hf.generation.targets.layers import find_decoder_layers
+from dspark_hf.generation.wrappers import unwrap
+
+# the id of what the first decoder layer receives, where layers are counted from 0
+EMBEDDING = -1
+
 
 class TargetAdapter:
     """Tap a causal LM's decoder layers and lend out its embedding and its output head.
@@ -23,16 +29,17 @@ class TargetAdapter:
     that entered.
 
     Args:
-        model: any decoder-only causal LM of Transformers, or the language part of a vision-language model.
+        model: any decoder-only causal LM of Transformers, or the language part of a vision-language model; what
+            `torch.compile` or PEFT wrapped around it is taken off.
         layer_ids: decoder layers whose outputs are captured; the output of layer i, so for the last layer the state
-            before the final norm.
+            before the final norm, and for -1 what the first layer receives.
     """
 
     def __init__(self, model: PreTrainedModel, layer_ids: Sequence[int] = ()):
-        self.model = model
-        self.config = model.config.get_text_config(decoder=True)
+        self.model: PreTrainedModel = unwrap(model)
+        self.config = self.model.config.get_text_config(decoder=True)
         self.layer_ids = list(layer_ids)
-        self._layers = _decoder_layers(model, self.config.num_hidden_layers)
+        self._layers = find_decoder_layers(self.model, self.config.num_hidden_layers)
         self._captured: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         self._thread: int | None = None
@@ -46,6 +53,11 @@ class TargetAdapter:
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         return self._layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go; the first weights may be kept elsewhere."""
+        return input_device(self.model)
 
     @property
     def hidden_size(self) -> int:
@@ -64,8 +76,12 @@ class TargetAdapter:
     def __enter__(self) -> TargetAdapter:
         self._thread = threading.get_ident()
         self._handles = [
-            self._layers[layer_id].register_forward_hook(self._capture_hook(layer_id)) for layer_id in self.layer_ids
+            self._layers[layer_id].register_forward_hook(self._capture_hook(layer_id))
+            for layer_id in self.layer_ids
+            if layer_id != EMBEDDING
         ]
+        if EMBEDDING in self.layer_ids:
+            self._handles.append(self._layers[0].register_forward_pre_hook(self._capture_input, with_kwargs=True))
         return self
 
     def __exit__(
@@ -78,20 +94,39 @@ class TargetAdapter:
 
     def _capture_hook(self, layer_id: int) -> Any:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
-            # hooks are the module's, and other threads may run it
-            if threading.get_ident() != self._thread:
-                return
-            states = output[0] if isinstance(output, tuple) else output
-            if states.ndim == 3 and states.shape[-1] > self.hidden_size:
-                # Qwen 4 lays its streams side by side
-                states = states.unflatten(-1, (-1, self.hidden_size))
-            # hyper-connections keep several streams (B, T, n, D); drafters read their mean
-            self._captured[layer_id] = states.mean(2) if states.ndim == 4 else states
+            self._capture(layer_id, output[0] if isinstance(output, tuple | list) else output)
 
         return capture
 
+    def _capture_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._capture(EMBEDDING, args[0] if args else kwargs["hidden_states"])
+
+    def _capture(self, layer_id: int, states: Tensor) -> None:
+        # hooks are the module's, and other threads may run it
+        if threading.get_ident() != self._thread:
+            return
+        self._captured[layer_id] = self._one_stream(states)
+
+    def _one_stream(self, states: Tensor) -> Tensor:
+        """Return what drafters read of a layer's output, `(B, T, D)`."""
+        if states.ndim == 3 and states.shape[-1] > self.hidden_size:
+            # Qwen 4 has its streams side by side, (B, T, n * D)
+            return states.unflatten(-1, (-1, self.hidden_size)).mean(2)
+        if states.ndim < 4:
+            return states
+        # AltUp (Gemma 3n) has its streams first, (n, B, T, D), and one of them active
+        active = getattr(self.config, "altup_active_idx", None)
+        # of hyper-connections' (B, T, n, D), the mean
+        return states.mean(2) if active is None else states[active]
+
     def pop_context_hidden_states(self) -> Tensor:
         """Return the tapped hidden states `(B, T, M * D)` of the forward pass that just ran, and forget them."""
+        missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._captured]
+        if missing:
+            raise ValueError(
+                f"`target_layer_ids` must be layers that every pass runs, got {missing} of "
+                f"{type(self.model).__name__}, which were left out. Make a drafter that reads others."
+            )
         device = self._captured[self.layer_ids[-1]].device
         states = torch.cat([self._captured[layer_id].to(device) for layer_id in self.layer_ids], dim=-1)
         self._captured.clear()
@@ -105,11 +140,23 @@ class TargetAdapter:
         # Granite and its kin scale outside the embedding module; Gemma inside
         return states * getattr(self.config, "embedding_multiplier", 1.0)
 
+    def embed_bare(self, token_ids: Tensor) -> Tensor:
+        """Return the rows `(*, D)` of the embedding's matrix, without the target's own scale, without a gradient."""
+        embedding = self.model.get_input_embeddings()
+        with torch.no_grad():
+            states = embedding(token_ids.to(device_of(embedding)))
+        # modules that scale say by what: the weights themselves may lie elsewhere, or be stored in fewer bits
+        scale = getattr(embedding, "embed_scale", None)
+        return states if scale is None else states / torch.as_tensor(scale).to(states)
+
     def head(self, hidden_states: Tensor) -> Tensor:
         """Return the logits `(*, V)` of normed hidden states `(*, D)`, as the target itself scales and caps them."""
+        return self.finish_logits(self.head_bare(hidden_states))
+
+    def head_bare(self, hidden_states: Tensor) -> Tensor:
+        """Return what the head gives `(*, V)` for normed hidden states `(*, D)`, neither scaled nor capped."""
         head = self.model.get_output_embeddings()
-        device, dtype = device_of(head), _compute_dtype(head, self.model)
-        return self.finish_logits(head(hidden_states.to(device=device, dtype=dtype)))
+        return head(hidden_states.to(device=device_of(head), dtype=_compute_dtype(head, self.model)))
 
     def head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Return the output head's weight rows and biases for `token_ids`, or None if the head is quantised."""
@@ -143,17 +190,6 @@ def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
     return logits if not cap else torch.tanh(logits / cap) * cap
 
 
-def _decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
-    decoder = model.get_decoder()
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise ValueError(
-        f"`target` must hold its {num_layers} decoder layers in one ModuleList, got {type(model).__name__} without "
-        "one. Use a decoder-only causal LM of Transformers."
-    )
-
-
 def device_of(module: nn.Module) -> torch.device:
     """Return the device that a module runs on."""
     # accelerate's offload keeps weights on the meta device and runs the module elsewhere; one hook may hold several
@@ -163,6 +199,11 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where a model takes its token ids, which `model.device` is not where the first weights are offloaded."""
+    return device_of(model.get_input_embeddings())
 
 
 def _compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:

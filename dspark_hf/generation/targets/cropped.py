@@ -82,6 +82,7 @@ class SingleRowTarget:
             self._kwargs[CACHE_KEY] = inputs[CACHE_KEY] = self._cache
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
         target_pass = self._run(inputs, num_tokens, 1, past_length)
+        self._check_filled(past_length + num_tokens)
         self._finish_prefill()
         self._length = self._prompt_length = past_length + num_tokens
         return target_pass
@@ -94,6 +95,14 @@ class SingleRowTarget:
                 "`assistant_model`."
             )
         self._cache.crop(0)
+
+    def _check_filled(self, length: int) -> None:
+        held = int(self._cache.get_seq_length())
+        if held != length:
+            raise ValueError(
+                f"`target` must hold every token once in the cache it is given, got {held} after {length} tokens for "
+                f"{type(self._model).__name__}. No drafter can assist it: generate without `assistant_model`."
+            )
 
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
         """Process anchor and drafts `(1, W)`; `parents` `(W,)`, if given, must describe a chain."""
@@ -124,7 +133,7 @@ class SingleRowTarget:
         return kwargs
 
     def _run(self, inputs: dict[str, Any], num_tokens: int, width: int, past_length: int) -> TargetPass:
-        device = self._model.device
+        device = self._adapter.device
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = _last_positions(num_tokens, width, device)
         outputs = self._model(**inputs)
@@ -157,7 +166,7 @@ class SingleRowTarget:
             "`target.generate` for each request."
         )
 
-    def returned_cache(self) -> Any:
+    def returned_cache(self, sequences: Tensor) -> Any:
         """Return the cache."""
         return self._cache
 

@@ -73,8 +73,8 @@ class TargetState(Protocol):
         """Append the rows of another run of the same target, which ends there; only `generate_stream` asks for it."""
         ...
 
-    def returned_cache(self) -> Any:
-        """Return the cache in Transformers' own form."""
+    def returned_cache(self, sequences: Tensor) -> Any:
+        """Return the cache in Transformers' own form, as it is behind the padded texts `sequences` `(B, S)`."""
         ...
 
     def release(self) -> None:

@@ -8,27 +8,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.trees import Tree
 
 
 def visible_slots(
-    positions: Tensor, starts: Tensor, num_slots: int, *, window: int | None = None, tree: Tree | None = None
+    positions: Tensor,
+    starts: Tensor,
+    num_slots: int,
+    *,
+    window: int | None = None,
+    tree: Tree | None = None,
+    columns: SlotColumns | None = None,
 ) -> Tensor:
     """Return which slots each token of a pass sees, `(B, W, S)`.
 
     Takes the tokens' `positions` `(B, W)`, `starts` `(B)`, the slots of every row's first one, and the `window` of a
-    sliding attention. Slots before a row's start hold the token at the position of the same number.
+    sliding attention. Slots before a row's start hold the token at the position of the same number. A window counts
+    positions, or `columns` where they are given.
     """
     slots, query = torch.arange(num_slots, device=positions.device), positions[..., None]
     if tree is not None:
-        return _visible_in_tree(slots, query, starts, window, tree)
+        return _visible_in_tree(slots, query, starts, window, tree, columns)
     visible = slots <= query
     if window:
-        visible &= slots > query - window
+        visible = visible & _is_near(slots.expand(len(positions), 1, -1), query, window, columns)
     return visible
 
 
-def _visible_in_tree(slots: Tensor, query: Tensor, starts: Tensor, window: int | None, tree: Tree) -> Tensor:
+def _is_near(held: Tensor, query: Tensor, window: int, columns: SlotColumns | None) -> Tensor:
+    """Return whether tokens at positions `held` `(B, 1, S)` lie in the window of those at `query` `(B, W, 1)`."""
+    if columns is not None:
+        held, query = columns.of(held), columns.of(query)
+    return held > query - window
+
+
+def _visible_in_tree(
+    slots: Tensor, query: Tensor, starts: Tensor, window: int | None, tree: Tree, columns: SlotColumns | None
+) -> Tensor:
     width = len(tree.parents)
     offsets = slots - starts[:, None]  # [B, S]
     index = offsets.clamp(0, width - 1)
@@ -37,5 +54,5 @@ def _visible_in_tree(slots: Tensor, query: Tensor, starts: Tensor, window: int |
     if window:
         depths = torch.tensor(tree.depths, device=slots.device)
         held = torch.where(offsets < 0, slots, starts[:, None] + depths[index])
-        visible &= held[:, None] > query - window
+        visible &= _is_near(held[:, None], query, window, columns)
     return visible

@@ -22,7 +22,7 @@ def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int
     Takes the `attention_mask` that `generate` left, and the `width` of the one that the user gave.
 
     Raises:
-        ValueError: if a row has nothing to process.
+        ValueError: if a row has nothing to process, or padding behind its tokens.
     """
     if attention_mask is not None:
         mask = attention_mask.bool()
@@ -31,6 +31,13 @@ def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int
             raise ValueError(
                 f"`attention_mask` must leave every row a token when a drafter assists, got none in rows {empty}. "
                 "Take these rows out, or generate without `assistant_model`."
+            )
+        padded = (~mask[:, -1]).nonzero().flatten().tolist()
+        if padded:
+            # plain `generate` goes on from the padding there, and warns
+            raise ValueError(
+                "`attention_mask` must end in a token of every row when a drafter assists, got padding behind rows "
+                f'{padded}. Tokenize with `padding_side="left"`, or generate without `assistant_model`.'
             )
         return mask
     # generate dropped a mask of ones; its width tells whether the ids repeat what the cache holds

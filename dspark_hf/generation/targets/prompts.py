@@ -15,6 +15,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.recurrent_support import can_recompute
 
+_MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 _TEXT_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", CACHE_KEY)
 
 
@@ -36,12 +37,9 @@ def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, mo
     """Raise a `ValueError` unless the input is text whose positions can be given, and nobody wants attentions."""
     others = sorted(
         name
-        for name, value in model_kwargs.items()
-        # transformers 5.24: mm_encoder_outputs is an empty dict where there are no images
-        if value is not None
-        and not (isinstance(value, dict) and not value)
-        and name not in _TEXT_INPUTS
-        and not name.startswith("output_")
+        for given, value in model_kwargs.items()
+        if value is not None and given not in _TEXT_INPUTS and not given.startswith("output_")
+        for name in _names_of_user(given, value)
     )
     # a model of states alone has no use for positions
     if others or not (adapter.accepts("position_ids") or can_recompute(adapter.model)):
@@ -55,6 +53,14 @@ def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, mo
             "`output_attentions` must be False for several rows, or padded ones, when a drafter assists, got True. "
             "Generate the rows one by one, unpadded."
         )
+
+
+def _names_of_user(name: str, value: Any) -> list[str]:
+    """Return what the user called an input that `generate` prepared."""
+    # transformers 5.24 encodes images and sounds at once; the dict is empty where there are none
+    if name == "mm_encoder_outputs":
+        return [_MODALITIES.get(modality, modality) for modality in value]
+    return [name]
 
 
 def check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int) -> None:

@@ -73,8 +73,8 @@ class RaggedTarget:
             check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._set_token_types(embedded_types(adapter, model_kwargs.get("token_type_ids")))
             if not self._states.layers:
-                ragged.adopt(mask[:, :past_length])
-        # left padding is gone once the prompts are packed; a returned cache has its columns again
+                ragged.adopt(mask, past_length)
+        # padding is gone once the prompts are packed; a returned cache has its columns again
         missing: list[int] = (~self._new_mask).sum(-1).tolist()
         self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
         self._given = given
@@ -126,7 +126,7 @@ class RaggedTarget:
         inputs = {"position_ids": positions, "attention_mask": (mask if self.cache.windows else self._new_mask).long()}
         with RecurrentStates(cache.layers).watched(width, are_drafts=False):
             outputs = self._call(self._prompt_ids, cache, inputs, 1)
-        self.cache.adopt(mask, cache)
+        self.cache.adopt(mask, mask.shape[1], cache)
         self._is_filled = True
         order, num_new = pack_order(self._new_mask)
         context = self._adapter.pop_context_hidden_states()
@@ -158,7 +158,8 @@ class RaggedTarget:
         keeps, types = self._adapter.accepts("logits_to_keep"), self._token_types
         if types is not None:
             inputs["token_type_ids"] = types.expand(-1, token_ids.shape[1])
-        with self._states.watched(token_ids.shape[1], are_drafts=are_drafts):
+        # prompts are read elsewhere where there are states
+        with self._states.watched(token_ids.shape[1], are_drafts=True):
             outputs = self._call(token_ids, self.cache, inputs, kept_logits)
         return TargetPass(
             logits=outputs.logits if keeps else outputs.logits[:, kept_logits],
@@ -199,9 +200,26 @@ class RaggedTarget:
         self.cache.append_rows(other.cache)
         self._num_padded = self._num_padded + other._num_padded
 
-    def returned_cache(self) -> Any:
+    def returned_cache(self, sequences: Tensor) -> Any:
         """Return a cache as plain `generate` would; one that the user brought is filled in place."""
+        self._process_rest(sequences)
         return self.cache.returned(self._num_padded)
+
+    def _process_rest(self, sequences: Tensor) -> None:
+        """Process what plain `generate` has of rows that ended early: their last token, and padding behind it."""
+        ends = [padded + length for padded, length in zip(self._num_padded, self._lengths(), strict=True)]
+        missing = [max(ends) - end for end in ends]
+        width = max(missing)
+        if not width:
+            return
+        # the last token of the longest row is not processed
+        rest = sequences.new_zeros(len(missing), width)
+        for row, count in enumerate(missing):
+            rest[row, :count] = sequences[row, sequences.shape[1] - 1 - count : -1]
+        self._starts, self._width, self._tree = self._lengths(), width, None
+        device = self._adapter.device
+        self._run(rest.to(device), missing, torch.tensor([width - 1], device=device))
+        self.keep([range(count) for count in missing])
 
     def release(self) -> None:
         """Take back what an interrupted round left in a cache of the user's."""

@@ -29,6 +29,8 @@ from dspark_hf.generation.compat import (
     is_placeholder_layer,
 )
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
+from dspark_hf.generation.targets.adapter import input_device
+from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.masks import visible_slots
 from dspark_hf.generation.targets.padding import pack_order
 from dspark_hf.generation.targets.recurrent import RecurrentStates
@@ -49,9 +51,28 @@ class RaggedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, lengths: RaggedLengths):
-        super().__init__()
         self._lengths = lengths
         self.store = RaggedStore()
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """None before the first pass: whoever reads keys by column would take one row's slots for another's.
+
+        Raises:
+            ValueError: later on.
+        """
+        if self.store.keys is None:
+            return None
+        raise ValueError(
+            "`assistant_model` must be left out for several rows, or padded ones, of a target that reads its cache by "
+            "itself, got one. Generate the rows one by one, unpadded."
+        )
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        # Transformers' layers begin with None
+        assert states is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the store makes room when it is written."""
@@ -107,7 +128,8 @@ class RaggedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, batch_size: int, given: Any = None):
         self._model, self._given = model, given
-        self._rows = RaggedLengths(batch_size, model.device)
+        self._rows = RaggedLengths(batch_size, input_device(model))
+        self._columns: SlotColumns | None = None
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
         template: Any = empty_cache_like(model)
@@ -135,9 +157,14 @@ class RaggedCache(Cache):
         """How many tokens of every row are kept."""
         return self._rows.host
 
-    def adopt(self, mask: Tensor, cache: Any = None) -> None:
-        """Take over the tokens of a left-padded cache, by default the given one, which `mask` `(B, S)` marks."""
-        if mask.shape[1] == 0:
+    def adopt(self, mask: Tensor, past_length: int, cache: Any = None) -> None:
+        """Take over the tokens of a padded cache of `past_length` columns, by default the one that was given.
+
+        `mask` `(B, S)` marks the columns with a token, those of the prompts included.
+        """
+        self._columns = SlotColumns(mask)
+        mask = mask[:, :past_length]
+        if past_length == 0:
             return
         order, counts = pack_order(mask)
         sources = (self._given if cache is None else cache).layers
@@ -192,7 +219,10 @@ class RaggedCache(Cache):
 
     def _mask(self, positions: Tensor, window: int | None, tree: Tree | None) -> Tensor:
         num_slots = max(self._rows.host) + positions.shape[1]
-        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree)[:, None]
+        columns = self._columns if self._columns is not None and self._columns.have_holes else None
+        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree, columns=columns)[
+            :, None
+        ]
         if attention_implementation(self._model) != "eager":
             return visible
         dtype = self._model.dtype
@@ -217,6 +247,8 @@ class RaggedCache(Cache):
         """Keep only `rows` of the batch."""
         self._rows.select_rows(rows)
         self.states.select_rows(rows)
+        if self._columns is not None:
+            self._columns.select_rows(rows)
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.store.select_rows(rows)
@@ -225,20 +257,24 @@ class RaggedCache(Cache):
         """Append the rows of another cache of the same model."""
         self._rows.append_rows(other._rows)
         self.states.append_rows(other.states)
+        if self._columns is not None and other._columns is not None:
+            self._columns.append_rows(other._columns)
         for layer, new in zip(self.layers, other.layers, strict=True):
             if isinstance(layer, RaggedLayer) and isinstance(new, RaggedLayer) and layer.is_initialized:
                 layer.store.append_rows(new.store)
 
     def returned(self, num_padded: Sequence[int]) -> Any:
-        """Return the given cache, filled with left-padded rows; what follows a finished row's end is zero."""
+        """Return the given cache, filled with every row's tokens in their columns, zeros between them."""
         lengths = self._rows.host
-        width = max(start + length for start, length in zip(num_padded, lengths, strict=True))
+        assert self._columns is not None
+        slots = torch.arange(max(lengths), device=self._rows.device.device).expand(len(lengths), -1)
+        columns = self._columns.of(slots)
         padded = empty_cache_like(self._model)
         RecurrentStates(padded.layers).copy_from(self.layers)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, RaggedLayer) and layer.store.keys is not None and layer.store.values is not None:
-                keys = _left_padded(layer.store.keys, num_padded, lengths, width)
-                values = _left_padded(layer.store.values, num_padded, lengths, width)
+                keys = _padded(layer.store.keys, columns, lengths)
+                values = _padded(layer.store.values, columns, lengths)
                 padded.update(keys, values, index)
         self._given.layers = padded.layers
         return self._given
@@ -247,10 +283,12 @@ class RaggedCache(Cache):
         """Nothing: a cache of the user's is filled only when it is returned."""
 
 
-def _left_padded(states: Tensor, starts: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
+def _padded(states: Tensor, columns: Tensor, lengths: Sequence[int]) -> Tensor:
+    columns = columns.to(states.device)
+    width = max(int(columns[row, length - 1]) + 1 for row, length in enumerate(lengths))
     padded = states.new_zeros(states.shape[0], states.shape[1], width, states.shape[3])
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        padded[row, :, start : start + length] = states[row, :, :length]
+    for row, length in enumerate(lengths):
+        padded[row, :, columns[row, :length]] = states[row, :, :length]
     return padded
 
 
@@ -277,6 +315,14 @@ def _attention_kinds(config: PreTrainedConfig) -> set[str]:
     # GPT-Neo's window, and biases by distance, are counted in columns, which are no positions here
     if "local" in (getattr(config, "attention_layers", None) or ()):
         kinds.add("local")
+    # these read or copy layers of the cache themselves, past the layers' own methods
+    if getattr(config, "cross_attention_layers", None):
+        kinds.add("cross_attention")
+    if getattr(config, "n_recurrent_loops", None):
+        kinds.add("recurrent_loops")
+    # transformers 5.24: plain `generate` shows GIT its padding where there is no image
+    if config.model_type == "git":
+        kinds.add("image_prefix")
     if getattr(config, "alibi", False):
         kinds.add("alibi")
     return kinds

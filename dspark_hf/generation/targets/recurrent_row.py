@@ -44,6 +44,11 @@ class RecurrentTarget(SingleRowTarget):
         with self._states.watched(num_tokens, are_drafts=self._are_drafts):
             return super()._run(inputs, num_tokens, width, past_length)
 
+    def _check_filled(self, length: int) -> None:
+        # states alone do not know how much they hold
+        if any(isinstance(layer, CacheLayerMixin) for layer in self._cache.layers):
+            super()._check_filled(length)
+
     def _finish_prefill(self) -> None:
         self._states.keep([0])
         crop_attention(self._cache.layers, 0)

@@ -55,32 +55,28 @@ def recurrent_layers(model: PreTrainedModel) -> list[Any]:
 
 def can_recompute(model: PreTrainedModel) -> bool:
     """Return whether `model` has recurrent layers, and all of them can be taken back."""
+    return obstacle(model) is None
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Return why the recurrent layers of `model` cannot be taken back, None if they can."""
     if model not in _obstacles:
-        _obstacles[model] = _obstacle(model)
-    return _obstacles[model] is None
+        _obstacles[model] = _find_obstacle(model)
+    return _obstacles[model]
 
 
-def check_state(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` that says why, unless the recurrent layers of `model` can be taken back."""
-    if not can_recompute(model):
-        raise ValueError(
-            "`assistant_model` must assist a target whose cache can be rolled back, got "
-            f"{type(model).__name__!r}: {_obstacles[model]}. Generate without `assistant_model`."
-        )
-
-
-def _obstacle(model: PreTrainedModel) -> str | None:
+def _find_obstacle(model: PreTrainedModel) -> str | None:
     try:
         layers = recurrent_layers(model)
         if not layers or not all(hasattr(layer, "number_of_states") for layer in layers):
-            return "it keeps its state in a form of its own"
+            return "it has a form of its own"
         is_wrapped = wrap_recurrences(model)
         module = type(model.get_decoder()).__module__.split(".")
         if module[:2] == ["transformers", "models"] and module[2] in (_KNOWN if is_wrapped else _CONVOLUTIONS):
             return None
         return _trial(model)
     except Exception as error:
-        return f"a trial of its recurrence ended with {type(error).__name__} ({error})"
+        return f"a trial of the rollback ended with {type(error).__name__} ({error})"
 
 
 @torch.no_grad()
@@ -90,19 +86,19 @@ def _trial(model: Any) -> str | None:
     ids = (torch.arange(7, 7 + 5 * 8, 5, device=model.device) % vocabulary)[None]
     cache, expected = (model(input_ids=ids[:, :4], use_cache=True).get(CACHE_KEY) for _ in range(2))
     if not isinstance(cache, Cache):
-        return "it keeps its state in a form of its own"
+        return "it has a form of its own"
     states = RecurrentStates(cache.layers)
     cache.activate_past_recording()
     with states.watched(4, are_drafts=True):
         _go_on(model, ids, 4, 8, cache)
     if not states.are_seen:
-        return "its recurrence is none of those that are known here"
+        return "their recurrence is none of those that are known here"
     states.keep([2])
     for start in (4, 5):
         _go_on(model, ids, start, start + 1, expected)
     if all(_is_close(one, other) for one, other in zip(_tensors(cache), _tensors(expected), strict=True)):
         return None
-    return "in a trial its states, taken back, were not those of the kept tokens"
+    return "in a trial, what was taken back was not the state of the kept tokens"
 
 
 def _go_on(model: Any, ids: Tensor, start: int, end: int, cache: Any) -> None:

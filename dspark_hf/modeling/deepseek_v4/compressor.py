@@ -20,31 +20,39 @@ from dspark_hf.modeling.deepseek_v4.storage import Span
 class EntriesSoFar:
     """The compressed entries of a text up to the present pass: in the cache or, without one, as just made.
 
+    What a cache holds has no gradient; where the pass's own entries have one, they stand in place of their copies.
+
     Args:
         new: the pass's own `(B, N, c)`.
+        first: number of every row's first new entry `(B)`.
         num_entries: how many the longest row has.
         store: where all of them are.
     """
 
-    def __init__(self, new: Tensor, num_entries: int, store: CompressedStore | None):
-        self._new = new
+    def __init__(self, new: Tensor, first: Tensor, num_entries: int, store: CompressedStore | None):
         self._store = store
+        self._held = new
         self.num_entries = num_entries
+        if store is not None and new.shape[1] > 0 and new.requires_grad:
+            slots = (first[:, None] + torch.arange(new.shape[1], device=new.device))[..., None]
+            copies = store.entries.read(0, num_entries).to(new.dtype)
+            self._held = copies.scatter(1, slots.expand(-1, -1, new.shape[2]), new)
+            self._store = None
 
     def all(self) -> Tensor:
         """Return all entries `(B, E, c)`."""
-        return self._new if self._store is None else self._store.entries.read(0, self.num_entries)
+        return self._held if self._store is None else self._store.entries.read(0, self.num_entries)
 
     def read(self, start: int, end: int) -> Tensor:
         """Return entries `start` to `end - 1`, `(B, end - start, c)`."""
-        return self._new[:, start:end] if self._store is None else self._store.entries.read(start, end)
+        return self._held[:, start:end] if self._store is None else self._store.entries.read(start, end)
 
     def gather(self, index: Tensor) -> Tensor:
         """Return entries `(B, T, K, c)` by number `(B, T, K)`."""
         if self._store is not None:
             return self._store.entries.gather(index)
         rows = torch.arange(len(index), device=index.device)[:, None, None]
-        return self._new[rows, index]
+        return self._held[rows, index]
 
 
 class Compressor(nn.Module):
@@ -104,7 +112,7 @@ class Compressor(nn.Module):
             store.tail.write(tokens, span)
             if num_new > 0:
                 store.entries.write(entries, first, num_entries)
-        return EntriesSoFar(entries, num_entries, store)
+        return EntriesSoFar(entries, first, num_entries, store)
 
     def _compress(
         self, tokens: Tensor, span: Span, store: CompressedStore | None, first: Tensor, num_new: int

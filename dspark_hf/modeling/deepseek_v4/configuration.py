@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dspark_hf.modeling.deepseek_v4.configuration_checks import check_kinds, check_rope_scaling, require
 
 AttentionKind = Literal["window", "csa", "hca"]
 
@@ -164,6 +168,8 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
         eos_token_id: int | list[int] | None = 1,
         **kwargs: Any,
     ):
+        # before anything is made of them
+        check_kinds(locals())
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.moe_intermediate_size = moe_intermediate_size
@@ -238,12 +244,22 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
             ValueError: if it holds another kind of model.
         """
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = fields.get("model_type")
+        name, model_type = str(pretrained_model_name_or_path), fields.get("model_type")
+        if not fields:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold a config.json, got {name!r} without one. Fetch that file, "
+                "or correct the name."
+            )
         if model_type not in (cls.model_type, RELEASED_MODEL_TYPE):
+            is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+            remedy = (
+                "Load it with `AutoModelForCausalLM`."
+                if is_known
+                else "The installed Transformers has no class for it."
+            )
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold a DeepSeek-V4 model ({RELEASED_MODEL_TYPE!r}), got "
-                f"{str(pretrained_model_name_or_path)!r} with model type {model_type!r}. Load it with "
-                "`AutoModelForCausalLM`."
+                f"{name!r} with model type {model_type!r}. {remedy}"
             )
         return {**fields, "model_type": cls.model_type}, unused
 
@@ -262,37 +278,38 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a `ValueError` that names the field, the rule and the value if a field breaks a rule."""
-        _require(
+        check_kinds(vars(self))
+        check_rope_scaling(self.compress_rope_scaling)
+        require(
             len(self.compress_ratios) >= self.num_hidden_layers,
             "compress_ratios",
             f"name a ratio for each of the {self.num_hidden_layers} layers",
             self.compress_ratios,
         )
         for name, only in (("num_key_value_heads", 1), ("n_shared_experts", 1), ("hidden_act", "silu")):
-            _require(getattr(self, name) == only, name, f"be {only!r}", getattr(self, name))
-        _require(self.scoring_func == "sqrtsoftplus", "scoring_func", "be 'sqrtsoftplus'", self.scoring_func)
-        _require(self.cache_dtype in (None, "fp8"), "cache_dtype", "be None or 'fp8'", self.cache_dtype)
-        _require(self.indexer_dtype in (None, "fp4"), "indexer_dtype", "be None or 'fp4'", self.indexer_dtype)
-        _require(
+            require(getattr(self, name) == only, name, f"be {only!r}", getattr(self, name))
+        require(self.scoring_func == "sqrtsoftplus", "scoring_func", "be 'sqrtsoftplus'", self.scoring_func)
+        require(self.cache_dtype in (None, "fp8"), "cache_dtype", "be None or 'fp8'", self.cache_dtype)
+        require(self.indexer_dtype in (None, "fp4"), "indexer_dtype", "be None or 'fp4'", self.indexer_dtype)
+        require(
             self.indexer_dtype is None or (self.index_head_dim > 1 and self.index_head_dim.bit_count() == 1),
             "index_head_dim",
             f"be a power of two, at least 2, with indexer_dtype={self.indexer_dtype!r}",
             self.index_head_dim,
         )
-        _require(self.max_rollback >= 0, "max_rollback", "be at least 0", self.max_rollback)
-        _require(
+        require(
             self.qk_rope_head_dim % 2 == 0 and self.qk_rope_head_dim <= min(self.head_dim, self.index_head_dim),
             "qk_rope_head_dim",
             f"be even and at most {min(self.head_dim, self.index_head_dim)}",
             self.qk_rope_head_dim,
         )
-        _require(
+        require(
             self.num_attention_heads % self.o_groups == 0,
             "o_groups",
             f"divide num_attention_heads={self.num_attention_heads}",
             self.o_groups,
         )
-        _require(
+        require(
             0 < self.num_experts_per_tok <= self.n_routed_experts,
             "num_experts_per_tok",
             f"lie in [1, {self.n_routed_experts}]",
@@ -300,12 +317,21 @@ class DeepseekV4DSparkConfig(PreTrainedConfig):
         )
         ids = self.dspark_target_layer_ids
         if ids is not None:
-            _require(
-                all(0 <= layer < self.num_hidden_layers for layer in ids),
+            require(
+                len(ids) > 0
+                and all(first < second for first, second in pairwise(ids))
+                and ids[-1] < self.num_hidden_layers,
                 "dspark_target_layer_ids",
-                f"lie in [0, {self.num_hidden_layers - 1}]",
+                f"be different layers in [0, {self.num_hidden_layers - 1}], in ascending order",
                 ids,
             )
+        noise = self.dspark_noise_token_id
+        require(
+            noise is None or noise < self.vocab_size,
+            "dspark_noise_token_id",
+            f"lie in [0, {self.vocab_size - 1}]",
+            noise,
+        )
 
 
 def _kind(ratio: int) -> AttentionKind:
@@ -316,8 +342,3 @@ def _kind(ratio: int) -> AttentionKind:
 
 def _default_ratios(num_layers: int) -> list[int]:
     return [0 if layer < 2 else (_CSA_RATIO if layer % 2 == 0 else 128) for layer in range(num_layers)]
-
-
-def _require(holds: bool, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must {rule}, got {value!r}. Correct it in the model's configuration.")

@@ -5,6 +5,8 @@ What a format holds survives decoding and encoding bit for bit. o rows, i column
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # between neighbours; where the even one of them is the larger, the middle itself goes up
 _FP4_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _E8M0_BIAS = 127
+# dtypes that scales are stored in; bytes are E8M0
+SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.uint8)
 # fp32 scales keep this many bits, so that 4 bits of a value times a scale are exact in fp32
 _SCALE_BITS = 20
 
@@ -39,7 +43,7 @@ def scale_values(scale: Tensor) -> Tensor:
     """
     if scale.dtype == torch.float32:
         return scale
-    if scale.dtype not in (torch.float8_e8m0fnu, torch.uint8):
+    if scale.dtype not in SCALE_DTYPES:
         raise ValueError(
             f"`scale` must be float32, float8_e8m0fnu or uint8, got {scale.dtype}. Read it from a released checkpoint."
         )
@@ -49,6 +53,14 @@ def scale_values(scale: Tensor) -> Tensor:
     bits = torch.where(exponents == 0, 1 << 22, bits)
     bits = torch.where(exponents == 255, 0x7FC00000, bits)
     return bits.int().view(torch.float32)
+
+
+def scale_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, int]:
+    """Return the shape of the scales that belong to a stored weight of this dtype, FP8 or packed FP4, and shape."""
+    rows, columns = shape
+    if dtype == torch.float8_e4m3fn:
+        return _num_blocks(rows), _num_blocks(columns)
+    return rows, columns * 2 // FP4_GROUP
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +85,7 @@ def dequantize_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: if `scale` has another shape.
     """
-    _check_shape(scale, (_num_blocks(weight.shape[0]), _num_blocks(weight.shape[1])))
+    _check_shape(scale, scale_shape(weight.dtype, weight.shape))
     return (weight.float() * _spread(scale_values(scale), weight.shape)).to(dtype)
 
 
@@ -112,7 +124,7 @@ def dequantize_fp4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: if `scale` has another shape.
     """
-    _check_shape(scale, (weight.shape[0], weight.shape[1] * 2 // FP4_GROUP))
+    _check_shape(scale, scale_shape(weight.dtype, weight.shape))
     groups = weight.view(torch.uint8).unflatten(1, (-1, FP4_GROUP // 2))
     return decode_fp4(groups, scale).flatten(1).to(dtype)
 
@@ -190,7 +202,7 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
     return rows.repeat_interleave(FP8_BLOCK, dim=1)[:, : shape[1]]
 
 
-def _check_shape(scale: Tensor, shape: tuple[int, int]) -> None:
+def _check_shape(scale: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(scale.shape) != shape:
         raise ValueError(
             f"`scale` must have the shape {shape} for this weight, got {tuple(scale.shape)}. Take the one that is "

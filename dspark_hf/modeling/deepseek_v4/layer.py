@@ -16,6 +16,7 @@ from dspark_hf.modeling.deepseek_v4.compressor import Compressor
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.experts import MixtureOfExperts, Router
 from dspark_hf.modeling.deepseek_v4.hyper_connections import StreamMixing, read_streams
+from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear
 from dspark_hf.modeling.deepseek_v4.rotary import Rotary
 from dspark_hf.modeling.deepseek_v4.storage import Span
 
@@ -93,7 +94,7 @@ def _fp32_parameter(*shape: int) -> nn.Parameter:
 def init_weights(module: nn.Module, config: DeepseekV4DSparkConfig) -> None:
     """Give the parameters that `module` itself owns their first values."""
     deviation = config.initializer_range
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if isinstance(module, (nn.Linear, GroupedLinear, nn.Embedding)):
         nn.init.normal_(module.weight, std=deviation)
     elif isinstance(module, Router):
         nn.init.normal_(module.weight, std=deviation)

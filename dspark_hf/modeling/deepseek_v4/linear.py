@@ -28,12 +28,17 @@ class _Stored(Protocol):
     def shape(self) -> Sequence[int]: ...
 
 
-class GroupedLinear(nn.Linear):
-    """A block-diagonal product: group j of the input meets the j-th share of the weight's rows."""
+class GroupedLinear(nn.Module):
+    """A block-diagonal product: group j of the input meets the j-th share of the weight's rows.
+
+    No `nn.Linear`, which tools that adapt or quantise layers would take it for: its outputs are fewer than its rows.
+    """
 
     def __init__(self, in_features: int, out_features: int, num_groups: int):
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__()
         self.num_groups = num_groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `(*, g, out_features / g)` for inputs `(*, g, in_features)`."""
@@ -45,31 +50,27 @@ def grouped_product(states: Tensor, weight: Tensor, num_groups: int) -> Tensor:
     return torch.einsum("...gi,goi->...go", states, weight.unflatten(0, (num_groups, -1)))
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer whose weight stays in FP8 or packed FP4 and becomes floating point for the time of a product.
+class QuantizedWeight(nn.Module):
+    """A layer whose weight stays in FP8 or packed FP4 and becomes floating point for the time of a product.
 
     Args:
         weight: as stored; scales in `scale`. Both may be on the meta device until they are loaded.
         scale: as stored.
-        num_groups: groups of a block-diagonal product, or None for an ordinary one.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, num_groups: int | None = None):
-        super().__init__()
-        self.num_groups = num_groups
+    # of `nn.Linear` too, for whose sake it is a plain tensor to mypy
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        # not that of `nn.Linear`, which would make a weight in floating point
+        nn.Module.__init__(self)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight `(o, i)` in `dtype`."""
         return dequantize(self.weight, self.scale, dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the product with `input`, in its dtype."""
-        weight = self.dequantize(input.dtype)
-        if self.num_groups is not None:
-            return grouped_product(input, weight, self.num_groups)
-        return nn.functional.linear(input, weight)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # a change of the model's dtype leaves stored weights as they are
@@ -78,6 +79,55 @@ class QuantizedLinear(nn.Module):
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         return super()._apply(keep_format, recurse)
+
+
+class QuantizedLinear(QuantizedWeight, nn.Linear):
+    """A linear layer with a stored weight; an `nn.Linear`, so that adapters can be trained beside it."""
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__(weight, scale)
+        self.out_features, self.in_features = dequantized_shape(weight.dtype, weight.shape)
+        self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product with `input`, in its dtype."""
+        return _Product.apply(input, self.weight, self.scale, None)
+
+
+class QuantizedGroupedLinear(QuantizedWeight):
+    """A `GroupedLinear` with a stored weight."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, num_groups: int):
+        super().__init__(weight, scale)
+        self.num_groups = num_groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `(*, g, o / g)` for inputs `(*, g, i)`, in their dtype."""
+        return _Product.apply(input, self.weight, self.scale, self.num_groups)
+
+
+class _Product(torch.autograd.Function):
+    """A product with a stored weight; for the gradient it is decoded once more, instead of kept in floating point."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, scale: Tensor, num_groups: int | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.num_groups, ctx.dtype = num_groups, states.dtype
+        decoded = dequantize(weight, scale, states.dtype)
+        if num_groups is None:
+            return nn.functional.linear(states, decoded)
+        return grouped_product(states, decoded, num_groups)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # as many as `forward` has arguments
+        weight, scale = ctx.saved_tensors
+        decoded = dequantize(weight, scale, gradient.dtype)
+        if ctx.num_groups is None:
+            passed = gradient @ decoded
+        else:
+            passed = torch.einsum("...go,goi->...gi", gradient, decoded.unflatten(0, (ctx.num_groups, -1)))
+        return passed.to(ctx.dtype), None, None, None
 
 
 def swap_linears(module: nn.Module, stored: Mapping[str, _Stored], prefix: str = "") -> None:
@@ -95,7 +145,12 @@ def swap_linears(module: nn.Module, stored: Mapping[str, _Stored], prefix: str =
     """
     for name, child in list(module.named_modules()):
         weight, scale = stored.get(f"{prefix}{name}.weight"), stored.get(f"{prefix}{name}.scale")
-        if not isinstance(child, nn.Linear) or weight is None or scale is None or weight.dtype not in QUANTIZED:
+        if (
+            not isinstance(child, (nn.Linear, GroupedLinear))
+            or weight is None
+            or scale is None
+            or weight.dtype not in QUANTIZED
+        ):
             continue
         shape = dequantized_shape(weight.dtype, weight.shape)
         if shape != tuple(child.weight.shape):
@@ -104,9 +159,13 @@ def swap_linears(module: nn.Module, stored: Mapping[str, _Stored], prefix: str =
                 "configuration that belongs to the checkpoint."
             )
         parts = [torch.empty(tuple(part.shape), dtype=part.dtype, device="meta") for part in (weight, scale)]
-        groups = child.num_groups if isinstance(child, GroupedLinear) else None
+        swapped: QuantizedWeight = (
+            QuantizedGroupedLinear(parts[0], parts[1], child.num_groups)
+            if isinstance(child, GroupedLinear)
+            else QuantizedLinear(parts[0], parts[1])
+        )
         parent, _, last = name.rpartition(".")
-        setattr(module.get_submodule(parent), last, QuantizedLinear(parts[0], parts[1], groups))
+        setattr(module.get_submodule(parent), last, swapped)
 
 
 def dequantized_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:

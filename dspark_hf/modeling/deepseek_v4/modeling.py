@@ -25,6 +25,7 @@ from dspark_hf.modeling.deepseek_v4.losses import balance_loss
 from dspark_hf.modeling.deepseek_v4.packing import Packing
 from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables
 from dspark_hf.modeling.deepseek_v4.storage import make_span
+from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 
 @dataclass
@@ -331,16 +332,15 @@ class DeepseekV4DSparkForCausalLM(DeepseekV4DSparkPreTrainedModel, GenerationMix
         """
         # no submodule: it is not this model's to save or to train
         if "_dspark" not in self.__dict__:
-            # imported here: the drafter's class stands above the target's
-            from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
-
             if not self.config.has_dspark or not self.name_or_path:
                 raise ValueError(
                     "`use_dspark` must be left out for a model that was not loaded from a checkpoint with a DSpark "
                     f"module, got {self.name_or_path or 'a fresh model'!r}. Pass a drafter as `assistant_model`."
                 )
             stored = None if self.dtype == torch.bfloat16 else self.dtype
-            drafter = DSparkAssistantModel.from_pretrained(self.name_or_path, dtype=stored, **self._hub_options)
+            drafter = DSparkAssistantModel.from_pretrained(
+                self.name_or_path, dtype=stored, cache_dtype=self.config.cache_dtype, **self._hub_options
+            )
             self.__dict__["_dspark"] = drafter.to(self.device)
         return self.__dict__["_dspark"]
 

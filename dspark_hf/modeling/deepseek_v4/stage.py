@@ -13,6 +13,7 @@ from dspark_hf.modeling.deepseek_v4.hyper_connections import join_streams
 from dspark_hf.modeling.deepseek_v4.layer import HyperConnectedLayer, add_hyper_head
 from dspark_hf.modeling.deepseek_v4.projections import AttentionProjections
 from dspark_hf.modeling.deepseek_v4.rotary import Rotary, rotary_tables
+from dspark_hf.modeling.deepseek_v4.storage import Fp8Codec
 
 
 class StageRotary(nn.Module):
@@ -28,7 +29,20 @@ class StageRotary(nn.Module):
 
 
 class StageAttention(AttentionProjections):
-    """Attend from every slot of a block to the latest context and, both ways, to the block; with sinks (Eq. 3)."""
+    """Attend from every slot of a block to the latest context and, both ways, to the block; with sinks (Eq. 3).
+
+    With `cache_dtype="fp8"` the keys of both are rounded as the target's are: the released code does so, and its
+    module was trained with it.
+    """
+
+    def __init__(self, config: DeepseekV4DSparkConfig):
+        super().__init__(config)
+        self._codec = None if config.cache_dtype is None else Fp8Codec(config.qk_rope_head_dim, torch.float32)
+
+    def keys(self, hidden_states: Tensor, rotary: Rotary) -> Tensor:
+        """Return keys, which are values too, `(*, c)` for `(*, D)`."""
+        keys = super().keys(hidden_states, rotary)
+        return keys if self._codec is None else self._codec.round(keys)
 
     def keys_and_values(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Return keys and values of `(B, *, D)`, one vector for all heads and both purposes: `(B, *, 1, c)` twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE, DeepseekV4DSparkConfig
@@ -12,11 +13,25 @@ _KEYS = ("dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids"
 _FIRST = {"main_proj.weight": "fc.weight", "main_proj.scale": "fc.scale", "main_norm.weight": "hidden_norm.weight"}
 _LAST = ("norm.", "markov_head.", "confidence_head.")
 _STREAMS = "hc_head_"
+# tensors of the checkpoints that also read images, which text alone has no use for
+_IMAGES = ("vision.", "aligner.", "image_")
+_IMAGES_BIAS = ".gate.bias_vl"
+_IMAGES_KEYS = "vision_"
 
 
 def is_released(fields: dict[str, Any]) -> bool:
     """Return whether `fields` of a `config.json` are those of a DeepSeek-V4 checkpoint, released or saved by us."""
     return fields.get("model_type") in (RELEASED_MODEL_TYPE, DeepseekV4DSparkConfig.model_type)
+
+
+def reads_images(fields: Mapping[str, Any]) -> bool:
+    """Return whether `fields` of a `config.json` are those of a checkpoint that also reads images."""
+    return any(name.startswith(_IMAGES_KEYS) for name in fields)
+
+
+def is_for_images(name: str) -> bool:
+    """Return whether a stored tensor serves images alone: the vision tower, its aligner, the routers' second bias."""
+    return name.startswith(_IMAGES) or name.endswith(_IMAGES_BIAS)
 
 
 def drafter_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import MethodType
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from dspark_hf import DSparkAssistantModel, generate_stream
-from tests.generation.prompts import ragged_prompts
+from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.decoding import decode
+from dspark_hf.generation.ragged_store import RaggedLengths
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.prompts import check_inputs
+from dspark_hf.generation.targets.ragged_cache import RaggedLayer
+from tests.generation.drafters import ScriptedDrafter
+from tests.generation.prompts import num_padded, ragged_prompts
 from tests.tiny import tiny_target
 
 
@@ -176,20 +186,142 @@ def test_encoder_decoder_targets():
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, assistant_model=drafter)
 
 
-# the fields without which their tiny targets cannot be built
+_QWEN3_NEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "initializer_range": 0.4,
+    "eos_token_id": None,
+}
+
+
+def _qwen3_next(*layer_types):
+    config = AutoConfig.for_model("qwen3_next", **_QWEN3_NEXT, layer_types=list(layer_types))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+# the fields without which their tiny targets cannot be built, and why they are refused
 UNKNOWN_STATES = {
-    "minimax": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "It keeps one in a form of its own"),
-    "recurrent_gemma": ({"lru_width": 32, "block_types": ["recurrent", "attention"]}, "in a form of its own"),
-    "rwkv": ({"context_length": 64, "attention_hidden_size": 32}, "it keeps its state in a form of its own"),
-    "zaya": ({"moe_intermediate_size": 24, "num_experts": 4, "router_hidden_size": 16}, "is none of those"),
+    "minimax": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "which has one of its own"),
+    "recurrent_gemma": ({"lru_width": 32, "block_types": ["recurrent", "attention"]}, "it has a form of its own"),
+    "rwkv": ({"context_length": 64, "attention_hidden_size": 32}, "keep a state: it has a form of its own"),
+    "zaya": ({"moe_intermediate_size": 24, "num_experts": 4, "router_hidden_size": 16}, "recurrence is none of those"),
 }
 
 
 @pytest.mark.parametrize("family", UNKNOWN_STATES)
-def test_states_that_cannot_be_taken_back(family, drafter):
-    """The state of a target of another kind keeps rejected drafts and corrupts the text."""
+def test_states_that_cannot_be_taken_back(family):
+    """The state of a target of another kind keeps rejected drafts and corrupts the text, or a drafter is trained for
+    it in vain."""
     fields, reason = UNKNOWN_STATES[family]
     model = tiny_target(family, **fields)
-    for door in ({"assistant_model": drafter}, {"custom_generate": drafter.decode}):
-        with pytest.raises(ValueError, match=f"must assist a target whose cache can be rolled back, got .*{reason}"):
-            model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, **door)
+    drafter = ScriptedDrafter(model, torch.zeros(1, 1), [0], 0.5)
+    for call in (
+        partial(model.generate, torch.tensor([[3, 4]]), max_new_tokens=4, assistant_model=drafter),
+        partial(model.generate, torch.tensor([[3, 4]]), custom_generate=partial(decode, drafter=drafter)),
+        partial(DSparkAssistantModel.from_target, model),
+    ):
+        with pytest.raises(
+            ValueError, match=f"must have a cache .* rolled back, got {type(model).__name__}.*{reason}"
+        ):
+            call()
+
+
+def test_targets_with_a_cache_of_their_own():
+    """The message blames `use_cache`, which is on, for a cache that is not Transformers'."""
+    config = AutoConfig.for_model("xlnet", vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    drafter = ScriptedDrafter(model, torch.zeros(1, 1), [0], 0.5)
+    expected = "must have a cache of Transformers, .* got XLNetLMHeadModel, which has one of its own"
+    with pytest.raises(ValueError, match=expected):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, assistant_model=drafter)
+    with pytest.raises(ValueError, match=expected):
+        DSparkAssistantModel.from_target(model)
+
+
+def _assert_identical(model, num_rows):
+    """Compare with plain `generate`, with drafts that are half right and with those of a fresh drafter."""
+    inputs, options = ragged_prompts(num_rows), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(**inputs, **options)
+    script = ScriptedDrafter(model, plain, num_padded(inputs), 0.5)
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=script), plain)
+    assert 0 < script.last_statistics.num_accepted < script.last_statistics.num_verified
+    drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8)
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=drafter, scheduler="fixed"), plain)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_hybrid_class_with_attention_alone(num_rows):
+    """A flag of the class refuses a layout that has no state."""
+    _assert_identical(_qwen3_next("full_attention", "full_attention"), num_rows)
+
+
+def test_short_convolutions():
+    """A cache is refused since its convolutions cannot say before the first pass whether they can be taken back."""
+    config = AutoConfig.for_model(
+        "lfm2",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv"],
+        initializer_range=0.4,
+        eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for num_rows in (1, 3):
+        _assert_identical(model, num_rows)
+
+
+def test_assertions_about_passes_are_not_what_a_user_reads():
+    """A target that takes one token a pass fails with an assertion of its own in the first verify pass."""
+    sizes = {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48, "ngram": 2}
+    config = AutoConfig.for_model("prophetnet", vocab_size=64, hidden_size=32, is_encoder_decoder=False, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="`target` must take several tokens a pass.*ProphetNetForCausalLM"):
+        DSparkAssistantModel.from_target(model)
+
+
+def test_cache_that_is_not_filled(target, drafter):
+    """A target that passes over the cache it is given decodes every draft without the text before it."""
+
+    def forward(self, *args, **kwargs):
+        kwargs[CACHE_KEY] = None
+        return type(self).forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target.model, "forward", MethodType(forward, target.model))
+        with pytest.raises(ValueError, match="must hold every token once in the cache it is given, got 0 after 11"):
+            _generate(target, drafter)
+
+
+def test_caches_that_are_read_by_column():
+    """Rows of their own lengths are read by column, one row's tokens for another's."""
+    layer = RaggedLayer(RaggedLengths(2, torch.device("cpu")))
+    assert layer.keys is None
+    layer.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))
+    with pytest.raises(ValueError, match="a target that reads its cache by itself"):
+        _ = layer.keys
+
+
+def test_images_are_called_by_the_users_name():
+    """The message names what Transformers made of the argument, which the user never passed."""
+    adapter = TargetAdapter(tiny_target())
+    given = {"input_ids": None, "mm_encoder_outputs": {"image": object()}, "use_cache": True}
+    with pytest.raises(ValueError, match=r"got \['pixel_values'\]"):
+        check_inputs(adapter, GenerationConfig(), given)
+    check_inputs(adapter, GenerationConfig(), {**given, "mm_encoder_outputs": {}})

@@ -46,6 +46,8 @@ NEW_TOKENS = 16
 class PrefixDependent(LogitsProcessor):
     """Add a bias that depends on every token of the prefix and on its place."""
 
+    depends_on_prefix_alone = True
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         places = torch.arange(1, input_ids.shape[1] + 1)
         key = (input_ids * places).sum(-1, keepdim=True)
@@ -55,6 +57,8 @@ class PrefixDependent(LogitsProcessor):
 class RowDependent(LogitsProcessor):
     """Bias every row of the whole batch in its own way, as a processor does that holds something per prompt."""
 
+    depends_on_prefix_alone = True
+
     def __init__(self, num_rows: int, vocab_size: int):
         self.bias = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0))
 
@@ -63,16 +67,20 @@ class RowDependent(LogitsProcessor):
 
 
 class InPlace(LogitsProcessor):
-    """Change the scores it is given instead of a copy."""
+    """Change the scores it is given instead of a copy, and return halves of them."""
+
+    depends_on_prefix_alone = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, 2] = scores[:, 2] - input_ids[:, -1]
-        return scores
+        return (8 * scores).round().half()
 
 
 def _allowed(row: int, ids: Tensor) -> list[int]:
     return [token for token in range(VOCAB_SIZE) if (token + row + int(ids.sum())) % 3]
 
+
+_allowed.depends_on_prefix_alone = True
 
 PROCESSORS: dict[str, list[LogitsProcessor]] = {
     "none": [],
@@ -119,7 +127,7 @@ def _one_at_a_time(
             prefix = torch.cat([sequences.row(row), ahead[index, : num_skipped + position]])
             batch = prefix.repeat(sequences.batch_size, 1)
             row_scores = logits[index, position].repeat(sequences.batch_size, 1)
-            scores[index, position] = LogitsProcessorList(processors)(batch, row_scores)[row]
+            scores[index, position] = LogitsProcessorList(processors)(batch, row_scores)[row].float()
     return scores
 
 
@@ -158,6 +166,8 @@ def test_nothing_is_asked_behind_an_end():
     seen: list[list[int]] = []
 
     class Recorder(LogitsProcessor):
+        depends_on_prefix_alone = True
+
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             seen.extend(input_ids.tolist())
             return scores - 1

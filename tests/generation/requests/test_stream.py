@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BatchEncoding,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -32,6 +33,7 @@ from tests.generation.schedulers import EveryThirdRound
 from tests.generation.test_sampling import OPTIONS, PROMPT
 from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
+from tests.thinning import slow
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_target
 
 # prompt lengths and new tokens: rows leave at different times, one at once; prompts both below and above the window
@@ -529,8 +531,16 @@ def test_targets_without_a_ragged_cache():
 V4_SIZES = ((3, 22), (40, 6), (17, 30), (1, 9), (8, 25), (2, 3), (29, 12), (5, 40))
 
 
-@pytest.mark.parametrize("indexer_dtype", [None, "fp4"])
-@pytest.mark.parametrize(("max_rows", "kind"), [(3, "scripted"), (2, "untrained"), (8, "scripted"), (1, "scripted")])
+@pytest.mark.parametrize(
+    ("max_rows", "kind", "indexer_dtype"),
+    [
+        (3, "scripted", None),
+        (2, "untrained", "fp4"),
+        *(slow(num, "scripted", dtype) for num in (1, 8) for dtype in (None, "fp4")),
+        slow(3, "scripted", "fp4"),
+        slow(2, "untrained", None),
+    ],
+)
 def test_cache_with_rows_of_its_own(max_rows, kind, indexer_dtype):
     """A request that joins, or leaves, changes the text of others in DeepSeek-V4's own cache."""
     rowwise = tiny_model(indexer_dtype=indexer_dtype)
@@ -596,3 +606,10 @@ def test_drafter_whose_contexts_cannot_join(target, monkeypatch):
     assert {one.request.key for one in finished} == {0, 1}
     with pytest.raises(NotImplementedError, match="contexts with `append_rows`"):
         next(stream)
+
+
+@pytest.mark.parametrize("prompt", ["text", {"input_ids": [5, 6]}, BatchEncoding({"input_ids": [5, 6]})])
+def test_a_prompt_is_token_ids(prompt):
+    """Text, or all that a tokenizer returns, ends in an error of PyTorch that names nothing."""
+    with pytest.raises(TypeError, match="`input_ids` of a request must be token ids, got"):
+        Request(prompt)

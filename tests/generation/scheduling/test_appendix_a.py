@@ -25,6 +25,7 @@ from tests.generation.drafters import MemorylessDrafter
 from tests.generation.scheduling.chains import chain_target, first_places
 from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts
 from tests.generation.scheduling.retrospective import RetrospectiveScheduler
+from tests.thinning import mostly_slow
 
 P_TARGET = 0.7
 NEW_TOKENS = 800
@@ -43,6 +44,9 @@ SCHEDULERS: dict[str, tuple[Callable[[], Scheduler | None], set[int]]] = {
     "adaptive, cheap drafts": (lambda: ClockedAdaptive(ListedCosts([1.0, 1.4, 1.8])), {0, 1, 2}),
     "default": (lambda: None, {0, 2}),
 }
+
+
+QUICK = ("fixed", "threshold", "asynchronous", "adaptive, cheap drafts", "default")
 
 
 def _costs() -> ListedCosts:
@@ -79,7 +83,7 @@ def _num_deviations(tokens: Tensor, p: float) -> float:
     return abs((tokens == 0).double().mean().item() - p) / math.sqrt(p * (1 - p) / len(tokens))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, QUICK))
 def test_text_follows_the_target(name):
     """A scheduler lets what a draft leads to decide whether it is verified."""
     scheduler, expected = SCHEDULERS[name]

@@ -6,7 +6,7 @@ import pytest
 from transformers import GenerationConfig
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.generation.call.checks import read_options
+from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.scheduling import (
     AdaptiveScheduler,
     AsynchronousScheduler,
@@ -90,7 +90,7 @@ def test_threshold_by_name_takes_the_call_s_threshold():
 
 def test_unknown_name():
     """A misspelt name is taken for the default."""
-    expected = r"`scheduler` must be one of fixed, threshold, .*adaptive, got 'adaptativ'\. Correct the name\."
+    expected = r"`scheduler` must be one of fixed, threshold, .*adaptive, got 'adaptativ'\. Did you mean 'adaptive'\?"
     with pytest.raises(ValueError, match=expected):
         choose_scheduler("adaptativ", None)
 

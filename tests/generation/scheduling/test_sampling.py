@@ -32,6 +32,7 @@ from tests.generation.frequencies import PROMPT, PrefixDependent, small_target, 
 from tests.generation.scheduling.chains import chain_target, first_places
 from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts, SwingingCosts
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
+from tests.thinning import mostly_slow
 
 # behind token 0 the drafter is good, behind token 1 it knows nothing; its margins and its confidence tell
 TRANSITIONS = torch.tensor([[0.5, 0.5], [0.85, 0.15]])
@@ -61,6 +62,10 @@ SCHEDULERS: dict[str, Callable[[], Scheduler | str | None]] = {
     "adaptive, parking": lambda: ClockedAdaptive(SwingingCosts(50)),
     "default": lambda: None,
 }
+
+
+# confidence learnt online takes the same way to a decision; "default" is "adaptive" with costs of its own
+QUICK = ("fixed", "threshold", "hardware aware", "asynchronous, online", "adaptive, parking", "default")
 
 
 def _write_chains(
@@ -106,7 +111,7 @@ def _smallest_chain_p_value(texts: Tensor, statistics: SpeculationStatistics) ->
     return min(*p_values, math.erfc(abs(num_deviations) / math.sqrt(2)))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, QUICK))
 def test_two_rows_are_independent_chains(name):
     """Text does not follow the target, or rows that are scheduled together depend on each other."""
     texts, statistics = _write_chains(SCHEDULERS[name]())

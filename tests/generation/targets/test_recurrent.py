@@ -77,7 +77,19 @@ def test_long_texts(family, kind, num_rows):
     target, inputs = recurrent_target(family), ragged_prompts(num_rows)
     plain = _generate(target, inputs, max_new_tokens=200)
     drafter = _drafter(kind, target, plain, inputs)
-    assert torch.equal(_generate(target, inputs, drafter, max_new_tokens=200), plain)
+    text = _generate(target, inputs, drafter, max_new_tokens=200)
+    for row, other, padded in zip(text, plain, num_padded(inputs), strict=True):
+        _assert_same_until_a_tie(target, row[padded:], other[padded:])
+
+
+@torch.no_grad()
+def _assert_same_until_a_tie(target: Any, text: Tensor, plain: Tensor) -> None:
+    """Check that two texts are the same, at least up to where the best tokens are as close as rounding brings them."""
+    first = (text != plain).nonzero().flatten().tolist()[:1]
+    for index in first:
+        logits = target(input_ids=plain[None, :index]).logits[0, -1]
+        margin = logits[plain[index]] - logits[text[index]]
+        assert abs(float(margin)) < 256 * torch.finfo(torch.float32).eps * float(logits.abs().max())
 
 
 @pytest.mark.slow
@@ -256,7 +268,7 @@ def test_unknown_families_are_tried(family, monkeypatch):
     monkeypatch.setattr(RecurrentStates, "_advance_again", lambda *arguments: None)
     assert not can_recompute(others)
     inputs = ragged_prompts(1)
-    with pytest.raises(ValueError, match="its states, taken back, were not those of the kept tokens"):
+    with pytest.raises(ValueError, match="what was taken back was not the state of the kept tokens"):
         _generate(others, inputs, _drafter("wrong", others, inputs["input_ids"], inputs))
 
 

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import configuration_utils
+from transformers import AutoModelForCausalLM, configuration_utils
 
 from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
-from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
+from dspark_hf.modeling.deepseek_v4.linear import QuantizedWeight
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
 from dspark_hf.modeling.formats import tensors as reading
 from dspark_hf.modeling.formats.tensors import iterate_tensors, read_index
@@ -84,13 +84,13 @@ def test_drafts_are_those_of_the_oracle(folder):
 def test_kept_as_stored(folder):
     """The module is blown up to floating point although nobody asked for it, or a kept one fails."""
     drafter = DSparkAssistantModel.from_pretrained(folder)
-    assert any(isinstance(module, QuantizedLinear) for module in drafter.modules())
+    assert any(isinstance(module, QuantizedWeight) for module in drafter.modules())
     assert drafter.dtype == torch.bfloat16
     model = DeepseekV4DSparkForCausalLM.from_pretrained(folder)
     text = model.generate(_prompts(2), max_new_tokens=8, do_sample=False, assistant_model=drafter, eos_token_id=None)
     assert text.shape == (2, 29)
     drafter = DSparkAssistantModel.from_pretrained(folder, dtype=torch.float32)
-    assert not any(isinstance(module, QuantizedLinear) for module in drafter.modules())
+    assert not any(isinstance(module, QuantizedWeight) for module in drafter.modules())
 
 
 def test_only_where_there_is_one(folder, tmp_path):
@@ -117,6 +117,24 @@ def test_after_saving_under_our_own_names(folder, tmp_path):
         assert torch.equal(found, expected), name
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "fp8"])
+def test_rounds_its_keys_as_the_target_does(folder, cache_dtype):
+    """The drafter of a target with an 8-bit cache keeps keys that it was not trained with, or text changes by them."""
+    target = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32, cache_dtype=cache_dtype)
+    assert target.dspark.config.deepseek_v4.cache_dtype == cache_dtype
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = target.generate(_prompts(2), **options)
+    assert torch.equal(target.generate(_prompts(2), use_dspark=True, scheduler="fixed", **options), plain)
+    alone = DSparkAssistantModel.from_pretrained(folder, dtype=torch.float32, cache_dtype=cache_dtype)
+    states = torch.randn(1, 3, target.config.hidden_size)
+    keys = [
+        drafter.layers[0].keys_and_values(states, drafter.rotary_emb(torch.arange(3)[None], torch.float32))[0]
+        for drafter in (target.dspark, alone, DSparkAssistantModel.from_pretrained(folder, dtype=torch.float32))
+    ]
+    assert torch.equal(keys[0], keys[1])
+    assert torch.equal(keys[0], keys[2]) == (cache_dtype is None)
+
+
 def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
     """The drafter is read from another folder or revision than its target, or fetched twice."""
     shutil.copytree(folder, tmp_path / "below")
@@ -138,6 +156,17 @@ def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
     assert model.dspark.fc.weight.shape[0] == model.config.hidden_size
     assert {revision for _, revision, _ in asked} == {"pinned"}
     assert not any(is_forced for _, _, is_forced in asked[num_for_target:])
+
+
+@pytest.mark.parametrize("way", ["assistant_model", "custom_generate"])
+def test_transformers_own_class_is_refused_with_advice(folder, way):
+    """Whoever loads the target as usual reads that it is stateful, and not which class to load instead."""
+    native, drafter = AutoModelForCausalLM.from_pretrained(folder), DSparkAssistantModel.from_pretrained(folder)
+    options = {way: drafter if way == "assistant_model" else drafter.decode}
+    with pytest.raises(
+        ValueError, match=r"got 'DeepseekV4ForCausalLM'\. Load .*DeepseekV4DSparkForCausalLM\.from_pre"
+    ):
+        native.generate(_prompts(1), max_new_tokens=2, **options)
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,16 @@ import torch
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.formats.deepseek_v4 import our_name, released_name
-from tests.closeness import assert_same_up_to_rounding
+from tests.closeness import assert_same_up_to_rounding, relative_difference
 from tests.modeling.deepseek_v4.tiny import VOCAB, oracle_settings, tiny_model
 from tests.reference.deepseek_v4_drafter import draft
 
 
 def _pair(seed: int, **fields):
     """Return a target and a drafter with stages like its layers, all parameters random."""
-    target = tiny_model(seed)
+    target = tiny_model(seed, **fields)
     drafter = DSparkAssistantModel.from_target(
-        target, markov_rank=8, block_size=5, initializer_range=0.2, mask_token_id=95, **fields
+        target, markov_rank=8, block_size=5, initializer_range=0.2, mask_token_id=95
     )
     with torch.no_grad():
         for parameter in drafter.parameters():
@@ -44,6 +44,23 @@ def _draft(target, drafter, token_ids):
     return features, block, torch.stack(seen, dim=1)
 
 
+def _expected(target, drafter, token_ids, features, **options):
+    """Return the oracle's drafts after a text whose tapped features are given."""
+    num_stages = len(drafter.layers)
+    return draft(
+        {released_name(name, num_stages): tensor for name, tensor in drafter.state_dict().items()},
+        oracle_settings(target.config),
+        features[0],
+        int(token_ids[0, -1]),
+        token_ids.shape[1] - 1,
+        target.model.embed.weight,
+        target.head.weight,
+        block_size=5,
+        noise_token_id=95,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("length", [3, 17, 40])
 def test_equals_the_oracle(length):
     """The module's drafts are not those of the released equations: they would all be rejected."""
@@ -51,23 +68,25 @@ def test_equals_the_oracle(length):
     assert drafter.target_layer_ids == [2, 3, 4]
     token_ids = torch.randint(VOCAB, (1, length))
     features, block, logits = _draft(target, drafter, token_ids)
-    num_stages = len(drafter.layers)
-    weights = {released_name(name, num_stages): tensor for name, tensor in drafter.state_dict().items()}
-    expected = draft(
-        weights,
-        oracle_settings(target.config),
-        features[0],
-        int(token_ids[0, -1]),
-        length - 1,
-        target.model.embed.weight,
-        target.head.weight,
-        block_size=5,
-        noise_token_id=95,
-    )
+    expected = _expected(target, drafter, token_ids, features)
     assert block.token_ids[0].tolist() == expected.token_ids
     torch.testing.assert_close(logits[0].double(), expected.logits, atol=1e-4, rtol=1e-4)
     confidence = expected.confidence_logits.sigmoid()
     torch.testing.assert_close(block.confidence[0].double(), confidence, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_keys_are_rounded_as_released(length):
+    """Drafts are made from other keys than those that the module was trained with, and more of them are rejected."""
+    target, drafter = _pair(1, cache_dtype="fp8")
+    token_ids = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
+    features, _, logits = _draft(target, drafter, token_ids)
+    rounded, exact = (
+        _expected(target, drafter, token_ids, features, kv_fake_quant=is_rounded).logits.detach().float()
+        for is_rounded in (True, False)
+    )
+    # a last bit may turn a rounding, which moves much less than all roundings together
+    assert relative_difference(logits[0], rounded) < 0.2 * relative_difference(rounded, exact)
 
 
 def test_names_go_both_ways():

@@ -9,6 +9,7 @@ from dspark_hf.modeling.deepseek_v4.indexer import choose_entries, hadamard, rot
 from tests.closeness import assert_close_mostly
 from tests.modeling.deepseek_v4.tiny import VOCAB, official_weights, oracle_settings, tiny_config, tiny_model
 from tests.reference.deepseek_v4 import fake_quantise_index, forward, hadamard_rotate
+from tests.thinning import slow
 
 CHANGES = [
     {},
@@ -52,7 +53,7 @@ def test_equals_the_oracle(change, monkeypatch):
 
 
 @pytest.mark.parametrize(("cache_dtype", "indexer_dtype"), [(None, None), ("fp8", None), (None, "fp4")])
-@pytest.mark.parametrize("steps", [[1] * 60, [6] * 10, [17, 17, 17, 9], [3, 50, 1, 1, 1, 4]])
+@pytest.mark.parametrize("steps", [[1] * 60, slow([6] * 10), slow([17, 17, 17, 9]), [3, 50, 1, 1, 1, 4]])
 def test_pieces_equal_the_whole(steps, cache_dtype, indexer_dtype):
     """A text processed in pieces through the cache differs from one processed at once."""
     model = tiny_model(2, cache_dtype=cache_dtype, indexer_dtype=indexer_dtype)

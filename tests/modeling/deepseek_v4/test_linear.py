@@ -8,7 +8,13 @@ from torch import nn
 
 from dspark_hf.modeling.deepseek_v4 import linear
 from dspark_hf.modeling.deepseek_v4.formats import dequantize, quantize_fp4, quantize_fp8
-from dspark_hf.modeling.deepseek_v4.linear import GroupedLinear, QuantizedLinear, swap_linears
+from dspark_hf.modeling.deepseek_v4.linear import (
+    GroupedLinear,
+    QuantizedGroupedLinear,
+    QuantizedLinear,
+    QuantizedWeight,
+    swap_linears,
+)
 from dspark_hf.modeling.formats.tensors import read_index
 from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.deepseek_v4.checkpoints import NUM_TOKENS, load, logits
@@ -40,16 +46,29 @@ def test_grouped_product(kind):
     plain = GroupedLinear(64, 96, 3)
     plain.weight = nn.Parameter(dequantize(weight, scale, torch.float32))
     states = torch.randn(2, 3, 64)
-    assert_same_up_to_rounding(QuantizedLinear(weight, scale, 3)(states), plain(states), factor=4)
+    assert_same_up_to_rounding(QuantizedGroupedLinear(weight, scale, 3)(states), plain(states), factor=4)
 
 
-def test_gradients_pass_through():
-    """An adapter before a kept layer gets no gradient, or the kept weight does."""
-    layer = QuantizedLinear(*_stored("fp8"))
-    states = torch.randn(3, 64, requires_grad=True)
-    layer(states).sum().backward()
-    torch.testing.assert_close(states.grad, layer.dequantize(torch.float32).sum(0).expand(3, -1))
-    assert layer.weight.grad is None
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("num_groups", [None, 3])
+def test_gradients_pass_through(kind, num_groups):
+    """An adapter before a kept layer gets no gradient, or the kept weight does, or it is held in floating point."""
+    weight, scale = _stored(kind)
+    plain = nn.Linear(64, 96, bias=False) if num_groups is None else GroupedLinear(64, 96, num_groups)
+    plain.weight = nn.Parameter(dequantize(weight, scale, torch.float32), requires_grad=False)
+    kept = QuantizedLinear(weight, scale) if num_groups is None else QuantizedGroupedLinear(weight, scale, num_groups)
+    shape = (2, 64) if num_groups is None else (2, num_groups, 64)
+    gradients, saved = [], []
+    for layer in (kept, plain):
+        states = torch.linspace(-1, 1, 2 * 64 * (num_groups or 1)).view(shape).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
+            outputs = layer(states)
+        outputs.square().sum().backward()
+        gradients.append(states.grad)
+        if layer is kept:
+            assert saved and not any(tensor.dtype == torch.float32 and tensor.numel() == 96 * 64 for tensor in saved)
+    assert_same_up_to_rounding(*gradients, factor=16)
+    assert kept.weight.grad is None
 
 
 def test_a_change_of_dtype_leaves_stored_weights():
@@ -83,7 +102,7 @@ def test_swap_takes_what_is_stored_with_scales(checkpoints, experts):
     """Some stored weights are dequantised at loading, and memory grows by gigabytes."""
     names = {name.removesuffix(".scale") for name in read_index(checkpoints[experts]) if name.endswith(".scale")}
     names = {name for name in names if not name.startswith("mtp.")}
-    kept = {name for name, one in load(checkpoints[experts]).model.named_modules() if isinstance(one, QuantizedLinear)}
+    kept = {name for name, one in load(checkpoints[experts]).model.named_modules() if isinstance(one, QuantizedWeight)}
     assert kept == names
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkModel
-from dspark_hf.modeling.deepseek_v4.linear import QuantizedLinear
+from dspark_hf.modeling.deepseek_v4.linear import QuantizedWeight
 from dspark_hf.modeling.formats.deepseek_v4 import PREFIX
 from tests.closeness import assert_same_up_to_rounding, relative_difference
 from tests.modeling.deepseek_v4.checkpoints import (
@@ -22,12 +22,13 @@ from tests.modeling.deepseek_v4.checkpoints import (
     logits,
     read_files,
 )
+from tests.thinning import slow
 
 STRICT = ("hc_", "attn_sink", "gate", "compressor", "head")
 
 
 def _is_kept(model) -> bool:
-    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return any(isinstance(module, QuantizedWeight) for module in model.modules())
 
 
 @pytest.mark.parametrize("experts", ["fp4", "fp8"])
@@ -66,7 +67,7 @@ def test_dtypes(checkpoints, experts, dtype):
     assert model.dtype == model.config.dtype == (dtype or torch.bfloat16)
     for own, parameter in model.named_parameters():
         name = own.removeprefix("model.")
-        is_quantized = isinstance(model.get_submodule(own.rpartition(".")[0]), QuantizedLinear)
+        is_quantized = isinstance(model.get_submodule(own.rpartition(".")[0]), QuantizedWeight)
         if is_quantized or not stored[name].dtype.is_floating_point and name.endswith("tid2eid"):
             wanted = stored[name].dtype
         elif any(part in name for part in STRICT):
@@ -165,8 +166,9 @@ def test_all_on_one_device(checkpoints, device_map):
     assert_same_model(model, load(checkpoints["fp4"]))
 
 
-@pytest.mark.parametrize("use_dspark", [False, True], ids=["plain", "dspark"])
-@pytest.mark.parametrize("is_all", [False, True], ids=["layers", "all"])
+@pytest.mark.parametrize(
+    ("is_all", "use_dspark"), [(False, True), (True, True), slow(False, False), slow(True, False)]
+)
 def test_generation_from_disk(checkpoints, is_all, use_dspark):
     """A cache or a drafter cannot be used where layers, or the embedding too, are on disk."""
     whole = load(checkpoints["fp4"], dtype=torch.float32, keep_quantized=True)

@@ -74,6 +74,45 @@ def test_gradients_reach_every_parameter_that_is_trained(coefficient: float, ind
     assert all(torch.equal(table, model.get_parameter(name)) for name, table in tables.items())
 
 
+@pytest.mark.parametrize("fields", [{}, {"cache_dtype": "fp8", "indexer_dtype": "fp4"}], ids=["plain", "rounded"])
+@pytest.mark.parametrize("is_training", [False, True], ids=["evaluating", "training"])
+def test_gradients_do_not_depend_on_the_cache(is_training: bool, fields: dict[str, Any]) -> None:
+    """The compressors learn nothing, and the embedding something else, where a cache is kept: as after loading."""
+    models = [tiny_model(1, indexer_loss_coef=0.1, **fields).train(is_training) for _ in range(2)]
+    # padding on the left: rows complete different numbers of entries
+    token_ids = _text(3, 40)
+    mask = torch.ones_like(token_ids)
+    mask[1, :7] = mask[2, :21] = 0
+    labels = token_ids.masked_fill(mask == 0, -100)
+    for model, use_cache in zip(models, (True, False), strict=True):
+        outputs = model(token_ids, attention_mask=mask, labels=labels, use_cache=use_cache)
+        assert (outputs.get(CACHE_KEY) is not None) == use_cache
+        outputs.loss.backward()
+    _assert_same_gradients(*models)
+
+
+def test_a_pass_over_a_cache_has_the_gradients_of_its_own_tokens() -> None:
+    """A pass behind a prompt in the cache gives its tokens other gradients than a pass over the whole text."""
+    model = tiny_model(2)
+    token_ids, num_before = _text(2, 45), 21
+    embedded = model.get_input_embeddings()(token_ids).detach()
+    gradients = []
+    for is_cached in (True, False):
+        # what comes later has no part in what came before, so these gradients are the same
+        later = embedded[:, num_before:].clone().requires_grad_()
+        if is_cached:
+            with torch.no_grad():
+                cache = model(token_ids[:, :num_before], use_cache=True)[CACHE_KEY]
+            logits = model(token_ids[:, num_before:], inputs_embeds=later, **{CACHE_KEY: cache}).logits
+        else:
+            inputs = torch.cat([embedded[:, :num_before], later], dim=1)
+            logits = model(token_ids, inputs_embeds=inputs, use_cache=False).logits[:, num_before:]
+        logits.square().mean().backward()
+        assert later.grad is not None
+        gradients.append(later.grad)
+    assert_same_up_to_rounding(*gradients)
+
+
 def test_the_indexers_loss_trains_the_indexer_alone() -> None:
     """The model would learn to be easy to index rather than to predict text."""
     model = tiny_model(2, indexer_loss_coef=1.0).train()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark_hf import DSparkAssistantModel, DSparkConfig
+from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.modeling.deepspec_layout import (
     HIDDEN_SIZE,
@@ -100,24 +100,6 @@ def test_shapes_win_over_copied_fields(tmp_path: Path) -> None:
     fields |= {"markov_rank": 256, "hidden_size": 2560, "vocab_size": 151936, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     DSparkAssistantModel.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.25}},
-        {"rope_theta": 1e6, "rope_scaling": None},
-    ],
-    ids=["the target's yarn", "as Transformers 4 wrote it"],
-)
-def test_rope_of_the_target_is_not_the_drafters(rope: dict, tmp_path: Path) -> None:
-    """A drafter would rotate as its target does: right text, acceptance that falls with the length."""
-    write_deepspec(tmp_path, Layout())
-    fields = {key: value for key, value in deepspec_fields(Layout()).items() if key != "rope_parameters"}
-    (tmp_path / "config.json").write_text(json.dumps({**fields, **rope}), encoding="utf-8")
-    config = DSparkConfig.from_pretrained(tmp_path)
-    assert config.rope_parameters["rope_type"] == "default"
-    assert config.rope_parameters["rope_theta"] == 1e6
 
 
 def test_overrides_reach_the_configuration(tmp_path: Path) -> None:

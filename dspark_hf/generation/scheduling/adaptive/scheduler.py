@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from transformers.utils import logging
+
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.scheduling.adaptive.memory import DrafterState, remembered
 from dspark_hf.generation.scheduling.adaptive.planning import Plan, make_plan
@@ -20,6 +22,8 @@ from dspark_hf.generation.scheduling.defaults import (
 )
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.survival import possible_survival
+
+logger = logging.get_logger(__name__)
 
 
 class AdaptiveScheduler(Scheduler):
@@ -60,6 +64,7 @@ class _Adaptive(Schedule):
         self._num_rounds = 0
         self._plan: Plan | None = None
         self._plan_is_for: tuple[int, ...] = ()
+        self._has_logged = False
 
     def num_drafts(self, batch: Batch) -> int:
         self._mode = _Mode.plain
@@ -71,9 +76,26 @@ class _Adaptive(Schedule):
         if plan.rate > REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
             self._mode = _Mode.drafting if is_busy else _Mode.plain
+            self.parked_because = None
         elif parking.is_trial_due():
             self._mode = _Mode.trial
+        else:
+            # told once: the numbers hardly change while nothing is drafted
+            self.parked_because = self.parked_because or self._explain(batch, plan, has_lost=parking.is_parked)
         return 0 if self._mode is _Mode.plain else plan.num_drafts
+
+    def _explain(self, batch: Batch, plan: Plan, *, has_lost: bool) -> str:
+        """Return why drafting is parked, and log it once a call."""
+        rows, length, width = batch.num_rows, batch.context_length, 1 + plan.num_drafts
+        passes = self._costs.verify_seconds(rows, width, length) / self._costs.verify_seconds(rows, 1, length)
+        rate = plan.rate / plan.plain_rate
+        promise = f"drafting promises {rate:.2f} x the speed of plain decoding, less than {REQUIRED_GAIN} x"
+        why = "drafting lost time in its last rounds" if has_lost else promise
+        reason = f"{why}; a pass over {width} tokens a row costs {passes:.2f} plain passes here"
+        if not self._has_logged:
+            logger.info("Drafting is parked: %s.", reason)
+        self._has_logged = True
+        return reason
 
     def _learning_drafts(self, batch: Batch) -> int:
         """Alternate two plain steps and two short blocks: the first of each pair also pays for the change."""

@@ -83,7 +83,7 @@ def find_profile(call: CallInfo) -> CostTable:
 
 def describe_costs(target: TargetAdapter) -> dict[str, Any]:
     """Return where costs measured now come from: the target's name, hardware, versions, date."""
-    run = describe_run(is_on_cpu=target.model.device.type == "cpu")
+    run = describe_run(is_on_cpu=target.device.type == "cpu")
     # without the command line, which inside `generate` is that of another program
     return {
         "target": target.model.config.name_or_path,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer, is_stateful
+from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
@@ -22,6 +22,7 @@ from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import PLAIN_LAYERS, RaggedCache
 from dspark_hf.generation.targets.recurrent_row import RecurrentTarget
 from dspark_hf.generation.targets.recurrent_support import can_recompute
+from dspark_hf.generation.targets.rollback import check_rollback
 
 # tokens that are processed at once: the hidden states of a whole context may need more memory than its caches
 _PIECE = 1024
@@ -108,7 +109,7 @@ class StepTimer:
     def __init__(self, adapter: TargetAdapter, drafter: Drafter | None):
         self._adapter = adapter
         self._drafter = drafter
-        self._device: torch.device = adapter.model.device
+        self._device: torch.device = adapter.device
         self._shape: tuple[int, int] = (0, 0)
         self._target: TargetState | None = None
         self._context: DraftContext | None = None
@@ -157,14 +158,15 @@ class StepTimer:
 
     def _make_target(self, num_rows: int, context_length: int) -> TargetState:
         model, tokens = self._adapter.model, self._tokens(num_rows, 1)
+        check_rollback(model)
         # the model's own kind of cache, with one token in it
         cache = model(input_ids=tokens, use_cache=True)[CACHE_KEY]
         self._adapter.pop_context_hidden_states()
         has_states = can_recompute(model)
-        if not has_states and (is_stateful(model) or not cache.is_croppable):
+        if not (has_states or cache.is_croppable):
             raise ValueError(
                 f"`target` must have a cache that can be rolled back, got {type(model).__name__}. No drafter "
-                "can assist it; for DeepSeek-V4 load a `DeepseekV4DSparkForCausalLM`."
+                "can assist it."
             )
         if isinstance(cache, RowwiseCache):
             return self._rowwise_target(cache, num_rows, context_length)

@@ -46,6 +46,7 @@ REASONING_EFFORTS = {
     "0731": _EFFORTS_SINCE_0731,
     "0813": _EFFORTS_SINCE_0731,
 }
+# what every function, the template and the example take where no release is named: the official one
 DEFAULT_RELEASE = "0731"
 
 TOOLS_BEFORE_SCHEMAS = (

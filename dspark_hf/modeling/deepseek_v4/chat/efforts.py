@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dspark_hf.modeling.deepseek_v4.chat.constants import NO_REASONING, REASONING_EFFORTS
+
+# switches of other engines and templates, by what each of their values says of thinking
+SWITCHES: Mapping[str, Mapping[Any, bool]] = {
+    "thinking": {True: True, False: False},
+    "enable_thinking": {True: True, False: False},
+    "thinking_mode": {"thinking": True, "chat": False},
+}
+# and of those that the format has nothing for
+REFUSED_SWITCHES = (
+    "think",
+    "reasoning",
+    "enable_reasoning",
+    "disable_thinking",
+    "no_think",
+    "thinking_budget",
+    "clear_thinking",
+    "preserve_thinking",
+    "documents",
+    "context",
+)
 
 
 def efforts_of(release: str) -> dict[str, str]:
@@ -33,3 +56,41 @@ def effort_text(reasoning_effort: str | None, release: str) -> str:
             "Pass one of them, or the right release."
         )
     return efforts[reasoning_effort]
+
+
+def with_switches(reasoning_effort: str | None, switches: Mapping[str, Any]) -> str | None:
+    """Return the reasoning effort that `reasoning_effort` and other engines' `switches` ask for together.
+
+    Switches that are None say nothing.
+
+    Raises:
+        ValueError: if a switch is unknown or of no use here, has no value that it knows, or contradicts the effort or
+            another switch.
+    """
+    said = None if reasoning_effort is None else reasoning_effort != NO_REASONING
+    for name, value in switches.items():
+        if value is None:
+            continue
+        if name not in SWITCHES:
+            raise ValueError(
+                f"`{name}` must be left out: DeepSeek-V4's prompts have no such switch, got {value!r}. Use "
+                "`reasoning_effort`."
+            )
+        meanings = SWITCHES[name]
+        # 1 equals True
+        known = [key for key in meanings if type(key) is type(value) and key == value]
+        if not known:
+            raise ValueError(f"`{name}` must be one of {_listed(meanings)}, got {value!r}. Pass one of them.")
+        thinks = meanings[known[0]]
+        if said not in (None, thinks):
+            raise ValueError(
+                f"`{name}` must agree with `reasoning_effort` and other switches, got {value!r}. Pass one of them."
+            )
+        said = thinks
+    if said is False:
+        return NO_REASONING
+    return reasoning_effort
+
+
+def _listed(values: Mapping[Any, bool]) -> str:
+    return ", ".join(str(value).lower() for value in values)

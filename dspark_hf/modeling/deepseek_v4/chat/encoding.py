@@ -22,7 +22,7 @@ from dspark_hf.modeling.deepseek_v4.chat.constants import (
     TOOLS_BEFORE_SCHEMAS,
     USER,
 )
-from dspark_hf.modeling.deepseek_v4.chat.efforts import effort_text
+from dspark_hf.modeling.deepseek_v4.chat.efforts import effort_text, efforts_of, with_switches
 from dspark_hf.modeling.deepseek_v4.chat.turns import (
     ASKING_ROLES,
     Message,
@@ -44,6 +44,7 @@ def encode_messages(
     drop_reasoning: bool = True,
     task: str | None = None,
     add_generation_prompt: bool = True,
+    **switches: Any,
 ) -> str:
     """Return the prompt of a conversation.
 
@@ -60,6 +61,8 @@ def encode_messages(
         task: the quick-instruction task of the last turn: `"action"`, `"query"`, `"authority"`, `"domain"`,
             `"title"` or `"read_url"`.
         add_generation_prompt: whether a prompt that ends with a user turn goes on to where the answer starts.
+        switches: other engines' names: `thinking` or `enable_thinking`, true or false, and `thinking_mode`,
+            `"thinking"` or `"chat"`, for `reasoning_effort`. None says nothing; all others are refused.
 
     Raises:
         ValueError: if an argument or a message cannot be encoded.
@@ -73,6 +76,8 @@ def encode_messages(
     """
     if not messages:
         raise ValueError("`messages` must hold at least one message, got none. Add a user message.")
+    efforts_of(release)
+    reasoning_effort = with_switches(reasoning_effort, switches)
     opening = BOS + effort_text(reasoning_effort, release)
     turns = merge_turns(with_tools(messages, tools))
     turns[-1] = with_task(turns[-1], task)

@@ -6,7 +6,7 @@ An official name is that of the released checkpoints; a model's own name may hav
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dspark_hf.modeling.deepseek_v4.formats import dequantize
+from dspark_hf.modeling.deepseek_v4.formats import SCALE_DTYPES, dequantize, scale_shape
 from dspark_hf.modeling.deepseek_v4.linear import QUANTIZED, dequantized_shape, swap_linears
-from dspark_hf.modeling.formats.deepseek_v4 import PREFIX
 from dspark_hf.modeling.formats.tensors import TensorInfo, iterate_tensors, read_index
 
 _OWN_PREFIX = "model."
@@ -28,23 +27,26 @@ _NUM_NAMED = 5
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds, by official name: the target's tensors, and those of its DSpark module (`mtp.*`).
+    """What a checkpoint holds of one model, by official name.
 
-    When the module itself is loaded, its tensors stand in the target's place, by the drafter's own names.
+    When a DSpark module is loaded, its tensors stand in the target's place, by the drafter's own names.
     """
 
     target: dict[str, TensorInfo]
-    module: dict[str, TensorInfo]
     # names in the files, where they are not the official ones
     names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, name_or_path: str | os.PathLike, **hub_options: Any) -> Checkpoint:
-        """Return what a folder or hub name holds, without reading tensors; both layouts are understood."""
-        infos = read_index(name_or_path, **hub_options)
-        names = {official_name(name): name for name in infos if not name.startswith(PREFIX)}
-        target = {official: infos[name] for official, name in names.items()}
-        return cls(target, {name: info for name, info in infos.items() if name.startswith(PREFIX)}, names)
+    def read(
+        cls, name_or_path: str | os.PathLike, is_left_out: Callable[[str], bool], **hub_options: Any
+    ) -> Checkpoint:
+        """Return what a folder or hub name holds, without reading tensors; both layouts are understood.
+
+        Files with nothing but tensors that are left out are neither opened nor fetched.
+        """
+        infos = read_index(name_or_path, is_left_out=is_left_out, **hub_options)
+        names = {official_name(name): name for name in infos}
+        return cls({official: infos[name] for official, name in names.items()}, names)
 
     @property
     def plain_dtype(self) -> torch.dtype:
@@ -52,16 +54,20 @@ class Checkpoint:
         info = self.target.get(_EMBEDDING)
         return torch.bfloat16 if info is None or info.dtype in QUANTIZED else info.dtype
 
-    def has_scale(self, name: str) -> bool:
-        """Return whether a weight is stored in FP8 or FP4."""
-        return self.target[name].dtype in QUANTIZED and scale_name(name) in self.target
+    def is_quantized(self, name: str) -> bool:
+        """Return whether a tensor is a weight in FP8 or FP4, which is nothing without its scales."""
+        return name.endswith(".weight") and self.target[name].dtype in QUANTIZED
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the target's tensors by official name, file by file."""
-        wanted = {self.names.get(name, name): name for name in names}
+        wanted = {self.stored_name(name): name for name in names}
         infos = {name: self.target[official] for name, official in wanted.items()}
         for name, tensor in iterate_tensors(infos, infos):
             yield wanted[name], tensor
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in the files of an official one."""
+        return self.names.get(name, name)
 
 
 def official_name(name: str) -> str:
@@ -123,7 +129,7 @@ def prepare(
     _check_shapes(model, checkpoint, own_names)
     loadings = {}
     for name, own in own_names.items():
-        is_dequantized = checkpoint.has_scale(name) and scale_name(name) not in own_names
+        is_dequantized = checkpoint.is_quantized(name) and scale_name(name) not in own_names
         held = _held_dtype(model, name, checkpoint, dtype, is_dequantized=is_dequantized)
         loadings[name] = Loading(own, name, held, is_dequantized)
         parameter = model.get_parameter(own)
@@ -142,24 +148,24 @@ def _held_dtype(
     stored = checkpoint.target[name].dtype
     if is_dequantized:
         stored = checkpoint.plain_dtype
-    elif not stored.is_floating_point or checkpoint.has_scale(name) or name.endswith(".scale"):
+    elif not stored.is_floating_point or checkpoint.is_quantized(name) or name.endswith(".scale"):
         # tables of experts, and what stays as it is stored
         return stored
     return torch.float32 if is_fp32(model, name) else dtype or stored
 
 
 def _check_names(model: PreTrainedModel, checkpoint: Checkpoint, own_names: Mapping[str, str]) -> None:
-    scales = {scale_name(name) for name in own_names if name in checkpoint.target and checkpoint.has_scale(name)}
-    allowed = own_names.keys() | scales
-    if model.get_output_embeddings() is None:
-        allowed = allowed | {_HEAD}
+    scales = {scale_name(name) for name in own_names if name in checkpoint.target and checkpoint.is_quantized(name)}
+    wanted = own_names.keys() | scales
+    allowed = wanted | {_HEAD} if model.get_output_embeddings() is None else wanted
     for kind, rule, names in (
-        ("missing", "hold every weight of the model", own_names.keys() - checkpoint.target.keys()),
+        ("missing", "hold every weight of the model, with its scales", wanted - checkpoint.target.keys()),
         ("unexpected", "hold no weights that the model has no place for", checkpoint.target.keys() - allowed),
     ):
         if names:
+            shown = _some(checkpoint.stored_name(name) for name in names)
             raise ValueError(
-                f"`pretrained_model_name_or_path` must {rule}, got {len(names)} {kind}: {_some(names)}. Use the "
+                f"`pretrained_model_name_or_path` must {rule}, got {len(names)} {kind}: {shown}. Use the "
                 "configuration that belongs to the checkpoint, or fetch its missing files."
             )
 
@@ -167,13 +173,25 @@ def _check_names(model: PreTrainedModel, checkpoint: Checkpoint, own_names: Mapp
 def _check_shapes(model: PreTrainedModel, checkpoint: Checkpoint, own_names: Mapping[str, str]) -> None:
     for name, own in own_names.items():
         info, wanted = checkpoint.target[name], tuple(model.get_parameter(own).shape)
-        is_dequantized = checkpoint.has_scale(name) and scale_name(name) not in own_names
+        is_dequantized = checkpoint.is_quantized(name) and scale_name(name) not in own_names
         shape = dequantized_shape(info.dtype, info.shape) if is_dequantized else tuple(info.shape)
-        if shape != wanted:
-            raise ValueError(
-                f"`{name}` must have the shape {wanted}, got {shape}. Use the configuration that belongs to the "
-                "checkpoint."
-            )
+        _require_shape(checkpoint, name, shape, wanted)
+        if checkpoint.is_quantized(name):
+            scale = checkpoint.target[scale_name(name)]
+            _require_shape(checkpoint, scale_name(name), scale.shape, scale_shape(info.dtype, info.shape))
+            if scale.dtype not in SCALE_DTYPES:
+                raise ValueError(
+                    f"`{checkpoint.stored_name(scale_name(name))}` must be in E8M0 or fp32, got {scale.dtype}. Take a "
+                    "checkpoint in the released formats."
+                )
+
+
+def _require_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ValueError(
+            f"`{checkpoint.stored_name(name)}` must have the shape {wanted}, got {shape}. Use the configuration that "
+            "belongs to the checkpoint."
+        )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,14 +27,14 @@ from dspark_hf.modeling.deepseek_v4.checkpoints.placing import Device, DeviceMap
 from dspark_hf.modeling.deepseek_v4.checkpoints.saving import (
     CONFIG_NAME,
     model_savings,
-    module_savings,
     replace_files,
+    stored_savings,
     write_json,
     write_weights,
 )
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
-from dspark_hf.modeling.formats.deepseek_v4 import PREFIX, is_released
-from dspark_hf.modeling.formats.tensors import HUB_OPTIONS, TensorInfo, read_index
+from dspark_hf.modeling.formats.deepseek_v4 import PREFIX, is_for_images, is_released, reads_images
+from dspark_hf.modeling.formats.tensors import HUB_OPTIONS, TensorInfo, read_index, read_names
 
 # what Transformers' classes and pipelines pass and is of no use here: one format, one way to attend
 _IGNORED = (
@@ -60,8 +60,8 @@ class Origin:
     is_released: bool
     # by official name; of weights that are held in another dtype
     stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    # the DSpark module's tensors
-    module: dict[str, TensorInfo] = field(default_factory=dict)
+    # where the tensors are that are none of the model's own
+    source: str | None = None
     # where weights are read from while the model runs
     offloaded_to: set[Path] = field(default_factory=set)
     has_dequantized: bool = False
@@ -127,7 +127,7 @@ class ReleasedCheckpoints(PreTrainedModel):
         dtype = parse_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         config = _load_config(pretrained_model_name_or_path, config, hub_options, kwargs)
-        checkpoint = Checkpoint.read(pretrained_model_name_or_path, **hub_options)
+        checkpoint = Checkpoint.read(pretrained_model_name_or_path, _is_not_ours(config), **hub_options)
         if keep_quantized is None:
             keep_quantized = dtype is None and quantization_config is None
         elif keep_quantized and quantization_config is not None:
@@ -159,7 +159,7 @@ class ReleasedCheckpoints(PreTrainedModel):
             model._origin = Origin(
                 is_released=_is_released(pretrained_model_name_or_path, hub_options),
                 stored_dtypes=_stored_dtypes(model, checkpoint, dtype),
-                module=checkpoint.module,
+                source=_lasting(pretrained_model_name_or_path),
                 offloaded_to={file.parent for file in offload.files},
                 has_dequantized=any(loading.is_dequantized for loading in loadings.values()),
             )
@@ -183,8 +183,8 @@ class ReleasedCheckpoints(PreTrainedModel):
     ) -> None:
         """Save configuration and weights under the released names; what was loaded as stored is saved bit for bit.
 
-        The DSpark module's tensors, `mtp.*`, are copied from the checkpoint that the model was loaded from. The folder
-        is as before if saving fails.
+        Tensors that are none of the target's, such as the DSpark module's `mtp.*`, are copied from the checkpoint that
+        the model was loaded from. The folder is as before if saving fails.
 
         Args:
             save_directory: a folder; its other files stay.
@@ -216,7 +216,7 @@ class ReleasedCheckpoints(PreTrainedModel):
                 f"`save_directory` must be another folder than that of weights on disk, got {str(folder)!r}. Save "
                 "elsewhere, or load without offloading."
             )
-        savings = [*model_savings(self, state_dict, origin.stored_dtypes), *module_savings(origin.module)]
+        savings = [*model_savings(self, state_dict, origin.stored_dtypes), *stored_savings(self._tensors_of_others())]
         max_bytes = convert_file_size_to_int(max_shard_size)
 
         def write(workspace: Path) -> None:
@@ -224,14 +224,22 @@ class ReleasedCheckpoints(PreTrainedModel):
             self._save_configs(workspace, origin, origin.is_released if released is None else released)
 
         replace_files(folder, write)
-        if any(info.file.parent == folder for info in origin.module.values()):
-            origin.module = read_index(folder, PREFIX)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy weights in, by the model's own names or, as a trainer reads them from files, by official ones."""
         own_names = {official_name(own): own for own in self.state_dict()}
         renamed = {own_names.get(name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def _tensors_of_others(self) -> dict[str, TensorInfo]:
+        """Return the tensors of the model's checkpoint that are none of its own, to be saved beside them."""
+        source = None if self._origin is None else self._origin.source
+        if source is None:
+            return {}
+        is_not_ours = _is_not_ours(self.config)
+        if not any(is_not_ours(name) for name in read_names(source, **self._hub_options)):
+            return {}
+        return read_index(source, is_left_out=lambda name: not is_not_ours(name), **self._hub_options)
 
     def _save_configs(self, folder: Path, origin: Origin, is_released: bool) -> None:
         config: Any = copy.deepcopy(self.config)
@@ -244,6 +252,17 @@ class ReleasedCheckpoints(PreTrainedModel):
             config.save_pretrained(folder)
         if self.can_generate() and self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
+
+
+def _is_not_ours(config: PreTrainedConfig) -> Callable[[str], bool]:
+    """Return which tensors of a checkpoint with this configuration are not the target's: its drafter's, of images."""
+    has_images = reads_images(vars(config))
+    return lambda name: name.startswith(PREFIX) or (has_images and is_for_images(name))
+
+
+def _lasting(name: str | os.PathLike) -> str:
+    """Return a folder or hub name that means the same from any working directory."""
+    return str(Path(name).absolute() if Path(name).is_dir() else name)
 
 
 def _load_config(

@@ -58,7 +58,7 @@ def model_savings(
     return savings
 
 
-def module_savings(infos: Mapping[str, TensorInfo]) -> list[Saving]:
+def stored_savings(infos: Mapping[str, TensorInfo]) -> list[Saving]:
     """Return tensors of another checkpoint, to save as they are."""
     return [Saving(name, info.dtype, info.shape, _reader(infos, name)) for name, info in infos.items()]
 

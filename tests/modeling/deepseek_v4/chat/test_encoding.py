@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_hf.modeling.deepseek_v4.chat import constants, encode_messages
+from dspark_hf.modeling.deepseek_v4.chat.efforts import REFUSED_SWITCHES
 from tests.modeling.deepseek_v4.chat.conversations import EFFORTS, TEXTS, case, conversations
 from tests.reference.deepseek_v4_chat import encode
 
@@ -122,11 +123,47 @@ def test_names_of_reasoning(field):
     assert "<think>Hm.</think>Yes" in body([USER, {"role": "assistant", "content": "Yes", field: "Hm."}])
 
 
+AGREEING = [
+    ({"thinking": False}, "none"),
+    ({"enable_thinking": False}, "none"),
+    ({"thinking_mode": "chat"}, "none"),
+    ({"thinking": False, "reasoning_effort": "none", "enable_thinking": False}, "none"),
+    ({"thinking": True}, None),
+    ({"enable_thinking": True, "reasoning_effort": "max"}, "max"),
+    ({"thinking_mode": "thinking", "reasoning_effort": "low"}, "low"),
+    ({"thinking": None, "documents": None}, None),
+]
+
+
+@pytest.mark.parametrize(("switches", "effort"), AGREEING, ids=str)
+def test_switches_of_other_engines_act(switches, effort):
+    """A switch by another engine's name is passed over in silence, and the model thinks."""
+    assert encode_messages([USER], **switches) == encode_messages([USER], reasoning_effort=effort)
+
+
 MISTAKES = {
     "no messages": ([], {}, r"`messages` must hold at least one message"),
     "role": ([{"role": "bot"}], {}, r"`role` must be one of system, .*, got 'bot'"),
     "effort": ([USER], {"reasoning_effort": "medium"}, r"one of none, low, high, max for release 0731, got 'medium'"),
     "effort of another release": ([USER], {"reasoning_effort": "low", "release": "preview"}, r"none, high, max for"),
+    "switch against effort": ([USER], {"thinking": False, "reasoning_effort": "max"}, r"`thinking` must agree with"),
+    "switch against none": ([USER], {"enable_thinking": True, "reasoning_effort": "none"}, r"must agree with"),
+    "switches against each other": (
+        [USER],
+        {"thinking": True, "thinking_mode": "chat"},
+        r"`thinking_mode` must agree",
+    ),
+    "switch as text": ([USER], {"enable_thinking": "false"}, r"`enable_thinking` must be one of true, false, got 'fa"),
+    "switch as number": ([USER], {"thinking": 0}, r"`thinking` must be one of true, false, got 0"),
+    "mode": ([USER], {"thinking_mode": "fast"}, r"`thinking_mode` must be one of thinking, chat, got 'fast'"),
+    **{
+        name: (
+            [USER],
+            {name: [{"title": "A"}]},
+            rf"`{name}` must be left out: DeepSeek-V4's prompts have no such switch,",
+        )
+        for name in REFUSED_SWITCHES
+    },
     "release": ([USER], {"release": "v4"}, r"`release` must be one of preview, 0731, 0813, got 'v4'"),
     "task": ([USER], {"task": "sum"}, r"`task` must be one of action, .*, got 'sum'"),
     "task of a message": ([{**USER, "task": "sum"}], {}, r"`task` must be one of action, .*, got 'sum'"),

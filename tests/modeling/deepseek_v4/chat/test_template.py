@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dspark_hf.modeling.deepseek_v4.chat import chat_template, encode_messages, set_chat_template
+from dspark_hf.modeling.deepseek_v4.chat.constants import DEFAULT_RELEASE
 from tests.modeling.deepseek_v4.chat.conversations import (
     EFFORTS,
     argument_texts,
@@ -23,7 +24,7 @@ from tests.modeling.deepseek_v4.chat.conversations import (
     texts,
     tools,
 )
-from tests.modeling.deepseek_v4.chat.test_encoding import MISTAKES
+from tests.modeling.deepseek_v4.chat.test_encoding import AGREEING, MISTAKES
 
 
 def tokenizer_of(release="0731"):
@@ -183,3 +184,51 @@ def test_saved_with_the_tokenizer(tmp_path):
     """A saved tokenizer forgets its chat template."""
     TOKENIZERS["preview"].save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == chat_template("preview")
+
+
+@pytest.mark.parametrize(("switches", "effort"), AGREEING, ids=str)
+def test_switches_of_other_engines_act(switches, effort):
+    """A switch by another engine's name is passed over in silence, and the model thinks."""
+    messages = [{"role": "user", "content": "Hi"}]
+    assert render(messages, **switches) == encode_messages(messages, reasoning_effort=effort)
+
+
+def test_one_release_is_the_default_everywhere():
+    """The encoder, the template and its plain file mean different releases where none is named."""
+    messages = [{"role": "user", "content": "Hi"}]
+    plain = chat_template().partition("\n")[2]
+    options = {"reasoning_effort": "high", "tokenize": False}
+    unnamed = TOKENIZERS["0731"].apply_chat_template(messages, chat_template=plain, **options)
+    assert chat_template() == chat_template(DEFAULT_RELEASE)
+    assert unnamed == encode_messages(messages, reasoning_effort="high", add_generation_prompt=False)
+    assert unnamed == render(messages, DEFAULT_RELEASE, add_generation_prompt=False, reasoning_effort="high")
+    assert unnamed != render(messages, "preview", add_generation_prompt=False, reasoning_effort="high")
+
+
+@pytest.mark.parametrize("effort", ["none", "max"])
+def test_masks_of_assistant_tokens(checkpoints, effort):
+    """Training on answers alone learns from nothing, or also from what the target does not write."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["bf16"])
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        {"role": "system", "content": "Be brief.", "tools": [{"name": "f"}]},
+        {"role": "user", "content": "Hé?"},
+        {"role": "assistant", "content": "Wait.", "reasoning_content": "I call.", "tool_calls": [call]},
+        {"role": "tool", "content": "5", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is 5 é.", "reasoning_content": "So."},
+        {"role": "user", "content": "Thanks."},
+    ]
+    encoded = tokenizer.apply_chat_template(
+        messages, reasoning_effort=effort, return_dict=True, return_assistant_tokens_mask=True
+    )
+    masks, runs = encoded["assistant_masks"], []
+    for index, (token_id, is_written) in enumerate(zip(encoded["input_ids"], masks, strict=True)):
+        if is_written:
+            runs = runs if index and masks[index - 1] else [*runs, []]
+            runs[-1].append(token_id)
+    # an answer is what the prompt with it has more than the one that asks for it
+    prompts = [encode_messages(messages[:end], reasoning_effort=effort) for end in (2, 3, 4, 5)]
+    assert [tokenizer.decode(run) for run in runs] == [
+        prompts[1].removeprefix(prompts[0]),
+        prompts[3].removeprefix(prompts[2]),
+    ]

@@ -1,0 +1,111 @@
+"""The run-time knobs of speculation: which of those who may set them has the word, and what they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from dspark_hf.generation.compat import KNOBS, explicit_knob, is_set
+from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.scheduling.choosing import choose_scheduler
+from dspark_hf.generation.scheduling.interface import Scheduler
+
+# a threshold is the scheduler of that name: who sets one of them has decided on both
+_SCHEDULING = ("scheduler", "assistant_confidence_threshold")
+
+
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """`num_drafts`: drafts per round at most; `scheduler`: how many are made, and how many of them verified."""
+
+    num_drafts: int
+    scheduler: Scheduler
+
+
+def choose_knobs(
+    call: Mapping[str, Any], given: GenerationConfig | None, models_own: GenerationConfig | None
+) -> dict[str, Any]:
+    """Return the knobs that were set: by the call, else the configuration given with it, else the target's own."""
+    levels = [{name: call[name] for name in KNOBS if call.get(name) is not None}]
+    levels += [_knobs_of(config) for config in (given, models_own) if config is not None]
+    return _first(levels, _SCHEDULING) | _first(levels, ("num_assistant_tokens",))
+
+
+def _knobs_of(config: GenerationConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in KNOBS if is_set(config, name)}
+
+
+def _first(levels: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what the first level says of `names` that says anything."""
+    found = [{name: level[name] for name in names if name in level} for level in levels]
+    return next((one for one in found if one), {})
+
+
+def read_options(
+    generation_config: GenerationConfig, drafter: Drafter, model: PreTrainedModel, scheduler: Scheduler | str | None
+) -> SpeculationOptions:
+    """Return the run-time knobs of a call, else those that the drafter comes with.
+
+    `scheduler` is what `custom_generate` was called with.
+
+    Raises:
+        ValueError: if more drafts are asked for than the drafter was trained to propose, or the threshold is no
+            probability, or the scheduler does not exist or contradicts the threshold, or a name is misspelt.
+        TypeError: if a knob is of another kind.
+    """
+    _check_spelling(generation_config)
+    of_call = {name: explicit_knob(generation_config, name) for name in KNOBS}
+    of_call = {name: value for name, value in of_call.items() if value is not None}
+    if scheduler is not None:
+        of_call["scheduler"] = scheduler
+    recommended = {} if drafter.generation_config is None else _knobs_of(drafter.generation_config)
+    own = {} if drafter.scheduler is None else {"scheduler": drafter.scheduler}
+    levels = [of_call, own, recommended]
+    scheduling = _first(levels, _SCHEDULING)
+    num_drafts = _first(levels, ("num_assistant_tokens",)).get("num_assistant_tokens", drafter.block_size)
+    _check_number_of_drafts(num_drafts, drafter.block_size)
+    threshold = scheduling.get("assistant_confidence_threshold")
+    if threshold is not None:
+        _check_threshold(threshold)
+    is_tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
+    chosen = choose_scheduler(scheduling.get("scheduler"), threshold, is_tensor_parallel=is_tensor_parallel)
+    return SpeculationOptions(num_drafts, chosen)
+
+
+def _check_number_of_drafts(num_drafts: Any, block_size: int) -> None:
+    if isinstance(num_drafts, bool) or not isinstance(num_drafts, int):
+        raise TypeError(
+            f"`num_assistant_tokens` must be a whole number in [1, {block_size}], got {num_drafts!r}. Pass an int."
+        )
+    if not 1 <= num_drafts <= block_size:
+        raise ValueError(
+            f"`num_assistant_tokens` must lie in [1, {block_size}] for this drafter (its block_size), got "
+            f"{num_drafts}. Slots beyond the trained block are noise: lower it, or leave it out."
+        )
+
+
+def _check_threshold(threshold: Any) -> None:
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise TypeError(
+            f"`assistant_confidence_threshold` must be a number in [0, 1], got {threshold!r}. Pass a float."
+        )
+    if not 0 <= threshold <= 1:
+        raise ValueError(
+            f"`assistant_confidence_threshold` must lie in [0, 1], got {threshold}. It is compared with a probability."
+        )
+
+
+def _check_spelling(generation_config: GenerationConfig) -> None:
+    """Raise a `ValueError` for a name that Transformers does not know and that looks like a knob's."""
+    known = vars(GenerationConfig())
+    for name in vars(generation_config):
+        # a configuration takes any name, so a typo in it would be kept, saved and ignored
+        meant = [] if name in known or name.startswith("_") else get_close_matches(name, KNOBS, 1, 0.75)
+        if meant and name not in KNOBS:
+            raise ValueError(
+                f"`generation_config` must spell its knobs rightly, got {name!r}. Did you mean {meant[0]!r}?"
+            )

@@ -1,0 +1,59 @@
+"""The code of the first page runs as it is pasted, on tiny models in place of the real ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
+from tests.tiny import tiny_target
+from tests.training.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+
+
+def _run(block: str, names: dict[str, str], tokens: int) -> str:
+    """Run a block with other models' names and shorter answers; the rest stays as a reader pastes it."""
+    for real, tiny in names.items():
+        assert real in block
+        block = block.replace(f'"{real}"', repr(tiny))
+    block, count = re.subn(r"max_new_tokens=\d+", f"max_new_tokens={tokens}", block)
+    assert count == 1
+    exec(block, {})
+
+
+@pytest.fixture
+def pair(tmp_path) -> dict[str, str]:
+    """A target with a chat template, and a drafter for it."""
+    target = tiny_target("qwen3")
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "target")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    drafter.save_pretrained(tmp_path / "drafter")
+    return {
+        "Qwen/Qwen3-8B": str(tmp_path / "target"),
+        "deepseek-ai/dspark_qwen3_8b_block7": str(tmp_path / "drafter"),
+    }
+
+
+def test_first_block(pair, capsys):
+    """A newcomer pastes the first code of all, and it fails, or says nothing of what the drafter did."""
+    _run(BLOCKS[0], pair, tokens=12)
+    assert "tau " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["qwen", "deepseek-v4"])
+def test_chat_models_are_asked_through_their_template(block):
+    """A chat model is asked without its template, and answers with nothing but an end."""
+    assert "apply_chat_template(" in block and "add_generation_prompt=True" in block
+    assert not re.search(r"\btokenizer\(", block)
+
+
+def test_deepseek_v4_block(tmp_path, capsys):
+    """The block of DeepSeek-V4 uses what it does not define."""
+    write_tiny_checkpoint(tmp_path / "tiny", seed=0, experts="bf16", with_dspark=True)
+    _run(BLOCKS[1], {"deepseek-ai/DeepSeek-V4-Flash-DSpark": str(tmp_path / "tiny")}, tokens=6)
+    assert "tau " in capsys.readouterr().out
