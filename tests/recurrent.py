@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from dspark_hf.generation.compat import CACHE_KEY
 from tests.tiny import SLIDING_WINDOW, tiny_config, tiny_target
 
 _TYPES = {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "num_hidden_layers": 3}
@@ -27,7 +28,7 @@ _LATENT = {
     "mlp_layer_types": ["dense", "sparse", "sparse"],
 }
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 16}
-RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
+_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _GATED_DELTA,
     "qwen3_5_moe_text": {**_GATED_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 24},
     "qwen3_next": {**_GATED_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 24},
@@ -117,6 +118,20 @@ RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
 }
+
+
+# before transformers 5.24, a model of states alone took its cache by another name
+_SINCE_5_24 = ("mamba", "mamba2", "falcon_mamba")
+RECURRENT_FAMILIES = {
+    family: fields
+    for family, fields in _FAMILIES.items()
+    if family in CONFIG_MAPPING and (CACHE_KEY == "cache" or family not in _SINCE_5_24)
+}
+
+
+def available(*families: str) -> tuple[str, ...]:
+    """Return those of `families` that can be served with this version of Transformers."""
+    return tuple(family for family in families if family in RECURRENT_FAMILIES)
 
 
 def recurrent_target(family: str, **overrides: Any) -> PreTrainedModel:

@@ -34,7 +34,7 @@ from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.masks import visible_slots
 from dspark_hf.generation.targets.padding import pack_order
 from dspark_hf.generation.targets.recurrent import RecurrentStates
-from dspark_hf.generation.targets.recurrent_support import can_recompute
+from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 from dspark_hf.generation.targets.trees import Tree, is_front
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -136,7 +136,7 @@ class RaggedCache(Cache):
         self.windows: list[int | None] = []
         layers: list[Any] = []
         for layer in template.layers:
-            if type(layer) in _STATE_LAYERS and can_recompute(model):
+            if type(layer) in _STATE_LAYERS and can_recompute_rows(model):
                 is_hybrid = isinstance(layer, CacheLayerMixin)
                 layers.append(RaggedHybridLayer(self._rows, layer.number_of_states) if is_hybrid else layer)
                 self.windows += [None] if is_hybrid else []
@@ -294,7 +294,7 @@ def _padded(states: Tensor, columns: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def _check_attention_kinds(model: PreTrainedModel) -> None:
     kinds = _attention_kinds(model.config.get_text_config(decoder=True))
-    if can_recompute(model):
+    if can_recompute_rows(model):
         kinds -= _STATE_KINDS
     implementation = attention_implementation(model)
     remedy = "Generate the rows one by one, unpadded"

@@ -17,34 +17,15 @@ from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
 from dspark_hf.generation.targets.recurrences import wrap_recurrences
 from dspark_hf.generation.targets.recurrent import RecurrentStates, is_recurrent_layer
 
-# by the module of their decoder: tests compare each with plain decoding
-_KNOWN = frozenset(
-    [
-        "qwen3_5",
-        "qwen3_5_moe",
-        "qwen3_next",
-        "qwen4_exp",
-        "olmo_hybrid",
-        "lara_mini",
-        "kimi_linear",
-        "glm5_next",
-        "bailing_hybrid",
-        "mamba2",
-        "bamba",
-        "falcon_h1",
-        "granitemoehybrid",
-        "nemotron_h",
-        "zamba2",
-        "mamba",
-        "falcon_mamba",
-        "jamba",
-        "zamba",
-    ]
-)
-# these have no state but the windows of their convolutions
-_CONVOLUTIONS = frozenset(("lfm2", "lfm2_moe", "lfm3"))
-# these have no state but the windows of their convolutions
-_CONVOLUTIONS = frozenset(("lfm2", "lfm2_moe", "lfm3"))
+_GATED_DELTA = ("qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp", "olmo_hybrid", "lara_mini")
+_KIMI_DELTA = ("kimi_linear", "glm5_next", "bailing_hybrid")
+_MAMBA = ("mamba", "falcon_mamba", "jamba", "zamba")
+_MAMBA_2 = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
+# families that tests compare with plain decoding, and whether they have a state beside windows of convolutions
+_KNOWN = {
+    **dict.fromkeys((*_GATED_DELTA, *_KIMI_DELTA, *_MAMBA, *_MAMBA_2), True),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), False),
+}
 _obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 
 
@@ -56,6 +37,11 @@ def recurrent_layers(model: PreTrainedModel) -> list[Any]:
 def can_recompute(model: PreTrainedModel) -> bool:
     """Return whether `model` has recurrent layers, and all of them can be taken back."""
     return obstacle(model) is None
+
+
+def can_recompute_rows(model: PreTrainedModel) -> bool:
+    """Return whether this holds for rows of their own lengths: a trial is made with one, so for known families."""
+    return _family(model) in _KNOWN and can_recompute(model)
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
@@ -70,13 +56,16 @@ def _find_obstacle(model: PreTrainedModel) -> str | None:
         layers = recurrent_layers(model)
         if not layers or not all(hasattr(layer, "number_of_states") for layer in layers):
             return "it has a form of its own"
-        is_wrapped = wrap_recurrences(model)
-        module = type(model.get_decoder()).__module__.split(".")
-        if module[:2] == ["transformers", "models"] and module[2] in (_KNOWN if is_wrapped else _CONVOLUTIONS):
-            return None
-        return _trial(model)
+        has_recurrence = wrap_recurrences(model)
+        return None if _KNOWN.get(_family(model)) == has_recurrence else _trial(model)
     except Exception as error:
         return f"a trial of the rollback ended with {type(error).__name__} ({error})"
+
+
+def _family(model: PreTrainedModel) -> str:
+    """Return the name of the family in Transformers, "" of a class from elsewhere."""
+    module = type(model.get_decoder()).__module__.split(".")
+    return module[2] if module[:2] == ["transformers", "models"] else ""
 
 
 @torch.no_grad()
