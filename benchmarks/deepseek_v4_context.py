@@ -432,7 +432,8 @@ def main(
         "",
         "Time on the processor, one thread, since the machine may be shared. 1 token: a decoding step. "
         f"{NUM_DRAFTS + 1} tokens: a pass that verifies {NUM_DRAFTS} drafts. DSpark round: such a pass, drafting with "
-        f"a random drafter of {len(way.drafter.layers)} stages, and all around it. Medians of {rounds} rounds, "
+        f'a random drafter of {len(way.drafter.layers)} stages, and all around it, with `scheduler="fixed"`: every '
+        f"such round made and verified its {NUM_DRAFTS} drafts. Medians of {rounds} rounds, "
         f"of {passes} passes each, in which models and contexts take turns. Growth: against the shortest context, the "
         "median of the rounds' ratios, with the lowest and the highest. A context that is there twice shows whether "
         "it matters how its cache was filled.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import signal
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +25,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from benchmarks.pages import FOLDER, write_page
+from benchmarks.provenance import describe_run
 from dspark_hf import DSparkAssistantModel
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.tiny import FAMILIES, tiny_target
 
 NUM_LAYERS = 4
 # every field that a configuration has of these is set; types and values follow what most families mean by the name
 _SIZES: dict[int | float, str] = {
-    64: "vocab_size vocab_size_per_layer_input text_vocab_size n_vocab entity_vocab_size",
+    64: "vocab_size unpadded_vocab_size vocab_size_per_layer_input text_vocab_size n_vocab entity_vocab_size",
     32: "hidden_size d_model n_embd dim emb_dim d_embed n_embed word_embed_proj_dim embedding_size "
     "input_embedding_size output_embedding_size shared_expert_intermediate_size mamba_d_inner",
     48: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_inner ffn_hidden_size dim_ff "
@@ -55,21 +58,62 @@ _SIZES: dict[int | float, str] = {
 }
 _FIELDS: dict[str, Any] = {name: value for value, names in _SIZES.items() for name in names.split()}
 _TOKENS: dict[str, Any] = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # what does not follow from the above
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blenderbot": {"num_hidden_layers": NUM_LAYERS},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "codegen": {"rotary_dim": 8},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gptj": {"rotary_dim": 8},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "granitemoehybrid": {
+        "num_hidden_layers": NUM_LAYERS,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": NUM_LAYERS},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "vision_output_dim": 64,
+            "image_size": 32,
+            "patch_size": 16,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+    },
     "mpt": {"use_cache": True},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {"indexer_compress_ratio": 4, "indexer_budget": 64},
     "reformer": {"axial_pos_embds": False, "num_attention_heads": 2, "feed_forward_size": 48},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
 _SECONDS_PER_TYPE = 60
+_TITLES = (
+    "identical",
+    "identical for one row, several refused",
+    "refused",
+    "without a text of their own",
+    "wrong",
+    "not tried",
+)
+_REMARKS = [
+    "A type that is not tried has no tiny model that this script could make of its configuration, or plain `generate`",
+    "does not take it. Types whose layers choose keys by a top-k (DeepSeek-V3.2 and its kin, Doge) are identical",
+    "here; beyond the number of keys that they choose, exact ties are cut by how many tokens a pass holds, so that",
+    "plain texts with and without a cache part there, too.",
+]
 _PROMPT_AND_OUTPUT = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 
 
@@ -132,7 +176,8 @@ def _try_type(model_type: str) -> Outcome:
                 found.append("fault")
                 notes[repr(error).splitlines()[0]] = None
         verdicts.append(_worst(found))
-    return Outcome(model_type, *verdicts, list(notes))
+    one_row, three_rows = verdicts
+    return Outcome(model_type, one_row, three_rows, list(notes))
 
 
 def _worst(found: list[str]) -> str:
@@ -148,7 +193,7 @@ def _fresh(model: PreTrainedModel, text: Tensor, padded: list[int]) -> DSparkAss
     return DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=4)
 
 
-def _compared(model: PreTrainedModel, inputs: dict[str, Tensor], plain: Tensor, written: Tensor) -> str:
+def _compared(model: Any, inputs: dict[str, Tensor], plain: Tensor, written: Tensor) -> str:
     """Return whether texts are equal, part where plain's two best scores are equal up to rounding, or differ."""
     if torch.equal(plain, written):
         return "identical"
@@ -167,7 +212,9 @@ def _compared(model: PreTrainedModel, inputs: dict[str, Tensor], plain: Tensor, 
     return "differs" if torch.equal(plain, uncached) else "plain varies"
 
 
-def _tiny(model_type: str) -> PreTrainedModel:
+def _tiny(model_type: str) -> Any:
+    if model_type in FAMILIES:
+        return tiny_target(model_type)
     torch.manual_seed(0)
     config = _tiny_config(CONFIG_MAPPING[model_type], _SPECIAL.get(model_type, {}))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -198,11 +245,9 @@ def _is_number(config_class: type[PreTrainedConfig], defaults: Any, name: str) -
         return False
     try:
         value = getattr(defaults, name)
-    except AttributeError:
+    except (AttributeError, NotImplementedError):
+        # there is none, or one that differs from layer to layer, or XLNet's
         return False
-    except ValueError:
-        # a field that differs from layer to layer
-        return True
     if value is None:
         return name == "head_dim"
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -227,7 +272,54 @@ def _first_line(error: BaseException) -> str:
 
 
 def _page(outcomes: list[Outcome]) -> list[str]:
-    return []
+    """Return the page of all outcomes."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(_group(outcome), []).append(outcome)
+    lines = [
+        "# Targets",
+        "",
+        "Every type of Transformers' causal LMs, tiny and random, greedy in fp32: is the text with a drafter the one",
+        "that plain `generate` gives? One row, and three of different lengths, with a fresh drafter and with one that",
+        "is right about two drafts of three. What is not served is refused in a sentence.",
+        "",
+        *describe_run(),
+        "",
+        "| outcome | types |",
+        "| --- | --- |",
+        *(f"| {title} | {len(groups.get(title, []))} |" for title in _TITLES),
+    ]
+    for title in _TITLES:
+        found = groups.get(title, [])
+        if not found:
+            continue
+        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        if title == _TITLES[0]:
+            lines += textwrap.wrap(", ".join(f"`{outcome.model_type}`" for outcome in found), 119)
+        else:
+            lines += ["| type | what is said |", "| --- | --- |"]
+            lines += [f"| `{outcome.model_type}` | {_said(outcome)} |" for outcome in found]
+    return [*lines, "", *_REMARKS]
+
+
+def _group(outcome: Outcome) -> str:
+    verdicts = (outcome.one_row, outcome.three_rows)
+    if "not tried" in verdicts:
+        return "not tried"
+    if "fault" in verdicts or "differs" in verdicts:
+        return "wrong"
+    if "plain varies" in verdicts:
+        return "without a text of their own"
+    are_served = [verdict in ("identical", "tie") for verdict in verdicts]
+    if all(are_served):
+        return _TITLES[0]
+    return "identical for one row, several refused" if are_served[0] else "refused"
+
+
+def _said(outcome: Outcome) -> str:
+    if "plain varies" in (outcome.one_row, outcome.three_rows):
+        return "plain `generate` itself gives another text with `use_cache=False`"
+    return " ".join(dict.fromkeys(outcome.notes)).replace("|", "\\|")
 
 
 if __name__ == "__main__":

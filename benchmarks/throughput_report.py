@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from benchmarks.loads import DEFAULT, FIXED, PLAIN, Measured
-from dspark_hf.figures import COLORS, STYLE, check_plotting, name_colors, new_figure, to_png
+from dspark_hf.figures import COLORS, GREY, STYLE, check_plotting, name_colors, name_figure, new_figure, to_png
 
 # what was measured at each number of rows: ways by name
 ByRows = Mapping[int, Mapping[str, Measured]]
@@ -59,31 +58,38 @@ def speculation_table(by_rows: ByRows) -> list[str]:
 
 
 def draw(by_rows: ByRows, title: str, path: Path) -> None:
-    """Draw throughput against rows, speed per row against throughput, and verified length against rows (PNG)."""
+    """Draw the speed of fixed drafts and of the default, plain = 1, by rows, with standard errors (PNG)."""
     check_plotting()
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(15, 4.6)
-        throughput, frontier, verified = figure.subplots(1, 3)
-        rows, ways = list(by_rows), list(next(iter(by_rows.values())))
+        figure = new_figure(8, 4.8)
+        axes = figure.subplots()
+        rows = list(by_rows)
+        # the others are in the table: more lines than four cannot be told apart
+        ways = [way for way in next(iter(by_rows.values())) if way in (*FIXED, DEFAULT)]
+        axes.axhline(1, color=GREY, linewidth=1)
         for index, way in enumerate(ways):
-            measured = [by_rows[count][way] for count in rows]
-            speeds = [one.speed for one in measured]
-            style: dict[str, Any] = {"color": COLORS[index], "marker": "o", "markersize": 4}
-            style["linewidth"] = 2.4 if way in (PLAIN, DEFAULT) else 1.2
-            throughput.plot(rows, speeds, **style)
-            frontier.plot(speeds, [speed / count for speed, count in zip(speeds, rows, strict=True)], **style)
-            if way != PLAIN:
-                verified.plot(rows, [1 + median(one.verified) for one in measured], **style)
-        throughput.set(title="Throughput", xlabel="rows", ylabel="tokens/s, all rows")
-        frontier.set(title="Speed of a row", xlabel="tokens/s, all rows", ylabel="tokens/s per row")
-        verified.set(title="Verified length", xlabel="rows", ylabel="tokens per row and pass")
-        for axes in (throughput, verified):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(rows, labels=[str(count) for count in rows])
+            pairs = [(by_rows[count][way], by_rows[count][PLAIN]) for count in rows]
+            ratios = [one.ratio_to(plain) for one, plain in pairs]
+            errors = [one.error_of_ratio_to(plain) for one, plain in pairs]
+            # side by side, so that bars do not hide each other
+            places = [count * 2 ** (0.06 * (index - (len(ways) - 1) / 2)) for count in rows]
+            axes.errorbar(
+                places,
+                ratios,
+                [0.0 if math.isnan(error) else error for error in errors],
+                color=COLORS[index],
+                marker="o",
+                markersize=5,
+                linewidth=2.4 if way == DEFAULT else 1.2,
+                capsize=2,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rows, labels=[str(count) for count in rows])
+        axes.set(xlabel="rows", ylabel="times the speed of plain generate", ylim=(0, None))
         name_colors(figure, ways)
-        figure.supxlabel(title, fontsize=9, color="#333333")
+        name_figure(figure, f"{title}; bars: standard error; the grey line is plain generate")
         path.write_bytes(to_png(figure))
 
 

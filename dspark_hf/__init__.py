@@ -10,6 +10,7 @@ from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM, DeepseekV4DSparkModel
+from dspark_hf.modeling.formats.auto import register_packagings
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.moved import install_old_names
 from dspark_hf.version import __version__ as __version__
@@ -36,5 +37,6 @@ AutoModelForCausalLM.register(DSparkConfig, DSparkAssistantModel, exist_ok=True)
 AutoConfig.register(DeepseekV4DSparkConfig.model_type, DeepseekV4DSparkConfig, exist_ok=True)
 AutoModel.register(DeepseekV4DSparkConfig, DeepseekV4DSparkModel, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, exist_ok=True)
+register_packagings()
 install_old_names()
 install_unless_refused()

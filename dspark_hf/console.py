@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def print_table(
+    console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, num_labels: int = 0
+) -> None:
+    """Print a title and a table of text; the first `num_labels` columns say what a row is of.
+
+    They are written below one another in one column where they would not fit beside each other: names are long,
+    terminals are not.
+    """
+    table = _build_table(headings, rows, num_labels)
+    if num_labels > 1 and Measurement.get(console, console.options, table).maximum > console.width:
+        stacked = [("\n".join(row[:num_labels]), *row[num_labels:]) for row in rows]
+        table = _build_table(("\n".join(headings[:num_labels]), *headings[num_labels:]), stacked, 1, show_lines=True)
+    console.print(Text(title, style="bold"))
+    console.print(table)
+
+
+def _build_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], num_labels: int, *, show_lines: bool = False
+) -> Table:
+    table = Table(show_lines=show_lines, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(headings):
+        if index < num_labels:
+            table.add_column(Text(heading), overflow="fold")
+        else:
+            table.add_column(Text(heading), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
 
 # what a terminal obeys instead of showing it: C0 but for line feed and tab, DEL, C1; and halves of characters, which
 # cannot be written at all

@@ -26,6 +26,8 @@ STYLE: Any = {
     "xtick.labelcolor": "#333333",
     "ytick.labelcolor": "#333333",
     "figure.constrained_layout.use": True,
+    # names are text, whatever dollar signs are in them
+    "text.parse_math": False,
 }
 
 
@@ -45,14 +47,22 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=_RESOLUTION)
 
 
-def name_colors(figure: Any, names: Sequence[str]) -> None:
-    """Write the names in their colours above the panels, if there is more than one."""
+def name_colors(figure: Any, names: Sequence[str], *, dashed: Sequence[str] = ()) -> None:
+    """Write the names in their colours above the panels, if there is more than one; lines of `dashed` ones are so."""
     if len(names) < 2:
         return
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=COLORS[index % len(COLORS)], linewidth=4, label=name) for index, name in enumerate(names)
+        Line2D(
+            [],
+            [],
+            color=COLORS[index % len(COLORS)],
+            linewidth=2 if name in dashed else 4,
+            linestyle="--" if name in dashed else "-",
+            label=name,
+        )
+        for index, name in enumerate(names)
     ]
     figure.legend(
         handles=handles,
@@ -60,9 +70,42 @@ def name_colors(figure: Any, names: Sequence[str]) -> None:
         ncols=4,
         frameon=False,
         labelcolor="linecolor",
-        handlelength=1,
+        handlelength=2 if dashed else 1,
         borderaxespad=0.2,
     )
+
+
+def name_figure(figure: Any, text: str) -> None:
+    """Write below the panels what the figure is of, so that the file alone tells it."""
+    figure.supxlabel(escape_math(text), fontsize=9, color="#333333")
+
+
+def escape_math(text: str) -> str:
+    """Return text that matplotlib takes for no formula, whatever names of files are in it."""
+    return text.replace("$", r"\$")
+
+
+def show_percent(axis: Any) -> None:
+    """Label an axis of shares with percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def draw_trust(
+    axes: Any, believed: Sequence[float], observed: Sequence[float], counts: Sequence[int], *, color: str = COLORS[0]
+) -> None:
+    """Draw bins of beliefs against what came of them: a dot each, its area after the number of cases in it.
+
+    On the grey line belief and outcome agree; below it lies over-confidence.
+    """
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
+    most = max(counts, default=1)
+    areas = [15 + 235 * count / most for count in counts]
+    axes.scatter(believed, observed, areas, color=color, alpha=0.7, linewidth=0, zorder=3)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        show_percent(axis)
 
 
 def to_png(figure: Any) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
+from dspark_hf.damage import index_files, read_object, weights_damage
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
+from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 DTYPES: Mapping[str, torch.dtype | str] = {
     "auto": "auto",
@@ -21,6 +24,11 @@ DTYPES: Mapping[str, torch.dtype | str] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TARGET = "the folder or hub name of a causal language model"
+_DRAFTER = "the folder or hub name of a DSpark drafter"
 
 
 def check_dtype(dtype: str) -> None:
@@ -47,59 +55,34 @@ def find_device(device: str) -> torch.device:
     return found
 
 
-def check_folder(option: str, name: str, what: str = "causal language model") -> None:
-    """Raise a `ValueError` if `name` is meant to be a folder that is not there, before a hub is asked for it.
-
-    `AUTHOR/MODEL` may be a folder or a name on the hub: it is taken for a slip where a folder `AUTHOR` is here, with
-    one in it that is called nearly so.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return
-    is_path = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))
-    there = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, there, n=1)
-    is_slip = near and len(path.parts) == 2 and not isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if not is_path and not is_slip:
-        return
-    hint = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Correct the path."
-    hub = " For the model of that name on the hub, run `hf download` first." * (not is_path)
-    raise ValueError(
-        f"`{option}` must be the folder or hub name of a {what}, got {name!r}: no folder of this name is here. "
-        f"{hint}{hub}"
-    )
-
-
-def read_drafter_config(option: str, name: str) -> DSparkConfig:
-    """Return the configuration of a drafter's folder or hub name, given as `option`.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    check_folder(option, name, "DSpark drafter")
-    try:
-        return DSparkConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`{option}` must be the folder or hub name of a DSpark drafter, got {name!r}, which cannot be read. "
-            f"Correct it. ({first_line(error)})"
-        ) from error
-
-
 def load_tokenizer(target: str) -> Any:
     """Return the tokenizer of a folder or hub name.
 
     Raises:
         ValueError: if it cannot be read.
     """
-    check_folder("--target", target)
-    try:
+    with _named("--target", _TARGET, target):
         return AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`--target` must be the folder or hub name of a causal language model, got {target!r}, whose tokenizer "
-            f"cannot be read. Correct it. ({first_line(error)})"
-        ) from error
+
+
+def read_drafter_config(drafter: str, option: str = "--drafter") -> DSparkConfig:
+    """Return the configuration of a drafter's folder or hub name.
+
+    Raises:
+        ValueError: if it cannot be read, or is none of a DSpark drafter; the message names `option`.
+    """
+    with _named(option, _DRAFTER, drafter):
+        return DSparkConfig.from_pretrained(drafter)
+
+
+def load_drafter(drafter: str, option: str = "--drafter", **options: Any) -> DSparkAssistantModel:
+    """Return the drafter of a folder or hub name, in evaluation mode; `options` go to `from_pretrained`.
+
+    Raises:
+        ValueError: if it cannot be read, or is no DSpark drafter; the message names `option`.
+    """
+    with _named(option, _DRAFTER, drafter):
+        return DSparkAssistantModel.from_pretrained(drafter, **options).eval()
 
 
 def load_target(
@@ -121,7 +104,6 @@ def load_target(
         ValueError: if the dtype, the device, the attention implementation or the target is not there.
     """
     check_dtype(dtype)
-    check_folder("--target", target)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": find_device(device)}}
     if attention != "auto":
         options["attn_implementation"] = attention
@@ -133,22 +115,100 @@ def load_target(
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(target)
-        is_deepseek_v4 = fields.get("model_type") == RELEASED_MODEL_TYPE
-        model_class: Any = DeepseekV4DSparkForCausalLM if is_deepseek_v4 else AutoModelForCausalLM
-        return model_class.from_pretrained(target, **options).eval()
-    except OSError as error:
-        raise ValueError(
-            f"`--target` must be the folder or hub name of a causal language model, got {target!r}, which cannot be "
-            f"read. Correct it. ({first_line(error)})"
-        ) from error
+        with _named("--target", _TARGET, target):
+            fields, _ = PreTrainedConfig.get_config_dict(target)
+            is_deepseek_v4 = fields.get("model_type") == RELEASED_MODEL_TYPE
+            model_class: Any = DeepseekV4DSparkForCausalLM if is_deepseek_v4 else AutoModelForCausalLM
+            return model_class.from_pretrained(target, **options).eval()
     except (ImportError, ValueError) as error:
-        if attention == "auto":
+        if attention == "auto" or isinstance(error.__cause__, OSError):
             raise
         raise ValueError(
             f"`--attention` must be one that the target can use here, got {attention!r}. Try auto. "
-            f"({first_line(error)})"
+            f"({first_line(error.__cause__ or error)})"
         ) from error
+
+
+@contextmanager
+def _named(option: str, what: str, name: str) -> Iterator[None]:
+    """Let errors in reading a model say what the user calls it."""
+    check_slip(name, option, what)
+    check_folder(name, option)
+    try:
+        yield
+    # the libraries that read a model's files raise anything where those are damaged, `Exception` itself included
+    except Exception as error:
+        message = str(error)
+        # our own messages say what to do, unless they name an argument that no user of a command has given, or a field
+        # without its file
+        is_own = message.startswith("`") and not message.startswith("`pretrained_model_name_or_path`")
+        is_own = is_own and name in message
+        if is_own or not is_damage(error):
+            raise
+        raise ValueError(
+            f"`{option}` must be {what}, got {name!r}, which cannot be read. Correct it. ({first_line(error)})"
+        ) from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether an error in reading files may come from the files, rather than from what is missing here."""
+    is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    return not is_out_of_memory and not isinstance(error, ImportError)
+
+
+def check_slip(name: str, option: str, what: str = _TARGET) -> None:
+    """Raise a `ValueError` if `name` is meant to be a folder that is not there, before a hub is asked for it.
+
+    `AUTHOR/MODEL` may be a folder or a name on the hub: it is taken for a slip where a folder `AUTHOR` is here, with
+    one in it that is called nearly so.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    is_path = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))
+    there = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, there, n=1)
+    is_slip = near and len(path.parts) == 2 and not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not is_path and not is_slip:
+        return
+    hint = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Correct the path."
+    hub = " For the model of that name on the hub, run `hf download` first." * (not is_path)
+    raise ValueError(f"`{option}` must be {what}, got {name!r}: no folder of this name is here. {hint}{hub}")
+
+
+def check_folder(name: str, option: str) -> None:
+    """Raise a `ValueError` that names the file if `name` is a folder with damaged configurations or weights.
+
+    Libraries that read them name no file, follow an index wherever it leads, and wait for pipes.
+    """
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            return
+        index = folder / _INDEX
+        files = {file for file in (folder / name for name in _CONFIGS) if _is_there(file)}
+        weights = index_files(index) if _is_there(index) else [_WEIGHTS] if _is_there(folder / _WEIGHTS) else []
+    except (OSError, ValueError) as error:
+        raise _damaged(option, folder / _INDEX, str(error)) from error
+    for file in sorted(files):
+        try:
+            read_object(file)
+        except ValueError as error:
+            raise _damaged(option, file, str(error)) from error
+    for file in (folder / name for name in weights):
+        if (damage := weights_damage(file)) is not None:
+            raise _damaged(option, file, damage)
+
+
+def _is_there(path: Path) -> bool:
+    # a link that leads nowhere is there, too
+    return path.exists() or path.is_symlink()
+
+
+def _damaged(option: str, file: Path, damage: str) -> ValueError:
+    return ValueError(
+        f"`{option}` must be a folder of whole files, got {str(file)!r}, which {damage}. Fetch it again."
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -11,14 +11,17 @@ import argparse
 from pathlib import Path
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.calibration.observations import collect_observations
-from dspark_hf.calibration.report import calibrate
-from dspark_hf.data.session import DataOptions, collect
+from dspark_hf.calibration import calibrate, collect_observations
+from dspark_hf.data import DataOptions, collect
 from dspark_hf.loading import load_target, load_tokenizer
-from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.conversations import read_conversations, split_held_out
-from dspark_hf.training.recipe import build_drafter, save_trained
-from dspark_hf.training.trainer import DSparkTrainer
+from dspark_hf.training import (
+    DSparkTrainer,
+    DSparkTrainingArguments,
+    build_drafter,
+    read_conversations,
+    save_trained,
+    split_held_out,
+)
 
 
 def main() -> None:

@@ -169,7 +169,8 @@ def collect_observations(
 
     Raises:
         ValueError: before any work if the drafter has no confidence head or belongs to another target, or a number
-            breaks its rule; afterwards if not a single draft was verified.
+            breaks its rule; after the first batch if the confidence is no number; at the end if not a single draft was
+            verified.
     """
     check_pair(target, drafter)
     options = _generate_options(temperature)
@@ -233,7 +234,13 @@ def _observe(
             "`dspark_hf` must be installed in Transformers to observe a drafter, got Transformers' own assisted "
             "decoding. Call `dspark_hf.install()`, and leave `DSPARK_HF_NO_INSTALL` unset."
         )
-    return read_observations(statistics, drafter.block_size, temperatures, range(first_id, first_id + len(prompts)))
+    found = read_observations(statistics, drafter.block_size, temperatures, range(first_id, first_id + len(prompts)))
+    is_observed = torch.arange(found.block_size) < found.num_observed[:, None]
+    if not found.confidence_logits[is_observed].isfinite().all():
+        raise ValueError(
+            "`drafter` must have a confidence in [0, 1], got NaN. Its weights are damaged: fetch or train it anew."
+        )
+    return found
 
 
 @contextmanager

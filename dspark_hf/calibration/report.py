@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.console import Console
 from torch import Tensor
 
 from dspark_hf.calibration.metrics import NUM_BINS, brier_score, expected_calibration_error, roc_auc
@@ -21,6 +20,7 @@ from dspark_hf.calibration.sts import (
     survival_probabilities,
     weighted_mean,
 )
+from dspark_hf.console import print_table
 
 
 @dataclass(frozen=True)
@@ -145,23 +145,20 @@ class CalibrationReport:
             for split, scores in splits
         }
 
-    def to_tables(self) -> list[Table]:
-        """Return tables of the scores on the validation prompts, for a `rich` console."""
+    def print_tables(self, console: Console) -> None:
+        """Print the scores on the validation prompts."""
         before, after = self.validation.before, self.validation.after
-        return [
-            self._table("Drafts 1 to k all accepted (survival)", before.survival, after.survival),
-            self._table("Draft k accepted, given those before it", before.conditional, after.conditional),
-        ]
+        for title, scores in (
+            ("Drafts 1 to k all accepted (survival)", (before.survival, after.survival)),
+            ("Draft k accepted, given those before it", (before.conditional, after.conditional)),
+        ):
+            headings = ("k", "T", "blocks", "seen", "believed", "ECE", "Brier", "AUC")
+            print_table(console, title, headings, self._rows(*scores))
+            console.print("pairs: at temperature 1, at T; on the prompts that were not fitted", "", style="dim")
 
-    def _table(self, title: str, before: Sequence[PositionScores], after: Sequence[PositionScores]) -> Table:
-        caption = "pairs: at temperature 1, at T; on the prompts that were not fitted"
-        table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.title_justify = table.caption_justify = "left"
-        for name in ("k", "T", "blocks", "seen", "believed", "ECE", "Brier", "AUC"):
-            table.add_column(name, justify="right", no_wrap=True)
-        rows = zip(self.temperatures, before, after, strict=True)
-        for number, (temperature, old, new) in enumerate(rows, start=1):
-            table.add_row(
+    def _rows(self, before: Sequence[PositionScores], after: Sequence[PositionScores]) -> list[tuple[str, ...]]:
+        return [
+            (
                 str(number),
                 f"{temperature:.3f}",
                 str(old.num_observations),
@@ -171,7 +168,10 @@ class CalibrationReport:
                     for name in ("mean_prediction", "ece", "brier", "auc")
                 ),
             )
-        return table
+            for number, (temperature, old, new) in enumerate(
+                zip(self.temperatures, before, after, strict=True), start=1
+            )
+        ]
 
 
 def calibrate(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dspark_hf.damage import read_object
 from dspark_hf.files import write_whole, write_whole_folder
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
@@ -62,7 +63,12 @@ def _is_own_layout(drafter: str | Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return read_object(path)
+    except ValueError as error:
+        raise ValueError(
+            f"`--drafter` must be a folder of whole files, got {str(path)!r}, which {error}. Fetch it again."
+        ) from error
 
 
 def _write_field(path: Path, temperatures: Sequence[float]) -> None:
@@ -73,8 +79,14 @@ def _write_field(path: Path, temperatures: Sequence[float]) -> None:
 
 def _copy(source: Path, folder: Path, temperatures: Sequence[float]) -> None:
     # links of a hub cache become files
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    shutil.copytree(source, folder, ignore=_not_the_drafters, ignore_dangling_symlinks=True, dirs_exist_ok=True)
     _write_field(folder / _CONFIG, temperatures)
+
+
+def _not_the_drafters(folder: str, names: list[str]) -> set[str]:
+    """Return what is not copied: folders elsewhere that links lead to, and what is neither file nor folder."""
+    paths = [Path(folder, name) for name in names]
+    return {path.name for path in paths if not path.is_file() and (path.is_symlink() or not path.is_dir())}
 
 
 def _convert(drafter: str | Path, folder: Path, temperatures: Sequence[float]) -> None:

@@ -96,7 +96,7 @@ def fit_sts(
     if reached[0] < min_reached:
         raise ValueError(
             f"`observations` must hold at least {min_reached} blocks (`min_reached`), got {reached[0]}. "
-            "Use more prompts, or longer answers."
+            "Use more prompts, or longer answers; `min_reached` may be lowered at the cost of noise."
         )
     temperatures: list[float] = []
     for count in reached:

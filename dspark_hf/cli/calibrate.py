@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.options import Dtype
+from dspark_hf.console import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +72,7 @@ def calibrate(
     console = Console()
     try:
         read = _check_request(drafter, prompts, num_prompts, output, report)
+        _check_min_reached(min_reached, len(read), max_new_tokens)
         with console.status("Loading the models ..."):
             models, encoded = _load(target, drafter, read, dtype.value, device, max_new_tokens)
         set_seed(seed)
@@ -85,29 +87,30 @@ def calibrate(
         result = _fit(observations, objective, min_reached)
         _show(console, result)
         if report is not None:
-            _write_report(report, result, observations, is_on_cpu=models.target.device.type == "cpu")
-            console.print(f"Report: {report}", soft_wrap=True)
+            title = f"{Path(drafter).name} for {Path(target).name}, validation prompts of {prompts.stem}"
+            _write_report(report, result, observations, title, is_on_cpu=models.target.device.type == "cpu")
+            say(console, f"Report: {report}")
         if not result.is_improvement and not force:
             console.print("Not saved: the validation prompts get no better. Use more prompts, or --force.")
             raise typer.Exit(1)
         folder = save_temperatures(drafter, result.temperatures, output)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(f"Saved: {folder}", soft_wrap=True)
+    say(console, f"Saved: {folder}")
 
 
 def _check_request(
     drafter: str, prompts: Path, num_prompts: int | None, output: Path | None, report: Path | None
 ) -> list[Prompt]:
     """Return the prompts, after all checks that need no model."""
-    from dspark_hf.calibration.diagrams import check_matplotlib
     from dspark_hf.calibration.observations import check_confidence_head
     from dspark_hf.calibration.saving import check_destination
+    from dspark_hf.figures import check_plotting
     from dspark_hf.loading import read_drafter_config
     from dspark_hf.prompts import read_prompts
 
     if report is not None:
-        check_matplotlib()
+        check_plotting()
         if report.exists() and not report.is_dir():
             raise ValueError(f"`--report` must be a folder, got the file {str(report)!r}. Name another.")
     if not prompts.is_file():
@@ -118,9 +121,22 @@ def _check_request(
             f"`--prompts` must hold at least 2 prompts, one to fit on and one to validate on, got {len(read)}. "
             "Add some."
         )
-    check_confidence_head(read_drafter_config("--drafter", drafter).enable_confidence_head)
+    config = read_drafter_config(drafter)
+    check_confidence_head(config.enable_confidence_head)
     check_destination(drafter, output)
     return read
+
+
+def _check_min_reached(min_reached: int, num_prompts: int, max_new_tokens: int) -> None:
+    """Raise a `ValueError` if no answers at all could give as many blocks as the fit needs."""
+    # every other prompt is fitted; the prefill writes the first token, and a round at least one, with room for a draft
+    most = (num_prompts + 1) // 2 * (max_new_tokens - 2)
+    if most < min_reached:
+        raise ValueError(
+            f"`--min-reached` must be at most {most}, as many blocks as {num_prompts} prompts, of which every other "
+            f"one is fitted, can give in {max_new_tokens} tokens, got {min_reached}. Give more `--prompts`, raise "
+            "`--max-new-tokens`, or lower it."
+        )
 
 
 def _load(
@@ -149,8 +165,7 @@ def _fit(observations: Observations, objective: Objective, min_reached: int) -> 
 
 
 def _show(console: Console, result: CalibrationReport) -> None:
-    for table in result.to_tables():
-        console.print(table)
+    result.print_tables(console)
     for note in result.notes:
         console.print(note, soft_wrap=True)
     for name, split in (("fitted", result.fitting), ("not fitted", result.validation)):
@@ -163,7 +178,9 @@ def _show(console: Console, result: CalibrationReport) -> None:
     console.print(f"Fitted to the {_OBJECTIVE_NAMES[result.fit.objective]}.")
 
 
-def _write_report(folder: Path, result: CalibrationReport, observations: Observations, *, is_on_cpu: bool) -> None:
+def _write_report(
+    folder: Path, result: CalibrationReport, observations: Observations, title: str, *, is_on_cpu: bool
+) -> None:
     from dspark_hf.calibration.diagrams import draw_reliability
     from dspark_hf.provenance import describe_run
 
@@ -172,4 +189,5 @@ def _write_report(folder: Path, result: CalibrationReport, observations: Observa
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     (folder / "calibration.json").write_text(text, encoding="utf-8")
     _, validation = observations.split_by_prompt()
-    draw_reliability(folder / "reliability.png", validation, result.temperatures, num_bins=result.num_bins)
+    path = folder / "reliability.png"
+    draw_reliability(path, validation, result.temperatures, num_bins=result.num_bins, title=title)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
+
+from dspark_hf.console import printable
 
 
 class PackageCommand(TyperCommand):
@@ -14,7 +17,12 @@ class PackageCommand(TyperCommand):
     # Any: a context of click's, or of the copy of click inside newer versions of typer
     def invoke(self, ctx: Any) -> Any:
         load_package()
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            # it may quote a file, a server or a model
+            error.message = printable(error.message)
+            raise
 
 
 def load_package() -> None:

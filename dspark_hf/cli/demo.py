@@ -44,13 +44,13 @@ def demo(
     # imported here, so that the help is instant
     from dspark_hf.demo.app import DemoOptions, run_demo
     from dspark_hf.demo.packaged import UnavailableError
-    from dspark_hf.loading import check_folder, read_drafter_config
+    from dspark_hf.loading import check_slip, read_drafter_config
 
     try:
         if drafter is not None:
-            read_drafter_config("--drafter", drafter)
+            read_drafter_config(drafter)
         if target is not None:
-            check_folder("--target", target)
+            check_slip(target, "--target")
         options = DemoOptions(
             model=model.value,
             target=target,
@@ -67,5 +67,7 @@ def demo(
     except UnavailableError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if not is_right:
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.options import Dtype
+from dspark_hf.console import say
 
 
 def evaluate(
@@ -46,7 +47,7 @@ def evaluate(
         "evaluation"
     ),
 ) -> None:
-    """Measure drafters on prompt files: accepted length, speed, reliability; Ctrl-C keeps what is measured."""
+    """Measure drafters on prompt files: accepted length, speed, reliability; after Ctrl-C the same command goes on."""
     # imported here, so that the help is instant
     from dspark_hf.evaluation.display import print_evaluation
     from dspark_hf.evaluation.run import EvaluationRequest, run_request
@@ -75,11 +76,16 @@ def evaluate(
                 schedulers=DEFAULT_SCHEDULERS if scheduler is None else tuple(scheduler),
             ),
         )
-        evaluation = run_request(request, console)
+        evaluation, recording = run_request(request, console)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    print_evaluation(evaluation, console)
+    # before anything is shown: what was measured took hours
     paths = write_evaluation(evaluation, output)
-    console.print(f"Written: {len(paths)} files; read {paths[-1]}", soft_wrap=True)
+    if evaluation.ended_by is None:
+        recording.discard()
+    else:
+        say(console, "The same command goes on where this one ended.")
+    print_evaluation(evaluation, console)
+    say(console, f"Written: {len(paths)} files; read {paths[-1]}")
     if evaluation.ended_by is not None or evaluation.has_mismatch:
         raise typer.Exit(1)

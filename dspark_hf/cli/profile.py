@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.options import Attention, Dtype
-from dspark_hf.console import progress_bar
+from dspark_hf.console import progress_bar, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -76,8 +76,10 @@ def profile(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except OSError as error:
+        place = "`DSPARK_HF_PROFILES` or the cache" if output is None else "`--output`"
         raise typer.BadParameter(
-            f"`--output` must be a folder that can be written to, got {str(output)!r}. Name another. ({error})"
+            f"{place} must be a folder that can be written to, got {str(output or error.filename)!r}. Name another "
+            f"with `--output`. ({error})"
         ) from error
     except KeyboardInterrupt:
         typer.echo("\nStopped. Nothing was written.", err=True)
@@ -86,9 +88,9 @@ def profile(
     console.print(f"{type(model).__name__}, {key.dtype}, {key.attention} attention, {key.device}", highlight=False)
     for note in notes:
         console.print(note, soft_wrap=True)
-    console.print(f"Profile: {path}", soft_wrap=True, highlight=False)
+    say(console, f"Profile: {path}")
     if output is not None:
-        console.print(f"generate finds it with DSPARK_HF_PROFILES={output}", soft_wrap=True, highlight=False)
+        say(console, f"generate finds it with DSPARK_HF_PROFILES={output}")
     if figure is not None:
         try:
             write_whole(figure, draw_costs(table, f"{Path(target).name}, {key.dtype}, {key.device}"))
@@ -96,7 +98,7 @@ def profile(
             raise typer.BadParameter(
                 f"`--figure` must be a file that can be written, got {str(figure)!r}. Name another. ({error})"
             ) from error
-        console.print(f"Figure: {figure}", soft_wrap=True, highlight=False)
+        say(console, f"Figure: {figure}")
 
 
 def _check_request(
@@ -110,7 +112,7 @@ def _check_request(
     from transformers import AutoConfig
 
     from dspark_hf.figures import check_plotting
-    from dspark_hf.loading import check_folder, first_line, read_drafter_config
+    from dspark_hf.loading import check_folder, check_slip, first_line, read_drafter_config
     from dspark_hf.profiling.grid import make_grid
 
     if output is not None and output.exists() and not output.is_dir():
@@ -121,8 +123,9 @@ def _check_request(
             raise ValueError(f"`--figure` must be a file that ends in .png, got {str(figure)!r}. Name another.")
     # the sizes first: what can be told without a file is told without one
     make_grid(*sizes, block_size=None, max_positions=None)
-    block_size = None if drafter is None else read_drafter_config("--drafter", drafter).block_size
-    check_folder("--target", target)
+    block_size = None if drafter is None else read_drafter_config(drafter).block_size
+    check_slip(target, "--target")
+    check_folder(target, "--target")
     try:
         config = AutoConfig.from_pretrained(target).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
@@ -134,12 +137,12 @@ def _check_request(
 
 
 def _load_drafter(drafter: str, target: Any) -> Any:
-    from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+    from dspark_hf.loading import load_drafter
 
     if drafter == target.name_or_path:
         # DeepSeek-V4's own, whose weights may stay in the checkpoint's formats
         return target.dspark
-    return DSparkAssistantModel.from_pretrained(drafter, dtype=target.dtype).to(target.device).eval()
+    return load_drafter(drafter, dtype=target.dtype).to(target.device)
 
 
 def _check_sizes(workload: StepTimer, grid: Grid) -> None:

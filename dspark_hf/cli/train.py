@@ -154,8 +154,7 @@ def train(
     # imported here, so that the help is instant
     from transformers import set_seed
 
-    from dspark_hf.loading import load_target, load_tokenizer, read_drafter_config
-    from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+    from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
     from dspark_hf.training.checkpoints import RESULT, check_output
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
@@ -175,7 +174,7 @@ def train(
         check_output(output)
         layer_ids = _layer_ids(target_layers)
         if drafter is not None:
-            read_drafter_config("--drafter", drafter)
+            read_drafter_config(drafter)
         arguments = _arguments(
             output,
             chosen,
@@ -205,7 +204,7 @@ def train(
         training, held_out = _read(data, tokenizer, max_length, num_held_out, _vocab_size(model))
         set_seed(seed)
         if drafter is not None:
-            start = DSparkAssistantModel.from_pretrained(drafter, dtype="float32")
+            start = load_drafter(drafter, dtype="float32")
         else:
             start = build_drafter(
                 model,

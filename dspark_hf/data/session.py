@@ -23,8 +23,7 @@ from dspark_hf.data.sources import (
 )
 from dspark_hf.data.writers import DEFAULT_SAMPLINGS, LocalWriter, Sampling, Writer
 from dspark_hf.journal import Journal
-from dspark_hf.loading import check_dtype, load_target, load_tokenizer, read_drafter_config
-from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+from dspark_hf.loading import check_dtype, load_drafter, load_target, load_tokenizer, read_drafter_config
 from dspark_hf.prompts import Prompt, encode_prompt, has_chat_template, read_prompts
 
 
@@ -279,9 +278,9 @@ def _make_writer(options: DataOptions, tokenizer: Any) -> Writer:
 
 def _load_writer(options: DataOptions, tokenizer: Any) -> LocalWriter:
     if options.drafter is not None:
-        read_drafter_config("--drafter", options.drafter)
+        read_drafter_config(options.drafter)
     target = load_target(options.target, dtype=options.dtype, device=options.device)
     drafter = None
     if options.drafter is not None:
-        drafter = DSparkAssistantModel.from_pretrained(options.drafter, dtype=target.dtype).to(target.device).eval()
+        drafter = load_drafter(options.drafter, dtype=target.dtype).to(target.device)
     return LocalWriter(target, tokenizer, drafter=drafter, batch_size=options.batch_size)

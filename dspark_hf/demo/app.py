@@ -6,21 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dspark_hf.console import quiet_transformers
+from dspark_hf.console import quiet_transformers, say
 from dspark_hf.demo.comparison import Answer, Comparison, answer, encode_prompt
 from dspark_hf.demo.display import DRAFT_STYLE, piece_printer, print_results
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.demo.prompts import DEMO_PROMPTS
 from dspark_hf.demo.streaming import TimedStreamer
+from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
 
     Raises:
         UnavailableError: if the packaged model or its drafter is not there.
+        ValueError: if a model that was named cannot be read.
     """
     with quiet_transformers():
         demo = _Demo(options, console)
@@ -82,15 +81,15 @@ class _Demo:
     def _load(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, DSparkAssistantModel]:
         options, model = self._options, PACKAGED_MODELS[self._options.model]
         # asked for first: without a drafter there is nothing to convert a target for
-        drafter_folder = options.drafter or shipped_drafter(model)
+        drafter_folder = str(options.drafter or shipped_drafter(model))
+        read_drafter_config(drafter_folder)
         with self._console.status("Loading the models (the first time, the target's weights are converted) ..."):
-            target_folder = options.target or converted_target(options.model)
-            dtype = _DTYPES[options.dtype]
-            tokenizer = AutoTokenizer.from_pretrained(target_folder)
-            target = AutoModelForCausalLM.from_pretrained(target_folder, dtype=dtype)
-            drafter = DSparkAssistantModel.from_pretrained(drafter_folder, dtype=dtype)
-        self._console.print(f"target   {options.target or model.title}, {options.dtype}, from {target_folder}")
-        self._console.print(f"drafter  up to {drafter.block_size} drafts a round, from {drafter_folder}")
+            target_folder = str(options.target or converted_target(options.model))
+            tokenizer = load_tokenizer(target_folder)
+            target = load_target(target_folder, dtype=options.dtype, device="cpu")
+            drafter = load_drafter(drafter_folder, dtype=target.dtype)
+        say(self._console, f"target   {options.target or model.title}, {options.dtype}, from {target_folder}")
+        say(self._console, f"drafter  up to {drafter.block_size} drafts a round, from {drafter_folder}")
         return tokenizer, target, drafter
 
     def run(self) -> list[Comparison]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from dspark_hf.console import print_table, printable
 from dspark_hf.demo.comparison import Comparison, Summary, summarize
 
 DRAFT_STYLE = "bold green"
@@ -15,10 +15,13 @@ _BAR_WIDTH = 30
 
 
 def piece_printer(console: Console) -> Callable[[str, bool], None]:
-    """Return a function that appends a piece of text to the line, in green if it was a draft."""
+    """Return a function that appends a piece of text to the line, in green if it was a draft.
+
+    The text is the model's own: a terminal shows it, and obeys nothing in it.
+    """
 
     def show(piece: str, is_draft: bool) -> None:
-        console.print(Text(piece, style=DRAFT_STYLE if is_draft else ""), end="", soft_wrap=True)
+        console.print(Text(printable(piece), style=DRAFT_STYLE if is_draft else ""), end="", soft_wrap=True)
 
     return show
 
@@ -26,17 +29,10 @@ def piece_printer(console: Console) -> Callable[[str, bool], None]:
 def print_results(console: Console, comparisons: Sequence[Comparison], *, is_exact: bool) -> None:
     """Print the table, the acceptance by position, and what they say."""
     total = summarize(comparisons)
-    table = Table(title="The same answers, with and without a drafter")
-    table.add_column("prompt", justify="right")
-    table.add_column("identical", justify="center")
-    table.add_column("tau", justify="right")
-    for heading in ("target passes\nplain", "\nDSpark", "tokens/s\nplain", "\nDSpark", "\nratio"):
-        table.add_column(heading, justify="right")
-    for number, comparison in enumerate(comparisons, start=1):
-        table.add_row(str(number), *_cells(summarize([comparison])))
-    table.add_section()
-    table.add_row("all", *_cells(total), style="bold")
-    console.print(table)
+    headings = ("prompt", "identical", "tau", "passes\nplain", "\nDSpark", "tokens/s\nplain", "\nDSpark", "\nratio")
+    rows = [(str(number), *_cells(summarize([one]))) for number, one in enumerate(comparisons, start=1)]
+    title = "The same answers, with and without a drafter"
+    print_table(console, title, headings, [*rows, ("all", *_cells(total))])
     console.print("tau: tokens per round, the target's own token included. Times: medians.")
     _print_accept_rates(console, total)
     console.print(_verdict(total, is_exact=is_exact))

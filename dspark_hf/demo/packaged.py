@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import dspark_hf
-from dspark_hf.files import write_whole_folder
+from dspark_hf.damage import read_object
+from dspark_hf.files import replace_whole_folder
+from dspark_hf.loading import check_folder, first_line, is_damage
 
 
 class UnavailableError(RuntimeError):
@@ -104,7 +107,8 @@ def converted_target(name: str) -> Path:
     The folder lies in Hugging Face's assets cache, so `HF_HOME`, `HF_ASSETS_CACHE` and `XDG_CACHE_HOME` move it.
 
     Raises:
-        UnavailableError: if the package, or the one that reads GGUF files, is not installed.
+        UnavailableError: if the package, or the one that reads GGUF files, is not installed, or its weights are
+            damaged.
     """
     model = PACKAGED_MODELS[name]
     if find_spec(model.module) is None:
@@ -114,12 +118,13 @@ def converted_target(name: str) -> Path:
         )
     cache = cached_assets_path("dspark_hf", namespace="packaged", subfolder="models")
     folder = cache / f"{model.package}-{metadata.version(model.package)}"
-    if not folder.is_dir():
+    if not is_whole(folder):
         if find_spec("gguf") is None:
             raise UnavailableError(
                 f"`gguf` must be installed to read packaged weights, got no such package. Run `{_pip('gguf')}`."
             )
-        write_whole_folder(folder, lambda empty: _convert(model, empty))
+        # the cache is ours alone: what is damaged in it is given up
+        replace_whole_folder(folder, lambda empty: _convert(model, empty), lambda name: True)
     return folder
 
 
@@ -128,9 +133,33 @@ def _pip(arguments: str) -> str:
     return f"{sys.executable} -m pip install {arguments}"
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether a converted target is all there, by what its files hold."""
+    try:
+        check_folder(str(folder), "--target")
+        read_object(folder / "tokenizer.json")
+    except ValueError:
+        return False
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
 def _convert(model: PackagedModel, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as workspace:
-        gguf = model.find_gguf(Path(workspace))
+        convert_gguf(
+            model.find_gguf(Path(workspace)),
+            folder,
+            f"Reinstall it: `{_pip(f'--force-reinstall {model.requirement}')}`.",
+        )
+
+
+def convert_gguf(gguf: Path, folder: Path, remedy: str) -> None:
+    """Write the model and the tokenizer of a GGUF file into an empty folder.
+
+    Raises:
+        UnavailableError: if the file is damaged; the message names it, and ends with `remedy`.
+    """
+    try:
+        _check_gguf(gguf)
         # a model that stays marked as quantised refuses to be saved
         target = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -138,5 +167,28 @@ def _convert(model: PackagedModel, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        target.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # readers of GGUF raise whatever the first wrong number leads to, `Exception` itself included
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise UnavailableError(
+            f"`--model` must name a package whose weights are whole, got {str(gguf)!r}, which cannot be read "
+            f"({type(error).__name__}: {first_line(error)}). {remedy}"
+        ) from error
+    target.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_gguf(path: Path) -> None:
+    """Raise a `ValueError` for what no reader should begin with."""
+    if not path.is_file():
+        raise ValueError("no file")
+    with path.open("rb") as file:
+        start = file.read(24)
+    if len(start) < 24 or not start.startswith(b"GGUF"):
+        raise ValueError("it does not begin as GGUF does")
+    counts = struct.unpack("<QQ", start[8:])
+    # each tensor and each field takes some bytes: readers believe these numbers, whatever they are
+    if max(counts) > path.stat().st_size:
+        raise ValueError(f"it names {max(counts)} tensors or fields in {path.stat().st_size} bytes")

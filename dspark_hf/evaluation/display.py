@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from dspark_hf.console import print_table
 from dspark_hf.evaluation.results import Evaluation
 from dspark_hf.evaluation.tables import (
-    TextTable,
     acceptance_table,
     headline,
     position_table,
+    recommendation,
     reliability_table,
     remarks,
     speed_table,
@@ -23,20 +23,11 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for make in (acceptance_table, position_table, speed_table, reliability_table):
         table = make(evaluation)
         if table.rows:
-            console.print(_render(table))
+            print_table(console, table.title, table.headings, table.rows, num_labels=table.num_labels)
             console.print(Text(table.explanation, style="dim"), "")
     console.print(Text(headline(evaluation), style="bold"))
+    advice = recommendation(evaluation)
+    if advice is not None:
+        console.print(Text(advice))
     for remark in remarks(evaluation):
         console.print(Text(remark, style="yellow"))
-
-
-def _render(table: TextTable) -> Table:
-    # labels below one another in one column: names are long, terminals are not
-    rendered = Table(title=Text(table.title), title_justify="left", show_lines=table.num_labels > 1)
-    rendered.add_column(Text("\n".join(table.headings[: table.num_labels])), overflow="fold")
-    for heading in table.headings[table.num_labels :]:
-        rendered.add_column(Text(heading), justify="right", no_wrap=True)
-    for row in table.rows:
-        labels, cells = row[: table.num_labels], row[table.num_labels :]
-        rendered.add_row(Text("\n".join(labels)), *(Text(cell) for cell in cells))
-    return rendered

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dspark_hf.console import printable
 from dspark_hf.evaluation.settings import name_all
-from dspark_hf.loading import load_target, load_tokenizer, read_drafter_config
+from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import Prompt, encode_prompt, read_prompts
@@ -34,7 +35,7 @@ def read_prompt_sets(files: Sequence[Path], limit: int | None) -> dict[str, list
     for path in files:
         if not path.is_file():
             raise ValueError(f"`PROMPT_FILES` must be files, got {str(path)!r}, which is none. Correct the path.")
-    named = name_all(list(files), "PROMPT_FILES", lambda path: path.stem)
+    named = name_all(list(files), "PROMPT_FILES", lambda path: printable(path.stem))
     return {name: read_prompts(path, limit) for name, path in named.items()}
 
 
@@ -46,7 +47,7 @@ def check_drafters(names: Sequence[str], num_drafts: int | None) -> dict[str, DS
     """
     configurations = {}
     for short, path in name_all([Path(name) for name in names], "--drafter and --baseline", _folder_name).items():
-        config = read_drafter_config("--drafter or --baseline", str(path))
+        config = read_drafter_config(str(path), "--drafter and --baseline")
         if num_drafts is not None and num_drafts > config.block_size:
             raise ValueError(
                 f"`--num-drafts` must lie in [1, {config.block_size}] for {short} (its block_size), got {num_drafts}. "
@@ -60,14 +61,11 @@ def load_models(target: str, drafters: Mapping[str, str], *, dtype: str, device:
     """Load the target, its tokenizer and its drafters, given by name; drafters compute in the target's dtype.
 
     Raises:
-        ValueError: if the dtype, the device or the target is not there.
+        ValueError: if the dtype or the device is not there, or a model cannot be read.
     """
     loaded = load_target(target, dtype=dtype, device=device)
     tokenizer = load_tokenizer(target)
-    assistants = {
-        name: DSparkAssistantModel.from_pretrained(path, dtype=loaded.dtype).to(loaded.device).eval()
-        for name, path in drafters.items()
-    }
+    assistants = {name: load_drafter(path, dtype=loaded.dtype).to(loaded.device) for name, path in drafters.items()}
     return Models(loaded, tokenizer, assistants)
 
 
@@ -93,4 +91,4 @@ def encode_sets(sets: Mapping[str, Sequence[Prompt]], models: Models, max_new_to
 
 
 def _folder_name(path: Path) -> str:
-    return path.resolve().name if path.is_dir() else path.name
+    return printable(path.resolve().name if path.is_dir() else path.name)

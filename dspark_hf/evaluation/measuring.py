@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_hf.evaluation.recording import Recording, Turn
 from dspark_hf.evaluation.records import Answer, round_records
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.generation.scheduling import FixedScheduler
@@ -21,9 +22,6 @@ PLAIN = "plain"
 # every draft is verified: only then is known what a threshold would have done
 WHOLE_BLOCKS = FixedScheduler.name
 _WARM_UP_TOKENS = 8
-
-# what one prompt, or one batch of them, was answered: one list per way, one answer per repeat
-Turn = dict[str, list[Answer]]
 
 
 @dataclass
@@ -52,6 +50,7 @@ class Measuring:
         drafters: who assists, by name.
         sets: every set's prompts, token ids `(1, T)` each.
         settings: how to measure.
+        recording: where turns are written as they come, and looked for first; None for nowhere.
     """
 
     def __init__(
@@ -60,7 +59,9 @@ class Measuring:
         drafters: Mapping[str, DSparkAssistantModel],
         sets: Mapping[str, Sequence[Tensor]],
         settings: EvaluationSettings,
+        recording: Recording | None = None,
     ):
+        self._recording = recording
         self._target = target
         self._drafters = drafters
         self._ways: dict[str, tuple[DSparkAssistantModel, str] | None] = {PLAIN: None}
@@ -77,17 +78,18 @@ class Measuring:
         """Measure everything; `advance` is called after every turn with the name of its set.
 
         Raises:
-            ValueError: before anything is measured, if a drafter was not made for the target.
+            ValueError: before anything is measured, if a drafter was not made for the target, or its confidence is no
+                number.
         """
         self._check_drafters()
         self._warm_up()
         for measurement in self.measurements:
             prompts = self._sets[measurement.name]
             for index, token_ids in enumerate(prompts):
-                measurement.turns.append(self._turn([token_ids], measurement.temperature, index))
+                measurement.turns.append(self._known_turn([token_ids], measurement, index, is_batch=False))
                 advance(measurement.name)
             for index, batch in enumerate(self._batches(prompts)):
-                measurement.batched_turns.append(self._turn(batch, measurement.temperature, index))
+                measurement.batched_turns.append(self._known_turn(batch, measurement, index, is_batch=True))
                 advance(measurement.name)
 
     def _batches(self, prompts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -102,7 +104,23 @@ class Measuring:
     def _warm_up(self) -> None:
         token_ids = next(iter(self._sets.values()))[0]
         for way in self._ways:
-            self._answer([token_ids], way, 0.0, seed=0, max_new_tokens=_WARM_UP_TOKENS)
+            answer = self._answer([token_ids], way, 0.0, seed=0, max_new_tokens=_WARM_UP_TOKENS)
+            if not all(one.has_finite_confidence for one in answer.rounds or ()):
+                raise ValueError(
+                    f"`--drafter` and `--baseline` must have a confidence in [0, 1], got NaN from {way}. Its weights "
+                    "are damaged: fetch or train it anew."
+                )
+
+    def _known_turn(
+        self, prompts: Sequence[Tensor], measurement: SetMeasurement, index: int, *, is_batch: bool
+    ) -> Turn:
+        key = (measurement.name, measurement.temperature, is_batch, index)
+        turn = None if self._recording is None else self._recording.get(key)
+        if turn is None:
+            turn = self._turn(prompts, measurement.temperature, index)
+            if self._recording is not None:
+                self._recording.add(key, turn)
+        return turn
 
     def _turn(self, prompts: Sequence[Tensor], temperature: float, index: int) -> Turn:
         ways = list(self._ways)

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dspark_hf.evaluation.intervals import Estimate
+from dspark_hf.evaluation.prediction import PredictedSpeed, best, speed_by_drafts, speed_by_threshold
 from dspark_hf.evaluation.results import DrafterResult, Evaluation, SetResult
 from dspark_hf.evaluation.sweep import SweepPoint
-from dspark_hf.figures import COLORS, GREY, STYLE, check_plotting, name_colors, new_figure, to_png
+from dspark_hf.figures import (
+    COLORS,
+    GREY,
+    STYLE,
+    check_plotting,
+    draw_trust,
+    escape_math,
+    name_colors,
+    name_figure,
+    new_figure,
+    show_percent,
+    to_png,
+)
 
 _PANELS_PER_ROW = 3
+# inches, of every figure
+_WIDTH = 11.5
 # rounds below which a point says little
 _FEW = 20
 
@@ -52,23 +68,24 @@ def draw_figures(evaluation: Evaluation) -> list[Figure]:
         figures = [_accepted_length(evaluation)]
         for temperature in evaluation.settings.temperatures:
             sets = [one for one in evaluation.sets if one.temperature == temperature]
-            figures += _of_temperature(sets, temperature) if sets else []
+            figures += _of_temperature(evaluation, sets, temperature) if sets else []
     return figures
 
 
-def _of_temperature(sets: Sequence[SetResult], temperature: float) -> Iterator[Figure]:
-    suffix, way = f"temperature_{temperature:g}", _way(temperature)
+def _of_temperature(evaluation: Evaluation, sets: Sequence[SetResult], temperature: float) -> Iterator[Figure]:
+    suffix, about = f"temperature_{temperature:g}", f"{_sampling(temperature)}, {_about(evaluation, sets)}"
     if any(result.acceptance.rate_by_position for one_set in sets for result in one_set.drafters):
-        yield _acceptance_by_position(sets, suffix, way)
+        yield _acceptance_by_position(sets, suffix, about)
     for index, first in enumerate(sets[0].drafters):
         pairs = [(one_set.name, one_set.drafters[index]) for one_set in sets]
         # without a confidence head there is nothing to draw, and nothing without a round either
         pairs = [(name, result) for name, result in pairs if result.sweep and result.reliability]
         if pairs:
             of = f"{_file_stem(first.drafter)}_{suffix}"
-            yield _threshold_sweep(pairs, of, f"{first.drafter}, {way}")
-            yield _survival_by_position(pairs, of, f"{first.drafter}, {way}")
-            yield _reliability(pairs, of, f"{first.drafter}, {way}")
+            block_size = evaluation.settings.num_drafts or evaluation.drafters[index].block_size
+            yield _threshold_sweep(pairs, of, f"{first.drafter}, {about}", block_size)
+            yield _survival_by_position(pairs, of, f"{first.drafter}, {about}")
+            yield _reliability(pairs, of, f"{first.drafter}, {about}")
 
 
 def _accepted_length(evaluation: Evaluation) -> Figure:
@@ -76,18 +93,18 @@ def _accepted_length(evaluation: Evaluation) -> Figure:
     drafters = [drafter.name for drafter in evaluation.drafters]
     num_rows = len(evaluation.sets)
     spacing = len(drafters) + 0.7
-    figure = new_figure(10, 1.5 + 0.34 * spacing * num_rows)
+    figure = new_figure(_WIDTH, 1.7 + 0.34 * spacing * num_rows)
     left, right = figure.subplots(1, 2, sharey=True)
     for row, one_set in enumerate(evaluation.sets):
         for index, result in enumerate(one_set.drafters):
-            y, color = row * spacing + index, COLORS[index % len(COLORS)]
+            y, color = row * spacing + index, _color(index)
             tau, speed = result.acceptance.tau, result.speeds[0]
             if tau is not None:
                 _dot(left, tau.value, y, tau.low, tau.high, color, f"{tau.value:.2f}")
             _dot(right, speed.ratio, y, speed.lowest_ratio, speed.highest_ratio, color, f"{speed.ratio:.2f}x")
     middle = (len(drafters) - 1) / 2
     has_several = len(evaluation.settings.temperatures) > 1
-    names = [f"{one.name}, {_way(one.temperature)}" if has_several else one.name for one in evaluation.sets]
+    names = [f"{one.name}, {_sampling(one.temperature)}" if has_several else one.name for one in evaluation.sets]
     left.set_yticks([row * spacing + middle for row in range(num_rows)], names)
     left.set_ylim(num_rows * spacing - 0.7 - 0.2, -0.8)
     for axes, title, label in (
@@ -98,15 +115,24 @@ def _accepted_length(evaluation: Evaluation) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set(title=title, xlabel=label)
-        axes.margins(x=0.25)
+    _fix_scale(left, 1.0)
+    # a few per cent must look like a few per cent
+    _fix_scale(right, 0.0)
     name_colors(figure, drafters)
     return _finish(
         figure,
         "accepted_length",
-        "Accepted length and speed",
+        f"Accepted length and speed, {_about(evaluation, evaluation.sets)}",
         "Left: tokens per target pass with 95% intervals over prompts. Right: speed against plain generate with the "
         "range of the repeats. The grey line at 1 is plain generate.",
     )
+
+
+def _fix_scale(axes: Any, start: float) -> None:
+    """Let an axis begin at `start`, or below where a point lies there, with room for the numbers beside the points."""
+    low, high = axes.dataLim.intervalx
+    high = max(high, 1.1)
+    axes.set_xlim(min(low, start) - 0.04 * (high - start), high + 0.25 * (high - min(low, start)))
 
 
 def _dot(axes: Any, x: float, y: float, low: float | None, high: float | None, color: str, text: str) -> None:
@@ -115,57 +141,86 @@ def _dot(axes: Any, x: float, y: float, low: float | None, high: float | None, c
     axes.annotate(text, (max(x, high or x), y), (8, 0), textcoords="offset points", va="center", color=color)
 
 
-def _acceptance_by_position(sets: Sequence[SetResult], suffix: str, way: str) -> Figure:
+def _acceptance_by_position(sets: Sequence[SetResult], suffix: str, about: str) -> Figure:
     def draw(axes: Any, one_set: SetResult) -> None:
         lines = []
         for index, result in enumerate(one_set.drafters):
             rates = result.acceptance.rate_by_position
             positions = range(1, len(rates) + 1)
-            color = COLORS[index % len(COLORS)]
+            color = _color(index)
             values, counts = [rate.value for rate in rates], result.acceptance.verified_by_position
             lines.append(_Line(result.drafter, color, positions, values, rates, counts))
         _draw_lines(axes, lines)
         _format_positions(axes, one_set.name)
 
-    figure = _small_multiples(sets, draw, "accepted, given the prefix was", y_limits=(0, 1))
+    figure = _small_multiples(sets, draw, "accepted, if those before it were", y_limits=(0, 1))
     name_colors(figure, [result.drafter for result in sets[0].drafters])
     return _finish(
         figure,
         f"acceptance_by_position_{suffix}",
-        f"Acceptance by position, {way}",
+        f"Acceptance by position, {about}",
         "Share of the drafts at each position that the target takes, of the times it took all before them; shaded: "
         f"95% intervals over prompts; hollow: fewer than {_FEW} rounds came so far. Drafters without a sequential "
         "head fall towards the right.",
     )
 
 
-def _threshold_sweep(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str) -> Figure:
+def _threshold_sweep(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str, block_size: int) -> Figure:
     values: list[tuple[str, str, Callable[[SweepPoint], float | None]]] = [
         ("Accepted length", "tau, tokens per target pass", lambda point: point.tau.value),
-        ("Work", "share of drafts that are verified", lambda point: point.verified_share.value),
-        ("Yield", "share of verified drafts accepted", lambda point: _value(point.verify_rate)),
+        ("Verified", "share of drafts that are verified", lambda point: point.verified_share.value),
+        ("Accepted", "share of verified drafts accepted", lambda point: _value(point.verify_rate)),
     ]
-    figure = new_figure(11, 4.2)
-    for axes, (heading, label, value) in zip(figure.subplots(1, 3), values, strict=True):
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(_WIDTH, 7.6)
+    panels = figure.subplots(2, _PANELS_PER_ROW)
+    for axes, (heading, label, value) in zip(panels[0], values, strict=True):
         lines = []
         for index, (name, result) in enumerate(pairs):
             points = [(point.threshold, value(point)) for point in result.sweep or ()]
             known = [(x, y) for x, y in points if y is not None]
-            color = COLORS[index % len(COLORS)]
-            lines.append(_Line(name, color, [x for x, _ in known], [y for _, y in known]))
+            lines.append(_Line(name, _color(index), [x for x, _ in known], [y for _, y in known]))
         _draw_lines(axes, lines)
         axes.set(title=heading, xlabel="confidence threshold", ylabel=label)
-        if heading != "Accepted length":
+        if heading == "Accepted length":
+            # from the tau without drafts; noise must not fill the panel
+            axes.set_ylim(1, max(1.1, axes.get_ylim()[1]))
+        else:
             axes.set_ylim(0, 1)
-            _percent(axes.yaxis)
+            show_percent(axes.yaxis)
+    _draw_speeds(panels[1, 0], [speed_by_threshold(result) for _, result in pairs])
+    panels[1, 0].set(title="Speed at best, by threshold", xlabel="confidence threshold")
+    _draw_speeds(panels[1, 1], [speed_by_drafts(result, block_size) for _, result in pairs])
+    panels[1, 1].set(title="Speed, by drafts a round", xlabel="num_assistant_tokens")
+    panels[1, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[1, 2].set_visible(False)
     name_colors(figure, [name for name, _ in pairs])
     return _finish(
         figure,
         f"threshold_sweep_{of}",
         f"Confidence threshold: {title}",
         "A higher threshold verifies fewer drafts, of which more are taken, and commits fewer tokens per pass. Worked "
-        "out from the rounds that verified every draft: exact for each round, an estimate for a whole run.",
+        "out from the rounds that verified every draft: exact for each round, an estimate for a whole run. Speeds are "
+        "predicted from the time of plain steps and of whole blocks, plain generate being 1: by threshold as if "
+        "drafting took no time, so at best; by number of drafts as if time grew evenly with it. Rings mark the best.",
     )
+
+
+def _draw_speeds(axes: Any, lines: Sequence[tuple[PredictedSpeed, ...]]) -> None:
+    """Draw predicted speeds from 0 on, and mark the best of each line."""
+    axes.axhline(1, color=GREY, linewidth=1)
+    for index, points in enumerate(lines):
+        if not points:
+            continue
+        _draw_lines(axes, [_Line("", _color(index), [one.setting for one in points], [one.speed for one in points])])
+        top = best(points)
+        axes.plot([top.setting], [top.speed], "o", color=_color(index), markersize=11, mfc="none", clip_on=False)
+        # in a corner, since rings may lie close to each other
+        text = f"best: {top.setting:g}, {top.speed:.2f}x"
+        axes.text(0.97, 0.05 + 0.08 * index, text, transform=axes.transAxes, ha="right", color=_color(index))
+    highest = max((one.speed for points in lines for one in points), default=1.0)
+    axes.set(ylabel="times plain generate", ylim=(0, 1.1 * max(highest, 1.0)))
 
 
 def _survival_by_position(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str) -> Figure:
@@ -180,8 +235,8 @@ def _survival_by_position(pairs: Sequence[tuple[str, DrafterResult]], of: str, t
         _draw_lines(axes, lines)
         _format_positions(axes, pair[0])
 
-    figure = _small_multiples(pairs, draw, "drafts up to here all accepted", y_limits=(0, 1))
-    name_colors(figure, ["observed", "believed (dashed)"])
+    figure = _small_multiples(pairs, draw, "drafts 1 to here all accepted", y_limits=(0, 1))
+    name_colors(figure, ["observed", "believed"], dashed=["believed"])
     return _finish(
         figure,
         f"survival_by_position_{of}",
@@ -197,15 +252,11 @@ def _reliability(pairs: Sequence[tuple[str, DrafterResult]], of: str, title: str
         assert reliability is not None
         survival = reliability.survival
         bins = [one for one in survival.bins if one.num_drafts]
-        largest = max(one.num_drafts for one in bins)
         x, y = [one.believed for one in bins], [one.observed for one in bins]
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
-        areas = [15 + 235 * one.num_drafts / largest for one in bins]
-        axes.scatter(x, y, areas, color=COLORS[0], alpha=0.75, linewidth=0, zorder=3)
+        draw_trust(axes, x, y, [one.num_drafts for one in bins])
         auc = "" if survival.auc is None else f"\nAUC {survival.auc:.2f}"
         axes.text(0.04, 0.96, f"ECE {survival.ece:.1%}{auc}", transform=axes.transAxes, va="top")
-        axes.set(title=pair[0], xlabel="believed survival", xlim=(-0.03, 1.03), aspect="equal")
-        _percent(axes.xaxis)
+        axes.set(title=escape_math(pair[0]), xlabel="believed survival")
 
     figure = _small_multiples(pairs, draw, "observed survival", y_limits=(-0.03, 1.03))
     return _finish(
@@ -221,15 +272,15 @@ def _small_multiples(
     items: Sequence[Any], draw: Callable[[Any, Any], None], y_label: str, *, y_limits: tuple[float, float]
 ) -> Any:
     """Draw one panel per item, at most three in a row, on one scale."""
-    num_columns = min(len(items), _PANELS_PER_ROW)
-    num_rows = -(-len(items) // num_columns)
-    figure = new_figure(1.2 + (3.4 if num_columns > 1 else 5) * num_columns, 0.5 + 3.6 * num_rows)
-    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
+    # as wide with few panels as with many, or letters would be of another size on the page
+    num_rows = -(-len(items) // _PANELS_PER_ROW)
+    figure = new_figure(_WIDTH, 0.9 + 3.6 * num_rows)
+    grid = figure.subplots(num_rows, _PANELS_PER_ROW, squeeze=False, sharex=True, sharey=True)
     panels = list(grid.flat)
     for axes, item in zip(panels, items, strict=False):
         draw(axes, item)
         axes.set_ylim(*y_limits)
-        _percent(axes.yaxis)
+        show_percent(axes.yaxis)
         # a panel need not have another below it
         axes.tick_params(labelbottom=True)
     for axes in panels[len(items) :]:
@@ -255,21 +306,26 @@ def _draw_lines(axes: Any, lines: Sequence[_Line]) -> None:
 def _format_positions(axes: Any, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(title=title, xlabel="draft position")
+    axes.set(title=escape_math(title), xlabel="draft position")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _percent(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
 def _finish(figure: Any, name: str, title: str, explanation: str) -> Figure:
+    name_figure(figure, title)
     return Figure(name, title, explanation, to_png(figure))
 
 
-def _way(temperature: float) -> str:
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def _about(evaluation: Evaluation, sets: Sequence[SetResult]) -> str:
+    """Return the target's name and the number of different prompts."""
+    count = sum({one.name: one.num_prompts for one in sets}.values())
+    return f"target {Path(evaluation.target).name}, {count} prompt{'s' * (count != 1)}"
+
+
+def _sampling(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dspark_hf.generation.statistics import SpeculationStatistics
@@ -24,6 +25,11 @@ class RoundRecord:
     num_accepted: int
     num_committed: int
     confidence: tuple[float, ...] | None = None
+
+    @property
+    def has_finite_confidence(self) -> bool:
+        """Whether the confidence, if there is one, consists of numbers."""
+        return all(math.isfinite(one) for one in self.confidence or ())
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dspark_hf.evaluation.acceptance import Acceptance, summarize_acceptance
-from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, Turn, all_schedulers, way_name
+from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, all_schedulers, way_name
+from dspark_hf.evaluation.recording import Turn
 from dspark_hf.evaluation.records import RoundRecord
 from dspark_hf.evaluation.reliability import Reliability, measure_reliability
 from dspark_hf.evaluation.settings import EvaluationSettings
@@ -159,7 +160,9 @@ def _summarize_drafter(name: str, measurement: SetMeasurement, settings: Evaluat
 def _rounds(turn: Turn, name: str, *, is_greedy: bool) -> list[RoundRecord]:
     # greedy answers repeat themselves; sampled ones are all new
     answers = turn[name][:1] if is_greedy else turn[name]
-    return [one for answer in answers for one in answer.rounds or ()]
+    rounds = [one for answer in answers for one in answer.rounds or ()]
+    # a head that overflows on some text has said nothing there
+    return [one if one.has_finite_confidence else replace(one, confidence=None) for one in rounds]
 
 
 def _summarize_prompt(turn: Turn, name: str, rounds: Sequence[RoundRecord]) -> PromptResult:

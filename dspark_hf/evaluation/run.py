@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
-from dspark_hf.console import progress_bar, quiet_transformers
+from dspark_hf.console import printable, progress_bar, quiet_transformers, say
 from dspark_hf.evaluation.loading import Models, check_drafters, encode_sets, load_models, read_prompt_sets
 from dspark_hf.evaluation.measuring import Measuring
+from dspark_hf.evaluation.recording import Recording, describe
 from dspark_hf.evaluation.results import DrafterInfo, Evaluation, summarize_set
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.figures import check_plotting
@@ -25,6 +28,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     advance: Callable[[str], None] = lambda name: None,
+    recording: Recording | None = None,
 ) -> Evaluation:
     """Measure drafters on prompt sets: accepted length, speed, and what their confidence is worth.
 
@@ -36,11 +40,13 @@ def evaluate(
         sets: every set's prompts, token ids `(1, T)` each.
         settings: how to measure.
         advance: told of progress.
+        recording: where measurements are written as they come, and looked for first.
 
     Raises:
-        ValueError: before anything is measured, if a drafter was not made for the target.
+        ValueError: before anything is measured, if a drafter was not made for the target, or its confidence is no
+            number.
     """
-    measuring = Measuring(models.target, models.drafters, sets, settings)
+    measuring = Measuring(models.target, models.drafters, sets, settings, recording)
     ended_by = None
     try:
         measuring.run(advance)
@@ -49,7 +55,7 @@ def evaluate(
             raise
         ended_by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     return Evaluation(
-        target=models.target.config.name_or_path or type(models.target).__name__,
+        target=printable(models.target.config.name_or_path or type(models.target).__name__),
         dtype=str(models.target.dtype).removeprefix("torch."),
         device=str(models.target.device),
         drafters=tuple(_describe(name, drafter.config) for name, drafter in models.drafters.items()),
@@ -106,8 +112,10 @@ class EvaluationRequest:
     settings: EvaluationSettings
 
 
-def run_request(request: EvaluationRequest, console: Console) -> Evaluation:
+def run_request(request: EvaluationRequest, console: Console) -> tuple[Evaluation, Recording]:
     """Check everything that can be checked at once, load, and measure with a progress bar.
+
+    Returns the evaluation, and the file of what was measured; a run of the same request goes on from that.
 
     Raises:
         ValueError: before anything is measured, if something is wrong with the request.
@@ -122,11 +130,17 @@ def run_request(request: EvaluationRequest, console: Console) -> Evaluation:
             folders = dict(zip(drafters, request.drafters, strict=True))
             models = load_models(request.target, folders, dtype=request.dtype, device=request.device)
         encoded = encode_sets(sets, models, request.settings.max_new_tokens)
-        with progress_bar(console) as progress:
+        description = describe(models.target, {"target": request.target, **folders}, encoded, request.settings)
+        recording = Recording(request.output, description)
+        if len(recording):
+            say(console, f"Going on after {len(recording)} turns measured before, in {recording.path}.")
+        with closing(recording), progress_bar(console) as progress:
             task = progress.add_task("warming up", total=num_turns(encoded, request.settings))
-            return evaluate(
+            evaluation = evaluate(
                 models,
                 encoded,
                 request.settings,
-                advance=lambda name: progress.update(task, advance=1, description=name),
+                advance=lambda name: progress.update(task, advance=1, description=escape(name)),
+                recording=recording,
             )
+    return evaluation, recording

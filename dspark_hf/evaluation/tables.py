@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dspark_hf.evaluation.intervals import Estimate
+from dspark_hf.evaluation.prediction import speed_by_drafts, speed_by_threshold
 from dspark_hf.evaluation.results import DrafterResult, Evaluation, SetResult
+from dspark_hf.generation.scheduling import AdaptiveScheduler
 
 NOTHING = "–"
 
@@ -38,6 +40,33 @@ def headline(evaluation: Evaluation) -> str:
         same = sum(speed.num_identical or 0 for speed in counts)
         parts.append(f"{same} of {sum(speed.num_outputs for speed in counts)} outputs identical")
     return "; ".join(parts) + "."
+
+
+def recommendation(evaluation: Evaluation) -> str | None:
+    """Return what to set for the drafter in question, in a sentence; None where it had no round."""
+    results = list(_results_of_first_drafter(evaluation))
+    drafter = evaluation.drafters[0]
+    block_size = evaluation.settings.num_drafts or drafter.block_size
+    # over all sets alike: a user sets one thing for all questions
+    measured: dict[str, list[float]] = {}
+    predicted: dict[float, list[float]] = {}
+    for _, result in results:
+        for speed in result.speeds:
+            if speed.batch_size == 1:
+                measured.setdefault(speed.scheduler, []).append(speed.ratio)
+        for point in speed_by_drafts(result, block_size):
+            predicted.setdefault(point.setting, []).append(point.speed)
+    if not measured or not predicted:
+        return None
+    speeds = {name: _mean(ratios) for name, ratios in measured.items()}
+    fastest = max(speeds, key=lambda name: speeds[name])
+    count = max(predicted, key=lambda number: _mean(predicted[number]))
+    fixed = f"of fixed numbers of drafts, num_assistant_tokens={count:g} is predicted to be best, "
+    fixed += f"{_mean(predicted[count]):.2f}x"
+    if speeds[fastest] <= 1:
+        return f"Recommended here: no drafter; the fastest scheduler, {fastest}, has {speeds[fastest]:.2f}x; {fixed}."
+    how = "leave the scheduler out" if fastest == AdaptiveScheduler.name else f'scheduler="{fastest}"'
+    return f"Recommended here: {how}, {speeds[fastest]:.2f}x measured; {fixed}."
 
 
 def remarks(evaluation: Evaluation) -> list[str]:
@@ -164,6 +193,7 @@ def sweep_table(evaluation: Evaluation) -> TextTable:
     """Return what every confidence threshold would have done."""
     labels, rows = _label_headings(evaluation), []
     for one_set, result in _results(evaluation):
+        speeds = {point.setting: f"{point.speed:.2f}x" for point in speed_by_threshold(result)}
         for point in result.sweep or ():
             rate = NOTHING if point.verify_rate is None else share(point.verify_rate.value)
             rows.append(
@@ -173,13 +203,15 @@ def sweep_table(evaluation: Evaluation) -> TextTable:
                     f"{point.tau.value:.2f}",
                     share(point.verified_share.value),
                     rate,
+                    speeds.get(point.threshold, NOTHING),
                 )
             )
     return TextTable(
         "Confidence threshold",
         "What assistant_confidence_threshold would have done, worked out from the rounds that verified every draft: "
-        "exact for each round, an estimate for a whole run, whose rounds would start at other tokens.",
-        (*labels, "threshold", "tau", "drafts verified", "verified accepted"),
+        "exact for each round, an estimate for a whole run, whose rounds would start at other tokens. The speed is "
+        "predicted, plain generate being 1, as if drafting took no time: at best.",
+        (*labels, "threshold", "tau", "drafts verified", "verified accepted", "speed at best"),
         tuple(rows),
         len(labels),
     )

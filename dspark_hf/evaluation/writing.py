@@ -19,11 +19,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
         ValueError: if matplotlib is missing; the numbers are written all the same.
     """
     paths = [folder / "evaluation.json"]
-    write_whole(paths[0], to_json(evaluation).encode())
+    # half a character in an argument becomes JSON's own escape
+    write_whole(paths[0], to_json(evaluation).encode(errors="backslashreplace"))
     figures = draw_figures(evaluation)
     for figure in figures:
         paths.append(folder / f"{figure.name}.png")
         write_whole(paths[-1], figure.png)
     paths.append(folder / "report.html")
-    write_whole(paths[-1], render_report(evaluation, figures).encode())
+    write_whole(paths[-1], render_report(evaluation, figures).encode(errors="replace"))
     return paths

@@ -91,6 +91,7 @@ def decode(
             rounds.prefill()
             while not rows.are_done:
                 rounds.round()
+            drafter.review(adapter, rows.statistics)
             return rows.finish(target)
         finally:
             # a round that a user's code or Ctrl-C ended leaves no drafts in the user's cache

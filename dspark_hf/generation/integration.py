@@ -1,9 +1,10 @@
 """The seam into Transformers: `generate(assistant_model=drafter)` comes to our loop here.
 
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
-method once: a DSpark drafter goes to our loop, every other assistant to the original. Two more methods are wrapped
+method once: a DSpark drafter goes to our loop, every other assistant to the original. Three more methods are wrapped
 because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=` among them,
-which `generate` does not know, and that an assistant was passed to a mode that ignores it.
+which `generate` does not know, that an assistant was passed to a mode that ignores it, and a streamer beside
+`custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from dspark_hf.generation.call.checks import check_mode
 from dspark_hf.generation.call.knobs import choose_knobs
@@ -27,8 +29,11 @@ from dspark_hf.generation.wrappers import unwrap
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
+_LOGGER = logging.get_logger(__name__)
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
+_DOOR_SEAM = "_extract_generation_mode_kwargs"
+_BATCH = "generate_batch"
 _EXPECTED_ARGUMENTS = (
     "input_ids",
     "logits_processor",
@@ -54,14 +59,16 @@ def install() -> None:
     setattr(GenerationMixin, SEAM, _route(getattr(GenerationMixin, SEAM)))
     setattr(GenerationMixin, _CONFIG_SEAM, _remember_knobs(getattr(GenerationMixin, _CONFIG_SEAM)))
     setattr(GenerationMixin, _MODE_SEAM, _check_mode(getattr(GenerationMixin, _MODE_SEAM)))
+    setattr(GenerationMixin, _DOOR_SEAM, _keep_streamer(getattr(GenerationMixin, _DOOR_SEAM)))
+    setattr(_owner(_BATCH), _BATCH, _refuse_drafter(getattr(GenerationMixin, _BATCH)))
 
 
 def uninstall() -> None:
     """Give Transformers its own methods back; `custom_generate=drafter.decode` still works."""
-    for name in (SEAM, _CONFIG_SEAM, _MODE_SEAM):
+    for name in (SEAM, _CONFIG_SEAM, _MODE_SEAM, _DOOR_SEAM, _BATCH):
         method = getattr(GenerationMixin, name)
         if getattr(method, "is_dspark", False):
-            setattr(GenerationMixin, name, method.__wrapped__)
+            setattr(_owner(name), name, method.__wrapped__)
 
 
 def install_unless_refused() -> None:
@@ -74,13 +81,19 @@ def _check_seam() -> None:
     method = getattr(GenerationMixin, SEAM, None)
     arguments = () if method is None else tuple(inspect.signature(method).parameters)
     missing = [name for name in _EXPECTED_ARGUMENTS if name not in arguments]
-    missing += [name for name in (_CONFIG_SEAM, _MODE_SEAM) if not hasattr(GenerationMixin, name)]
+    others = (_CONFIG_SEAM, _MODE_SEAM, _DOOR_SEAM, _BATCH)
+    missing += [name for name in others if not hasattr(GenerationMixin, name)]
     if missing:
         raise RuntimeError(
             f"`transformers` must be a version that dspark_hf knows (>=5.17,<6), got {transformers.__version__}, "
             f"whose `GenerationMixin.{SEAM}` and its kin lack {missing}. Install another version, or set "
             f"{NO_INSTALL_VARIABLE}=1 and use `custom_generate=drafter.decode`."
         )
+
+
+def _owner(name: str) -> type:
+    """Return the class whose method `name` is; `generate_batch` is inherited."""
+    return next(owner for owner in GenerationMixin.__mro__ if name in vars(owner))
 
 
 def _route(original: Any) -> Any:
@@ -136,6 +149,7 @@ def _check_mode(original: Any) -> Any:
             generation_mode_kwargs["assistant_model"] = drafter
             check_mode(self, generation_mode, generation_config, generation_mode_kwargs)
             return None
+        _mention_drafter(assistant)
         if scheduler_of_call(generation_config) is not None:
             raise ValueError(
                 "`scheduler` must be left out unless a DSpark drafter assists, got "
@@ -146,3 +160,51 @@ def _check_mode(original: Any) -> Any:
     # mypy knows no attributes of functions
     validate_generation_mode.is_dspark = True  # type: ignore[attr-defined]
     return validate_generation_mode
+
+
+def _keep_streamer(original: Any) -> Any:
+    @functools.wraps(original)
+    def extract_generation_mode_kwargs(
+        self: PreTrainedModel, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **others: Any
+    ) -> Any:
+        tokenizer = kwargs.get("tokenizer")
+        extracted = original(self, custom_generate, kwargs, *args, **others)
+        drafter = getattr(custom_generate, "__self__", None)
+        if isinstance(drafter, Drafter) and custom_generate == getattr(drafter, "decode", None):
+            # transformers 5.24: both are dropped for a callable, the streamer after it was given the prompt
+            bound = inspect.signature(original).bind(self, custom_generate, kwargs, *args, **others)
+            kept = {"streamer": bound.arguments.get("streamer"), "tokenizer": tokenizer}
+            extracted |= {name: value for name, value in kept.items() if value is not None}
+        return extracted
+
+    # mypy knows no attributes of functions
+    extract_generation_mode_kwargs.is_dspark = True  # type: ignore[attr-defined]
+    return extract_generation_mode_kwargs
+
+
+def _refuse_drafter(original: Any) -> Any:
+    @functools.wraps(original)
+    def generate_batch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("assistant_model"), Drafter):
+            raise ValueError(
+                "`assistant_model` must be left out of `generate_batch`, which does not assist, got "
+                f"{type(kwargs['assistant_model']).__name__}. Use `dspark_hf.generate_stream(target, requests, "
+                "drafter=drafter)`, or `generate`."
+            )
+        return original(self, *args, **kwargs)
+
+    # mypy knows no attributes of functions
+    generate_batch.is_dspark = True  # type: ignore[attr-defined]
+    return generate_batch
+
+
+def _mention_drafter(assistant: Any) -> None:
+    """Warn once if an assistant of another class was read from a drafter's folder: its heads were dropped."""
+    names = getattr(getattr(assistant, "config", None), "architectures", None) or ()
+    drafters = [name for name in names if "DSpark" in str(name)]
+    if drafters:
+        _LOGGER.warning_once(
+            f"`assistant_model` is a {type(assistant).__name__} made of a {drafters[0]}: without its DSpark heads it "
+            "drafts next to nothing of use. Load it with `DSparkAssistantModel.from_pretrained`, or with "
+            "`AutoModel.from_pretrained` after `import dspark_hf`."
+        )

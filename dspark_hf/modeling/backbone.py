@@ -31,6 +31,11 @@ class RMSNorm(nn.Module):
         return states.to(hidden_states.dtype)
 
 
+def project(linear: nn.Module, states: Tensor) -> Tensor:
+    """Return `linear` of states `(*, D)`; quantised layers take at most three dimensions."""
+    return linear(states) if states.ndim <= 3 else linear(states.flatten(0, -2)).unflatten(0, states.shape[:-1])
+
+
 class BlockAttention(nn.Module):
     """Attend from every slot of a block to its context and to the block itself (Eq. 3).
 
@@ -62,8 +67,8 @@ class BlockAttention(nn.Module):
     def keys_and_values(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return keys (rotated) and values `(B, *, H_kv, E)` of hidden states `(B, *, D)`."""
         shape = (*hidden_states.shape[:-1], self.num_key_value_heads, self.head_dim)
-        raw_keys = self.k_proj(hidden_states).view(shape)
-        values = raw_keys if self.v_proj is None else self.v_proj(hidden_states).view(shape)
+        raw_keys = project(self.k_proj, hidden_states).view(shape)
+        values = raw_keys if self.v_proj is None else project(self.v_proj, hidden_states).view(shape)
         return rotate(self.k_norm(raw_keys), rotary, self.is_interleaved), self.v_norm(values)
 
     def forward(
@@ -80,7 +85,9 @@ class BlockAttention(nn.Module):
         batch, blocks, size, _ = hidden_states.shape
         groups = self.num_heads // self.num_key_value_heads
         shape = (batch, blocks, size, self.num_key_value_heads, groups, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(batch, blocks, size, self.num_heads, self.head_dim))
+        query = self.q_norm(
+            project(self.q_proj, hidden_states).view(batch, blocks, size, self.num_heads, self.head_dim)
+        )
         query = rotate(query, rotary, self.is_interleaved).view(shape).permute(0, 3, 1, 4, 2, 5)  # [B, H, N, G, K, E]
         key, value = (x.permute(0, 3, 1, 2, 4) for x in self.keys_and_values(hidden_states, rotary))  # [B, H, N, K, E]
         query = query.reshape(batch, self.num_key_value_heads, blocks, groups * size, self.head_dim) * self.scaling
@@ -99,7 +106,7 @@ class BlockAttention(nn.Module):
         context_weights, block_weights = weights.split([context_key.shape[2], size], dim=-1)
         output = (context_weights.flatten(2, 3) @ context_value).view(query.shape) + block_weights @ value
         output = output.view(batch, self.num_key_value_heads, blocks, groups, size, self.head_dim)
-        return self.o_proj(output.permute(0, 2, 4, 1, 3, 5).reshape(batch, blocks, size, -1))
+        return project(self.o_proj, output.permute(0, 2, 4, 1, 3, 5).reshape(batch, blocks, size, -1))
 
 
 class GatedMLP(nn.Module):
@@ -113,7 +120,8 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = self.act_fn(project(self.gate_proj, hidden_states))
+        return project(self.down_proj, gate * project(self.up_proj, hidden_states))
 
 
 class DSparkLayer(GradientCheckpointingLayer):

@@ -14,6 +14,9 @@ from dspark_hf.modeling.formats import choosing, remote_code
 from dspark_hf.modeling.formats import deepseek_v4 as drafter_names
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 
+# the Pipeline looks a class up by these names among those of Transformers: an Auto class leads back to ours
+_ARCHITECTURES = ("DSparkAssistantModel", "AutoModelForCausalLM")
+
 
 class DSparkConfig(PreTrainedConfig):
     """Describe a DSpark drafter: a parallel block backbone, a Markov head and a confidence head.
@@ -215,6 +218,7 @@ class DSparkConfig(PreTrainedConfig):
         if packaging is not None:
             hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
             fields = choosing.translate(packaging, pretrained_model_name_or_path, fields, **hub_options)
+            fields["architectures"] = list(_ARCHITECTURES)
         elif drafter_names.is_released(fields):
             fields = drafter_names.drafter_fields(fields)
         unread = choosing.describe_unread(fields)
@@ -235,8 +239,7 @@ class DSparkConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save `config.json`, and the remote-code shim beside it if `auto_map` is set."""
-        # the Pipeline looks a class up by these names among those of Transformers: an Auto class leads back to ours
-        self.architectures = ["DSparkAssistantModel", "AutoModelForCausalLM"]
+        self.architectures = list(_ARCHITECTURES)
         if getattr(self, "auto_map", None):
             remote_code.write_shim(save_directory)
             self.auto_map = dict(remote_code.AUTO_MAP)

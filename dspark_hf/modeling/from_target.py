@@ -15,6 +15,7 @@ from dspark_hf.generation.wrappers import unwrap
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats.deepseek_v4 import backbone_fields
+from dspark_hf.modeling.provenance import target_fields
 
 
 def check_servable(target: PreTrainedModel) -> PreTrainedModel:
@@ -74,6 +75,7 @@ def config_for_target(
         # copied attention weights know no query and key norm unless the target's do
         "use_qk_norm": not warm_start or hasattr(_attention(target.layers[-1]), "q_norm"),
         "backbone_type": "gemma3" if warm_start and _is_gemma3_kind(target.layers[-1]) else "qwen3",
+        **target_fields(target),
         # the Pipeline keeps the target's tokenizer only if these agree
         **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
@@ -126,7 +128,7 @@ def _default_layer_ids(config: Any, num_layers: int) -> list[int]:
 
 def _spaced_layer_ids(num_layers: int, count: int = 5) -> list[int]:
     first, last = min(1, num_layers - 1), max(num_layers - 3, 0)
-    return sorted({round(i) for i in torch.linspace(min(first, last), last, count).tolist()})
+    return sorted({round(i) for i in torch.linspace(min(first, last), last, count, device="cpu").tolist()})
 
 
 def _default_mask_token_id(config: Any) -> int:
@@ -158,10 +160,10 @@ def check_match(config: DSparkConfig, target: TargetAdapter) -> None:
         ("vocab_size", config.vocab_size, target.vocab_size),
     ):
         if ours != theirs:
-            raise ValueError(
-                f"`assistant_model` must have the target's `{name}` {theirs}, got {ours}. "
-                "This drafter was trained for another target: load the one made for this model."
-            )
+            remedy = "This drafter was trained for another target: load the one made for this model"
+            if name == "vocab_size":
+                remedy += f", or call `drafter.resize_token_embeddings({theirs})` if this target was resized"
+            raise ValueError(f"`assistant_model` must have the target's `{name}` {theirs}, got {ours}. {remedy}.")
     last = target.num_layers - 1
     if config.target_layer_ids[-1] > last:
         raise ValueError(

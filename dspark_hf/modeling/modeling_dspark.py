@@ -13,15 +13,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
 from dspark_hf.generation.scheduling.interface import Scheduler
+from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
-from dspark_hf.modeling import from_target
+from dspark_hf.modeling import from_target, quantization
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.checkpoints.dspark_module import load_module
@@ -29,11 +31,17 @@ from dspark_hf.modeling.deepseek_v4.layer import init_weights
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
 from dspark_hf.modeling.formats.choosing import find_packaging, load_tensors
 from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
+from dspark_hf.modeling.formats.recommendation import read_recommendation
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
+from dspark_hf.modeling.provenance import Acquaintance
 from dspark_hf.modeling.rotary import RotaryEmbedding
+from dspark_hf.modeling.saved_folder import complete_folder
+from dspark_hf.modeling.vocabulary import resize_vocabulary
 from dspark_hf.modeling.warm_start import copy_last_layers
+
+_LOGGER = logging.get_logger(__name__)
 
 
 @dataclass
@@ -83,6 +91,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
 
     def __init__(self, config: DSparkConfig):
         super().__init__(config)
+        self._acquaintance = Acquaintance()
         width = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
         self.hidden_norm = RMSNorm(width, config.rms_norm_eps)
@@ -160,7 +169,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         )
         drafter = cls(config)
         if draft_token_ids is not None:
-            drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids))
+            drafter.set_draft_token_ids(torch.as_tensor(draft_token_ids, device=drafter.d2t.device))
         if warm_start:
             copy_last_layers(adapter, drafter)
         dtype = target.dtype if target.dtype.is_floating_point else torch.float32
@@ -173,7 +182,9 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     ) -> Any:
         """Load a drafter from a folder or a hub name: our own layout, a foreign one, or DeepSeek-V4.
 
-        Of foreign folders configurations and tensors are read; code that they bring is never run.
+        Of foreign folders configurations and tensors are read; code that they bring is never run. With a
+        `BitsAndBytesConfig` that says nothing of it, the heads stay as they are: they are small, and decide what is
+        drafted.
         Takes every argument of `PreTrainedModel.from_pretrained`. Of a DeepSeek-V4 checkpoint with a DSpark module,
         that module alone is read; `dtype`, `keep_quantized`, a device as `device_map` and hub options apply.
 
@@ -188,6 +199,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if is_released(fields):
             config = cls.config_class.from_dict(drafter_fields(fields))
             return load_module(cls, pretrained_model_name_or_path, config, **kwargs)
+        if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
+            kwargs["quantization_config"] = quantization.leave_out_heads(kwargs["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         if find_packaging(fields) is None:
@@ -206,22 +219,30 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                     "weights and its configuration do not belong together: save the drafter anew."
                 )
         drafter.check_draft_token_ids()
+        drafter.generation_config = read_recommendation(pretrained_model_name_or_path, hub_options)
         return (drafter, info) if wants_info else drafter
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, remote_code: bool | None = None, **kwargs: Any
+        self, save_directory: str | os.PathLike, *args: Any, remote_code: bool = True, **kwargs: Any
     ) -> None:
-        """Save weights and configuration.
+        """Save weights, configuration, a model card, and the target's tokenizer if it lies on this machine.
 
-        With `remote_code=True` the folder also holds a shim, so that `trust_remote_code=True` loads the installed
-        class without `import dspark_hf`. Default: as in the folder the drafter was loaded from.
+        The knobs that `generation_config` recommends, if there is one, are saved too.
+
+        The folder also holds a shim, so that `trust_remote_code=True` loads the installed class without
+        `import dspark_hf`, and without the package Transformers says what to install; `remote_code=False` leaves it
+        out. A model card or a tokenizer that is there already stays.
         """
         if remote_code:
             # the configuration writes the shim when it is saved
             self.config.auto_map = dict(AUTO_MAP)
-        elif remote_code is False and hasattr(self.config, "auto_map"):
+        elif hasattr(self.config, "auto_map"):
             del self.config.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
+        if self.generation_config is not None:
+            # Transformers saves those of models that generate by themselves
+            self.generation_config.save_pretrained(save_directory)
+        complete_folder(save_directory, self.config)
 
     def _init_weights(self, module: nn.Module) -> None:
         deepseek = self.config.deepseek_v4
@@ -253,7 +274,18 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
 
     def check_target(self, target: TargetAdapter) -> None:
         """Raise a `ValueError` that names the mismatch if this drafter was not made for `target`."""
+        if self.device.type == "meta":
+            raise ValueError(
+                "`assistant_model` must hold its weights on a device, got a drafter on 'meta'. Load it with "
+                "`from_pretrained`, not offloaded: it is small."
+            )
         from_target.check_match(self.config, target)
+
+    def review(self, target: TargetAdapter, statistics: SpeculationStatistics) -> None:
+        """Say once if the drafter was made for another target, and its first drafts show it."""
+        warning = self._acquaintance.judge(self.config, target, statistics)
+        if warning is not None:
+            _LOGGER.warning(warning)
 
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
         """Return an empty context for `batch_size` sequences of `target`."""
@@ -267,6 +299,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
         return decode(model, input_ids, drafter=self, scheduler=scheduler, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise a `TypeError`: a drafter proposes, the target writes."""
+        raise TypeError(
+            "`generate` must be called on the target, got a drafter. Swap them: "
+            "`target.generate(**inputs, assistant_model=drafter)`."
+        )
 
     @property
     def draft_token_ids(self) -> Tensor | None:
@@ -314,13 +353,34 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         if known is not None and not torch.equal(known.to(ids.device), ids.sort().values):
             raise _wrong_map("`known_ids` must hold the tokens that `d2t` names, in ascending order, got others")
 
+    def resize_token_embeddings(  # type: ignore[override]  # there may be no embedding to return
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding | None:
+        """Fit the drafter to a target whose vocabulary was resized: `drafter.resize_token_embeddings(size)`.
+
+        Embedding and output head are the target's; what is resized are the Markov head's tables, and an embedding and
+        head of the drafter's own. New rows are the mean of those there are, whatever `mean_resizing` says. Returns the
+        drafter's own embedding, or None.
+
+        Raises:
+            ValueError: if the drafter needs a token that would be gone.
+        """
+        size = self.config.vocab_size if new_num_tokens is None else int(new_num_tokens)
+        if pad_to_multiple_of is not None:
+            size += -size % pad_to_multiple_of
+        resize_vocabulary(self, size)
+        return self.embed_tokens if self.config.owns_embeddings else None
+
     # the parts
 
     def embed(self, token_ids: Tensor, target: TargetAdapter) -> Tensor:
         """Return embeddings `(*, D)` in the drafter's dtype and on its device."""
         if self.config.owns_embeddings:
             # rounded to the weights' dtype first, as Gemma does
-            scale = torch.tensor(self.config.embed_scale).to(self.dtype).item()
+            scale = torch.tensor(self.config.embed_scale, device="cpu").to(self.dtype).item()
             return self.embed_tokens(token_ids) * scale
         embed = target.embed_bare if self.config.borrows_bare_weights else target.embed
         return embed(token_ids).to(device=self.device, dtype=self.dtype)

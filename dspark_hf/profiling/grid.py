@@ -1,4 +1,4 @@
-"""Which sizes are measured."""
+"""Which batch sizes, widths, contexts and numbers of drafts a profile measures."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class Grid:
 def make_grid(
     rows: str | None, widths: str | None, contexts: str | None, *, block_size: int | None, max_positions: int | None
 ) -> Grid:
-    """Return the grid that the options ask for; None stands for a default.
+    """Return the grid for the options of `dspark-hf profile`; None stands for the default of an option.
 
-    One row, width 1 and a drafter's whole block are always measured: decisions compare with plain decoding.
+    One row, passes of a single token and passes over a drafter's whole block are always measured, since every decision
+    compares drafting with plain decoding.
 
     Args:
         rows: numbers of rows, as in `"1,2,4"`.

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from dspark_hf.calibration import diagrams
-from dspark_hf.calibration.diagrams import check_matplotlib, draw_reliability
+from dspark_hf import figures
+from dspark_hf.calibration.diagrams import draw_reliability
 from tests.calibration.synthetic import synthetic_observations
 
 
@@ -29,8 +29,8 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_missing_matplotlib_is_told(monkeypatch):
+def test_missing_matplotlib_is_told(tmp_path, monkeypatch):
     """An import error instead of what to install."""
-    monkeypatch.setattr(diagrams, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'Run `pip install "dspark-hf\[eval\]"`'):
-        check_matplotlib()
+        draw_reliability(tmp_path / "reliability.png", synthetic_observations(10, [1.0]), [1.0])

@@ -86,8 +86,7 @@ def test_notes_tell_which_temperatures_are_copied():
 def test_tables_fit_a_terminal():
     """The scores are cut off where a terminal is 80 columns wide, or a table lacks a slot."""
     console = Console(width=80, record=True, no_color=True)
-    for table in calibrate(synthetic_observations(600, [1.5] * 7)).to_tables():
-        console.print(table)
+    calibrate(synthetic_observations(600, [1.5] * 7)).print_tables(console)
     text = console.export_text()
     assert "…" not in text
     assert sum(line.strip().startswith("7 ") for line in text.splitlines()) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -126,3 +127,25 @@ def test_bad_destinations_are_refused(drafter, tmp_path):
     check_destination(drafter, empty)
     save_temperatures(drafter, TEMPERATURES, empty)
     assert (empty / "config.json").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+def test_only_the_drafters_own_is_copied(drafter, tmp_path):
+    """Whatever a link in the folder leads to is copied along, or a link to itself ends in a stack of calls."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "secret").write_text("secret")
+    (elsewhere / "shared.txt").write_text("shared")
+    (drafter / "linked").symlink_to(elsewhere)
+    (drafter / "itself").symlink_to(drafter)
+    (drafter / "nowhere").symlink_to(tmp_path / "nothing")
+    # as in the cache of the hub
+    (drafter / "shared.txt").symlink_to(elsewhere / "shared.txt")
+    os.mkfifo(drafter / "pipe")
+    (drafter / "notes").mkdir()
+    (drafter / "notes" / "own").write_text("own")
+    output = save_temperatures(drafter, TEMPERATURES, tmp_path / "calibrated")
+    names = {str(path.relative_to(output)) for path in output.rglob("*")}
+    assert not {"linked", "itself", "nowhere", "pipe"} & names
+    assert {"notes/own", "shared.txt", "config.json", "model.safetensors"} <= names
+    assert not (output / "shared.txt").is_symlink()

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dspark_hf import DSparkAssistantModel
-from dspark_hf.calibration import diagrams
+from dspark_hf import DSparkAssistantModel, figures
 from dspark_hf.cli.calibrate import Objective, _fit, calibrate
 from dspark_hf.demo.tiny import write_tiny_pair
 from dspark_hf.evaluation import loading
@@ -117,7 +117,7 @@ def test_mistakes_are_told_before_models_are_loaded(folder, monkeypatch, argumen
 
 def test_missing_matplotlib_is_told_at_once(folder, monkeypatch):
     """The report fails after an hour of work."""
-    monkeypatch.setattr(diagrams, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     monkeypatch.setattr(loading, "load_models", lambda *args, **kwargs: pytest.fail("the models were loaded"))
     code, output = _run(folder, "--report", str(folder / "report"))
     assert code == 2
@@ -129,7 +129,6 @@ def test_missing_matplotlib_is_told_at_once(folder, monkeypatch):
     [
         (("--target", "{folder}/nowhere"), "`--target` must be the folder or hub name"),
         (("--max-new-tokens", "600"), "prompts must leave room for `--max-new-tokens`"),
-        (("--min-reached", "100000"), "`observations` must hold at least 100000 blocks"),
     ],
 )
 def test_what_does_not_fit_is_told(folder, arguments, message):
@@ -156,3 +155,25 @@ def test_auto_takes_the_sharper_fit(monkeypatch, helps, briers, chosen):
     )
     assert _fit(None, Objective.auto, 1).name == chosen
     assert _fit(None, Objective.brier, 1).name == "brier"
+
+
+def test_what_no_answer_can_give_is_told_before_any(folder, monkeypatch):
+    """All prompts are answered, and then there are too few blocks, which was sure from the start."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the models were loaded")
+
+    monkeypatch.setattr(loading, "load_models", fail)
+    code, output = _run(folder, "--min-reached", "67")
+    assert code == 2
+    assert "`--min-reached` must be at most 66" in output and "Give more `--prompts`" in output
+
+
+def test_a_confidence_that_is_no_number_is_told_at_once(folder):
+    """All prompts are answered with a damaged drafter, and then nothing can be fitted."""
+    tensors = load_file(folder / "drafter" / "model.safetensors")
+    tensors["confidence_head.proj.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "drafter" / "model.safetensors", {"format": "pt"})
+    code, output = _run(folder)
+    assert code == 2
+    assert "must have a confidence in [0, 1], got NaN" in output

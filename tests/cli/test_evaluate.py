@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dspark_hf.cli.evaluate import evaluate
@@ -132,3 +134,65 @@ def test_an_early_end_writes_what_was_measured(folder, monkeypatch):
     assert (fields["is_complete"], fields["ended_by"]) == (False, "Ctrl-C")
     assert fields["sets"][0]["num_prompts"] == 1
     assert "partial result" in (folder / "partial" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_stopped_run_goes_on(folder, monkeypatch):
+    """Hours of answers are lost to a kill, or answers of other settings are taken for those asked for."""
+    from dspark_hf.evaluation import measuring
+
+    run, calls = measuring.Measuring._turn, []
+
+    def kill(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            # nothing catches it, as nothing catches a kill
+            raise MemoryError
+        return run(self, *args)
+
+    arguments = ("--output", str(folder / "stopped"))
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring.Measuring, "_turn", kill)
+        assert _run(folder, *arguments)[0] == 1
+    (recorded,) = (folder / "stopped").glob("measured-*.jsonl")
+    first = json.loads(recorded.read_text(encoding="utf-8"))
+    assert not (folder / "stopped" / "evaluation.json").exists()
+
+    calls.clear()
+    monkeypatch.setattr(measuring.Measuring, "_turn", lambda self, *args: calls.append(args) or run(self, *args))
+    # another evaluation finds nothing, and leaves the file alone
+    code, output = _run(folder, *arguments, "--max-new-tokens", "7")
+    assert code == 0 and len(calls) == 2 and "Going on" not in output
+    assert recorded.exists()
+    calls.clear()
+    code, output = _run(folder, *arguments)
+    assert code == 0, output
+    assert len(calls) == 1 and "Going on after 1 turns" in output
+    fields = json.loads((folder / "stopped" / "evaluation.json").read_text(encoding="utf-8"))
+    prompt = fields["sets"][0]["drafters"][0]["prompts"][0]
+    assert prompt["plain_seconds"] == [first["answers"]["plain"][0]["seconds"]]
+    assert not list((folder / "stopped").glob("measured-*"))
+
+
+def test_a_confidence_that_is_no_number_is_refused_at_once(folder, tmp_path):
+    """A damaged drafter is measured for hours, and then there is no result."""
+    shutil.copytree(folder / "drafter", tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors["confidence_head.proj.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    code, output = _run(folder, "--drafter", str(tmp_path / "broken"))
+    assert code == 2
+    assert "must have a confidence in [0, 1], got NaN from broken" in output
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX")
+def test_odd_names_cost_no_result(folder, tmp_path):
+    """After hours the file's name breaks the writing of the numbers, the figures or the last line."""
+    prompts = os.fsdecode(bytes(tmp_path) + b"/x$_$ [bold] \xff\x1b.jsonl")
+    shutil.copy(folder / "first.jsonl", prompts)
+    output_folder = tmp_path / "[" / "x] [bold]"
+    code, output = _run(folder, "--output", str(output_folder), prompts=(prompts,))
+    assert code == 0, output
+    assert "\x1b" not in output and "[bold]/report.html" in output
+    fields = json.loads((output_folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert fields["sets"][0]["name"] == "x$_$ [bold] \ufffd\ufffd"
+    assert (output_folder / "report.html").is_file()

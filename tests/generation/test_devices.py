@@ -184,3 +184,16 @@ def test_requests_for_an_offloaded_target(offloaded_target):
     )
     assert finished.error is None
     assert torch.equal(finished.token_ids, offloaded_target.generate(prompt, **options)[0])
+
+
+@pytest.mark.parametrize("scheduler", ["adaptive", "threshold", "hardware_aware"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_default_device_is_elsewhere(scheduler, num_rows):
+    """Numbers on the host are made on the user's default device, where they cannot be read."""
+    target = tiny_target()
+    inputs = ragged_prompts(num_rows)
+    drafters = [_untrained(target, **FIELDS[kind]) for kind in FIELDS] + [_untrained(target, owns_embeddings=True)]
+    with torch.device("meta"):
+        plain = _greedy(target, inputs)
+        for drafter in drafters if scheduler == "adaptive" else drafters[:1]:
+            assert torch.equal(_greedy(target, inputs, assistant_model=drafter, scheduler=scheduler), plain)

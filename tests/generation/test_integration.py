@@ -11,6 +11,8 @@ from transformers import GenerationMixin
 
 from dspark_hf import DSparkAssistantModel, install, uninstall
 from dspark_hf.generation import integration
+from tests.generation.call.test_criteria import character_tokenizer
+from tests.generation.call.test_outputs import Recorder
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
@@ -33,6 +35,8 @@ def test_install_is_idempotent_and_reversible(restored):
     assert wrapped.__wrapped__ is original
     uninstall()
     assert GenerationMixin._assisted_decoding is original
+    names = ("_extract_generation_mode_kwargs", "generate_batch", "_prepare_generation_config")
+    assert not any(hasattr(getattr(GenerationMixin, name), "is_dspark") for name in names)
 
 
 def test_uninstalled_door_still_works(restored):
@@ -45,6 +49,22 @@ def test_uninstalled_door_still_works(restored):
     assert torch.equal(
         target.generate(**inputs, max_new_tokens=12, do_sample=False, custom_generate=drafter.decode), plain
     )
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_door_feeds_streamer_and_stop_strings(num_rows):
+    """`custom_generate=drafter.decode` streams the prompt alone and never ends, or knows no tokenizer."""
+    target, tokenizer, inputs = tiny_target("llama"), character_tokenizer(), ragged_prompts(num_rows)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "tokenizer": tokenizer}
+    text = target.generate(**inputs, **options)[0, -4]
+    options["stop_strings"] = [tokenizer.convert_ids_to_tokens(int(text))]
+    plain, ours = Recorder(), Recorder()
+    expected = target.generate(**inputs, **options, streamer=plain)
+    assert torch.equal(target.generate(**inputs, **options, streamer=ours, custom_generate=drafter.decode), expected)
+    assert ours.ended
+    assert len(ours.values) == len(plain.values)
+    assert all(torch.equal(one, other) for one, other in zip(ours.values, plain.values, strict=True))
 
 
 def test_other_assistants_go_to_the_original():

@@ -56,7 +56,8 @@ def test_round_trip(loader: type, dtype: torch.dtype, drafter: DSparkAssistantMo
     assert not again.training
     _assert_equal(again, drafter)
     assert type(AutoConfig.from_pretrained(tmp_path)) is DSparkConfig
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["README.md", "config.json", "dspark_hf_shim.py", "model.safetensors"]
 
 
 def test_options_of_from_pretrained(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
@@ -86,8 +87,8 @@ def test_pickle_and_deepcopy(drafter: DSparkAssistantModel) -> None:
 
 
 def test_remote_code_is_kept_until_taken_out(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
-    """A folder meant for `trust_remote_code` would lose its shim when saved again, or never get rid of it."""
-    drafter.save_pretrained(tmp_path / "first", remote_code=True)
+    """A folder would not say what loading it needs, lose its shim when saved again, or never get rid of it."""
+    drafter.save_pretrained(tmp_path / "first")
     loaded = DSparkAssistantModel.from_pretrained(tmp_path / "first")
     loaded.save_pretrained(tmp_path / "second")
     loaded.save_pretrained(tmp_path / "third", remote_code=False)
@@ -144,7 +145,7 @@ def test_remote_code_gives_the_installed_class(drafter: DSparkAssistantModel, tm
     assert result.returncode == 0, result.stderr
     # the package's own files are not copied along
     saved = sorted(path.name for path in (tmp_path / "copy").iterdir())
-    assert saved == ["config.json", "dspark_hf_shim.py", "model.safetensors"]
+    assert saved == ["README.md", "config.json", "dspark_hf_shim.py", "model.safetensors"]
     _assert_equal(DSparkAssistantModel.from_pretrained(tmp_path / "copy"), drafter)
 
 
@@ -182,6 +183,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=model, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w4"
     )
+
+
+def test_a_folder_is_whole_for_its_use(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A saved drafter would not say whose it is, or could not be named in a pipeline for want of a tokenizer."""
+    tiny_target("llama", eos_token_id=2).save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    drafter.save_pretrained(tmp_path / "drafter")
+    again = DSparkAssistantModel.from_pretrained(tmp_path / "drafter")
+    assert again.config.base_model_name_or_path == str(tmp_path / "target")
+    assert again.config.target_fingerprint == drafter.config.target_fingerprint
+    card = (tmp_path / "drafter" / "README.md").read_text(encoding="utf-8")
+    assert "# DSpark drafter for target" in card
+    assert "More Information Needed" not in card
+    generator = pipeline(
+        "text-generation", model=target, tokenizer=tokenizer, assistant_model=str(tmp_path / "drafter")
+    )
+    assert type(generator.assistant_model) is DSparkAssistantModel
+    # a card that somebody wrote stays
+    (tmp_path / "drafter" / "README.md").write_text("mine", encoding="utf-8")
+    again.save_pretrained(tmp_path / "drafter")
+    assert (tmp_path / "drafter" / "README.md").read_text(encoding="utf-8") == "mine"
 
 
 def test_pipeline_loads_by_name(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from dspark_hf.generation.call.rotary import check_rotary
+from dspark_hf.generation.call.twins import check_class
 from dspark_hf.generation.compat import CACHE_KEY, can_be_cropped, check_supported_modes
 from dspark_hf.generation.targets.recurrent_support import can_recompute
 from dspark_hf.generation.targets.rollback import check_rollback
 
-# model types whose classes in Transformers cannot take tokens back, and our classes that can, of other types
-_OUR_CLASSES = {"deepseek_v4": "DeepseekV4DSparkForCausalLM"}
+# other ways to get drafts
+_OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 def check_mode(
@@ -28,6 +29,13 @@ def check_mode(
     Stands in for Transformers' own check, which goes by a flag of the target's class, and knows assistants of other
     vocabularies and single rows only. `mode_kwargs` hold the tokenizers, if any.
     """
+    if mode == GenerationMode.CONTRASTIVE_SEARCH:
+        _refuse(
+            "`penalty_alpha`",
+            "be None when a drafter assists: it means contrastive search",
+            generation_config.penalty_alpha,
+            "Leave it out, or generate without `assistant_model`.",
+        )
     if mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"`num_beams` must be 1 when a drafter assists, got the mode {mode.value!r}. Use "
@@ -66,6 +74,14 @@ def check_request(
     if model.config.is_encoder_decoder:
         _refuse("`assistant_model`", "assist a decoder-only target", f"the encoder-decoder {type(model).__name__}")
     check_rollback(model)
+    if not len(input_ids):
+        _refuse("`input_ids`", "hold a row", tuple(input_ids.shape), "Pass a prompt.")
+    for name in _OTHER_WAYS:
+        value = getattr(generation_config, name, None)
+        if value is not None and value is not False:
+            _refuse(f"`{name}`", "be None when a drafter assists", value, "Leave out one of the two: each drafts.")
+    if getattr(generation_config, "dola_layers", None) is not None:
+        _refuse("`dola_layers`", "be None when a drafter assists", generation_config.dola_layers)
     if (generation_config.num_beams or 1) > 1:
         _refuse("`num_beams`", "be 1 when a drafter assists", generation_config.num_beams, "Use greedy or sampling.")
     if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
@@ -82,18 +98,6 @@ def check_request(
         num_drafts=num_drafts,
         shares_passes=shares_passes,
     )
-
-
-def check_class(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` that names our class if `model` is one of Transformers' that has a twin with a rollback."""
-    ours = _OUR_CLASSES.get(getattr(model.config, "model_type", ""))
-    if ours is not None:
-        _refuse(
-            "`assistant_model`",
-            f"assist a target whose cache can be rolled back, for this model type a {ours}",
-            type(model).__name__,
-            f"Load the checkpoint with `dspark_hf.{ours}.from_pretrained`.",
-        )
 
 
 def check_cache(cache: Any, generation_config: GenerationConfig, *, has_states: bool = False) -> None:

@@ -98,7 +98,7 @@ class StopRules:
             prefix, scores = ids[:, :length], scores_until(length)
             for criterion in self._others:
                 # a criterion may answer for the whole batch at once
-                done = torch.as_tensor(criterion(prefix, scores)).expand(len(ids))
+                done = torch.as_tensor(criterion(prefix, scores), device=ids.device).expand(len(ids))
                 for index, count in waiting:
                     if bool(done[rows[index]]):
                         stops[index] = min(count, stops[index] or count)

@@ -223,8 +223,8 @@ def fill_empty(scores: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
     Processors may leave none of the proposable tokens, and a drafter's weights may overflow. Any distribution is
     honest as long as it is the one drawn from.
     """
-    only = torch.full_like(scores, float("-inf"))
+    only = scores.new_full((scores.shape[-1],), float("-inf"))
     # some vocabularies are smaller than the ids of their ends
-    only[:, next((token_id for token_id in eos_token_ids if token_id < scores.shape[-1]), 0)] = 0.0
+    only[next((token_id for token_id in eos_token_ids if token_id < scores.shape[-1]), 0)] = 0.0
     # infinite above, nowhere finite, or not a number
     return torch.where(torch.isfinite(scores.amax(-1, keepdim=True)), scores, only)

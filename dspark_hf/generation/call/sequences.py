@@ -23,7 +23,8 @@ class Sequences:
         self.prompt_length = input_ids.shape[1]
         self.pad_token_id = pad_token_id
         self.lengths = [self.prompt_length] * len(input_ids)
-        self._ids = input_ids.clone()
+        # new tokens are int64, and plain `generate` appends them to the prompts
+        self._ids = input_ids.to(torch.promote_types(input_ids.dtype, torch.long), copy=True)
 
     @property
     def batch_size(self) -> int:

@@ -118,6 +118,11 @@ class Drafter(ABC):
     def check_target(self, target: TargetAdapter) -> None:
         """Raise a `ValueError` if this drafter was not made for `target`."""
 
+    def review(  # noqa: B027 (most drafters have nothing to say)
+        self, target: TargetAdapter, statistics: SpeculationStatistics
+    ) -> None:
+        """Look at what a call of `generate` measured, when it is over; by default do nothing."""
+
     @abstractmethod
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
         """Return an empty context for `batch_size` sequences."""

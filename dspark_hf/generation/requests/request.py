@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Full
 from threading import Condition
@@ -24,9 +24,6 @@ class Request:
             also processors, stopping criteria, a streamer.
         key: whatever helps you to tell requests apart.
 
-    Raises:
-        TypeError: if the prompt is text, or all that a tokenizer returns.
-
     Example:
 
         >>> request = Request([5, 6, 7], {"max_new_tokens": 20, "do_sample": False}, key="first")
@@ -41,11 +38,6 @@ class Request:
     is_cancelled: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.input_ids, (str, Mapping)):
-            raise TypeError(
-                f"`input_ids` of a request must be token ids, got {type(self.input_ids).__name__}. Pass "
-                "`tokenizer(text).input_ids`, or the `input_ids` of what the tokenizer returned."
-            )
         self.options = dict(self.options)
 
     def cancel(self) -> None:

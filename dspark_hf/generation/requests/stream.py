@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.wrappers import unwrap
 
 # between two looks for requests while none is being decoded
 _IDLE_SECONDS = 0.005
@@ -91,6 +93,9 @@ class RequestStream(Iterator[FinishedRequest]):
     ):
         if max_rows < 1:
             raise ValueError(f"`max_rows` must be at least 1, got {max_rows}. A row is a request being decoded.")
+        if not isinstance(unwrap(target), PreTrainedModel):
+            raise _unfit(target)
+        drafter = unwrap(drafter)
         self.statistics = SpeculationStatistics()
         self._adapter = TargetAdapter(target, drafter.target_layer_ids)
         drafter.check_target(self._adapter)
@@ -225,6 +230,11 @@ class RequestStream(Iterator[FinishedRequest]):
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), strings]
+        if isinstance(request.input_ids, (str, Mapping)):
+            raise TypeError(
+                f"`input_ids` of a request must be token ids, got {type(request.input_ids).__name__}. Pass "
+                "`tokenizer(text).input_ids`, or the `input_ids` of what the tokenizer returned."
+            )
         input_ids = _as_row(request.input_ids, self._adapter.device)
         if input_ids.numel() == 0:
             raise ValueError("`input_ids` of a request must hold a token at least, got none. Give it a prompt.")
@@ -290,6 +300,7 @@ class RequestStream(Iterator[FinishedRequest]):
                 streamer.end()
             except Exception as late:
                 error = error or late
+        _clear_frames(error)
         self._finished.append(FinishedRequest(request, token_ids, statistics, error))
 
     def _end(self, error: BaseException | None) -> None:
@@ -308,6 +319,15 @@ class RequestStream(Iterator[FinishedRequest]):
                 if error is None:
                     request.cancel()
                 self._report(request, error=error)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the tensors in an error's finished frames: it may be kept for long. Its lines stay."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        traceback.clear_frames(error.__traceback__)
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 def _keep_in(prepared: dict[str, Any]) -> Callable[..., Tensor]:

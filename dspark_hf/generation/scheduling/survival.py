@@ -21,8 +21,9 @@ def prefix_survival(confidence: Tensor) -> Tensor:
 def possible_survival(confidence: Tensor, batch: Batch) -> Tensor:
     """Return `prefix_survival` on the host, zero where a row has no room: what cannot be used is worth nothing."""
     survival = prefix_survival(confidence.float().cpu())
-    slots = torch.arange(survival.shape[1])
-    return survival * (slots < torch.tensor(batch.limits)[:, None])
+    # the user's default device may be another
+    slots = torch.arange(survival.shape[1], device="cpu")
+    return survival * (slots < torch.tensor(batch.limits, device="cpu")[:, None])
 
 
 def stop_level(gains: Sequence[float], num_live: int, seconds: Callable[[int], float]) -> int:

@@ -15,7 +15,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length, stop_recording
 from dspark_hf.generation.targets.adapter import TargetAdapter
-from dspark_hf.generation.targets.interface import TargetPass
+from dspark_hf.generation.targets.interface import TargetPass, joined
+from dspark_hf.generation.targets.prompts import check_chunks, foreign_preparation
 from dspark_hf.generation.targets.trees import check_kept, refuse_tree
 
 _PER_TOKEN_KWARGS = ("token_type_ids", "mm_token_type_ids")
@@ -80,8 +81,15 @@ class SingleRowTarget:
             self._cache, self._length, past_length = empty_cache_like(self._model), 0, 0
             self._cache.activate_past_recording()
             self._kwargs[CACHE_KEY] = inputs[CACHE_KEY] = self._cache
+        owner = foreign_preparation(self._model)
+        is_same = inputs[CACHE_KEY] is self._cache and (embeds is None) == (inputs.get("inputs_embeds") is None)
+        if owner is not None and not is_same:
+            raise ValueError(
+                "`prepare_inputs_for_generation` must leave tokens and cache as they are when a drafter assists, got "
+                f"others from {type(owner).__name__}. Generate without `assistant_model`."
+            )
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
-        target_pass = self._run(inputs, num_tokens, 1, past_length)
+        target_pass = self._run_prompt(inputs, num_tokens, past_length)
         self._check_filled(past_length + num_tokens)
         self._finish_prefill()
         self._length = self._prompt_length = past_length + num_tokens
@@ -94,6 +102,9 @@ class SingleRowTarget:
                 f"{type(self._model).__name__}. Leave out `cache_implementation`, or generate without "
                 "`assistant_model`."
             )
+        self._trim()
+
+    def _trim(self) -> None:
         self._cache.crop(0)
 
     def _check_filled(self, length: int) -> None:
@@ -103,6 +114,33 @@ class SingleRowTarget:
                 f"`target` must hold every token once in the cache it is given, got {held} after {length} tokens for "
                 f"{type(self._model).__name__}. No drafter can assist it: generate without `assistant_model`."
             )
+
+    def _run_prompt(self, inputs: dict[str, Any], num_tokens: int, past_length: int) -> TargetPass:
+        """Process a prompt at once, or in chunks of `prefill_chunk_size`, as plain `generate` cuts it."""
+        size = self._generation_config.prefill_chunk_size
+        if size is None or size >= num_tokens:
+            return self._run(inputs, num_tokens, 1, past_length)
+        check_chunks(self._kwargs)
+        passes = []
+        for start in range(0, num_tokens, size):
+            ids = self._ids[:, -num_tokens:][:, start : start + size]
+            kwargs = self._cut(num_tokens - start - ids.shape[1], ids.shape[1])
+            inputs = self._model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
+            passes.append(self._run(inputs, ids.shape[1], 1, past_length + start))
+            # sliding layers are trimmed to their window between chunks, too
+            self._trim()
+        return joined(passes)
+
+    def _cut(self, num_behind: int, num_tokens: int) -> dict[str, Any]:
+        """Return the arguments of a pass over `num_tokens` of the prompt with `num_behind` of them to come."""
+        kwargs = dict(self._kwargs)
+        for name in ("attention_mask", *_PER_TOKEN_KWARGS):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][:, : kwargs[name].shape[1] - num_behind]
+        if kwargs.get("position_ids") is not None:
+            end = kwargs["position_ids"].shape[-1] - num_behind
+            kwargs["position_ids"] = kwargs["position_ids"][..., end - num_tokens : end]
+        return kwargs
 
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
         """Process anchor and drafts `(1, W)`; `parents` `(W,)`, if given, must describe a chain."""

@@ -6,7 +6,7 @@ B batch, T processed tokens, W positions with logits, of a verify pass its token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +30,16 @@ class TargetPass:
     num_tokens: list[int]
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def joined(passes: Sequence[TargetPass]) -> TargetPass:
+    """Return passes over parts of the same prompts as one, with what the model put out last."""
+    return replace(
+        passes[-1],
+        context_hidden_states=torch.cat([one.context_hidden_states for one in passes], dim=1),
+        positions=torch.cat([one.positions for one in passes], dim=1),
+        num_tokens=[sum(counts) for counts in zip(*(one.num_tokens for one in passes), strict=True)],
+    )
 
 
 class TargetState(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.targets.interface import TargetPass
+from dspark_hf.generation.targets.interface import TargetPass, joined
 
 # (token ids [B, W], how many are real per row, positions with logits) -> one pass of the target
 RunPacked = Callable[[Tensor, list[int], Tensor], TargetPass]
@@ -22,9 +22,21 @@ def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int
     Takes the `attention_mask` that `generate` left, and the `width` of the one that the user gave.
 
     Raises:
-        ValueError: if a row has nothing to process, or padding behind its tokens.
+        ValueError: if a row has nothing to process, or padding behind its tokens, or the mask is not as wide as the
+            text.
     """
+    if past_length and width == input_ids.shape[1] <= past_length:
+        raise ValueError(
+            f"`input_ids` must go beyond what the cache holds when a drafter assists, got {width} columns with "
+            f"{past_length} held. Crop the cache, or pass new tokens with an `attention_mask` that covers both."
+        )
     if attention_mask is not None:
+        if attention_mask.shape[1] not in (input_ids.shape[1], past_length + input_ids.shape[1]):
+            raise ValueError(
+                f"`attention_mask` must cover the {past_length + input_ids.shape[1]} columns of the text when a "
+                f"drafter assists, got {attention_mask.shape[1]}. If `token_healing` changed the prompts, pass them "
+                "one by one, without padding."
+            )
         mask = attention_mask.bool()
         empty = (~mask[:, past_length:].any(-1)).nonzero().flatten().tolist()
         if empty:
@@ -60,17 +72,29 @@ def unpack(states: Tensor, mask: Tensor, order: Tensor) -> Tensor:
     return padded.masked_fill(~mask.view(*mask.shape, *[1] * (states.ndim - 2)), 0)
 
 
-def run_packed(run: RunPacked, prompt_ids: Tensor, mask: Tensor) -> TargetPass:
+def run_packed(run: RunPacked, prompt_ids: Tensor, mask: Tensor, chunk_size: int | None = None) -> TargetPass:
     """Process prompts `(B, T)`, whose real tokens `mask` `(B, T)` marks, packed to the front of their rows.
 
-    Returns the pass with the logits of every row's last token; hidden states, if any, are laid out as the prompts are.
+    No more than `chunk_size` tokens of a row are given to `run` at once. Returns the pass with the logits of every
+    row's last token; hidden states, if any, are laid out as the prompts are, those of the last chunk alone.
     """
     order, num_new = pack_order(mask)
+    packed, size = prompt_ids.gather(1, order), chunk_size or order.shape[1]
     last = torch.tensor(num_new, device=prompt_ids.device) - 1
-    kept, index = torch.unique(last, return_inverse=True)
-    target_pass = run(prompt_ids.gather(1, order), num_new, kept)
-    rows = torch.arange(len(prompt_ids), device=target_pass.logits.device)
-    target_pass.logits = target_pass.logits[rows, index.to(rows.device)][:, None]
+    passes, logits = [], [torch.empty(0)] * len(num_new)
+    for start in range(0, order.shape[1], size):
+        ids = packed[:, start : start + size]
+        ending = [row for row, count in enumerate(num_new) if start < count <= start + ids.shape[1]]
+        kept, index = torch.unique(last[ending] - start if ending else last[:1] * 0, return_inverse=True)
+        part = run(ids, [min(max(count - start, 0), ids.shape[1]) for count in num_new], kept)
+        for row, place in zip(ending, index.tolist(), strict=False):
+            logits[row] = part.logits[row, place]
+        passes.append(part)
+    target_pass = joined(passes)
+    target_pass.logits = torch.stack(logits)[:, None]
     if target_pass.hidden_states is not None:
-        target_pass.hidden_states = tuple(unpack(states, mask, order) for states in target_pass.hidden_states)
+        parts = zip(*(part.hidden_states for part in passes if part.hidden_states is not None), strict=True)
+        whole = (unpack(torch.cat(states, dim=1), mask, order) for states in parts)
+        first = mask.shape[1] - 1 - (mask.shape[1] - 1) % (chunk_size or mask.shape[1])
+        target_pass.hidden_states = tuple(states[:, first:] for states in whole)
     return target_pass

@@ -33,20 +33,59 @@ def check_own_cache(cache: RowwiseCache, model_kwargs: dict[str, Any], widest: i
         )
 
 
-def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Raise a `ValueError` unless the input is text whose positions can be given, and nobody wants attentions."""
-    others = sorted(
+def check_chunks(model_kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a prompt that is to be processed in chunks is more than text."""
+    others = sorted(name for name in _other_inputs(model_kwargs) if name != "mm_token_type_ids")
+    if others:
+        raise ValueError(
+            "`prefill_chunk_size` must be None for prompts other than text when a drafter assists, got one beside "
+            f"{others}. Leave it out."
+        )
+
+
+def _other_inputs(model_kwargs: dict[str, Any]) -> list[str]:
+    return sorted(
         name
         for given, value in model_kwargs.items()
-        if value is not None and given not in _TEXT_INPUTS and not given.startswith("output_")
+        if value is not None
+        and given not in _TEXT_INPUTS
+        and not given.startswith("output_")
+        and given != "return_dict"
         for name in _names_of_user(given, value)
     )
+
+
+def foreign_preparation(model: Any) -> Any:
+    """Return who prepares the target's inputs in its place, as PEFT does for prompt and prefix tuning, or None."""
+    owner = getattr(vars(model).get("prepare_inputs_for_generation", model), "__self__", model)
+    return None if owner is model else owner
+
+
+def check_preparation(model: Any) -> None:
+    """Raise a `ValueError` if the target's inputs are prepared by somebody else."""
+    # rows at their own lengths are prepared here, and would go without what is added
+    owner = foreign_preparation(model)
+    if owner is not None:
+        raise ValueError(
+            "`prepare_inputs_for_generation` must be the target's own for several rows, or padded ones, when a "
+            f"drafter assists, got {type(owner).__name__}'s. Generate without `assistant_model`."
+        )
+
+
+def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless the input is text whose positions can be given, and nobody wants attentions."""
+    others = _other_inputs(model_kwargs)
     # a model of states alone has no use for positions
     if others or not (adapter.accepts("position_ids") or can_recompute_rows(adapter.model)):
         raise ValueError(
             "`assistant_model` must be left out for several rows, or padded ones, unless the target takes "
             f"`position_ids` and the input is text alone, got {others or type(adapter.model).__name__}. Generate the "
             "rows one by one, unpadded."
+        )
+    if "offloaded" in (generation_config.cache_implementation or "") or model_kwargs[CACHE_KEY].offloading:
+        raise ValueError(
+            "`cache_implementation` must not be 'offloaded' for several rows, or padded ones, when a drafter assists, "
+            "since they share a cache of their own. Leave it out, or generate the rows one by one, unpadded."
         )
     if generation_config.return_dict_in_generate and generation_config.output_attentions:
         raise ValueError(

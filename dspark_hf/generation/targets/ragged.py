@@ -17,7 +17,13 @@ from dspark_hf.generation.compat import CACHE_KEY, mask_length
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass
 from dspark_hf.generation.targets.padding import full_mask, pack_order, run_packed
-from dspark_hf.generation.targets.prompts import check_inputs, check_own_cache, check_positions, embedded_types
+from dspark_hf.generation.targets.prompts import (
+    check_inputs,
+    check_own_cache,
+    check_positions,
+    check_preparation,
+    embedded_types,
+)
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
 from dspark_hf.generation.targets.recurrent import RecurrentStates, cached_length
 from dspark_hf.generation.targets.trees import Tree, check_kept, read_tree, refuse_tree
@@ -53,6 +59,8 @@ class RaggedTarget:
         self._adapter = adapter
         self._model: Any = adapter.model
         self._wants_hidden_states = bool(generation_config.output_hidden_states)
+        self._chunk_size = generation_config.prefill_chunk_size
+        check_preparation(adapter.model)
         given, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
         ragged: RaggedCache | None = None
         if isinstance(given, RowwiseCache):
@@ -107,11 +115,9 @@ class RaggedTarget:
         """Process the prompts, packed to their rows' front, with logits of every row's last token."""
         if self._states.layers:
             return self._prefill_padded()
-        starts = self._lengths()
-        target_pass = run_packed(self._run, self._prompt_ids, self._new_mask)
+        target_pass = run_packed(self._run_chunk, self._prompt_ids, self._new_mask, self._chunk_size)
         if self._token_types is not None:
             self._token_types = self._last_types
-        self.cache.keep(starts, [range(count) for count in target_pass.num_tokens])
         self._is_filled = True
         return target_pass
 
@@ -138,6 +144,17 @@ class RaggedTarget:
             num_tokens=num_new,
             hidden_states=outputs.get("hidden_states"),
         )
+
+    def _run_chunk(self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor) -> TargetPass:
+        """Process what comes next of the packed prompts, to stay."""
+        starts, prompt_types, width = self._lengths(), self._token_types, token_ids.shape[1]
+        if prompt_types is not None:
+            self._token_types = prompt_types[:, :width]
+        target_pass = self._run(token_ids, num_tokens, kept_logits)
+        if prompt_types is not None:
+            self._token_types = prompt_types[:, width:]
+        self.cache.keep(starts, [range(count) for count in num_tokens])
+        return target_pass
 
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
         """Process every row's anchor and drafts `(B, W)`, which continue each other as `parents` `(W,)` say."""

@@ -238,7 +238,7 @@ class RaggedCache(Cache):
     def _close_up(self, kept: Sequence[Sequence[int]]) -> None:
         count = max(len(row) for row in kept)
         # a row that keeps fewer moves nothing behind them
-        tokens = torch.tensor([[*row, *range(len(row), count)] for row in kept])
+        tokens = torch.tensor([[*row, *range(len(row), count)] for row in kept], device=self._rows.device.device)
         for layer in self.layers:
             if isinstance(layer, RaggedLayer):
                 layer.store.close_up(self._rows.device, tokens)

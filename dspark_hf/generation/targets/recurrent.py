@@ -54,11 +54,15 @@ class RecurrentStates:
         if not self.layers:
             yield
             return
-        self._before, self._width = [_fields(layer) for layer in self.layers], width
+        before = [_fields(layer) for layer in self.layers]
+        # the chunks of a prompt are taken back together
+        if are_drafts or self._watch is None:
+            self._before = before
+        self._width = width
         for layer in self.layers:
             # windows then keep all that a pass puts in, which of a long prompt would be a lot
             layer.record_past = are_drafts
-        self._watch = Watch(_states(self._before), are_drafts)
+        self._watch = Watch(_states(before), are_drafts)
         with watching(self._watch):
             yield
 

@@ -51,6 +51,9 @@ class RecurrentTarget(SingleRowTarget):
 
     def _finish_prefill(self) -> None:
         self._states.keep([0])
+        self._trim()
+
+    def _trim(self) -> None:
         crop_attention(self._cache.layers, 0)
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:

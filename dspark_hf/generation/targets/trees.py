@@ -42,7 +42,7 @@ def read_tree(parents: Tensor | None, width: int) -> Tree | None:
         )
     if given == list(range(-1, width - 1)):
         return None
-    depths, ancestry = [0], torch.eye(width, dtype=torch.bool)
+    depths, ancestry = [0], torch.eye(width, dtype=torch.bool, device="cpu")
     for index in range(1, width):
         depths.append(depths[given[index]] + 1)
         ancestry[index] |= ancestry[given[index]]

@@ -46,7 +46,8 @@ class Attention(AttentionProjections):
         super().__init__(config)
         self.kind = config.attention_kinds[layer]
         self.ratio = config.compress_ratios[layer]
-        # stands for the storage format also where nothing is stored, so that every way to process a text agrees
+        # stands for the storage format also where nothing is stored, so that every way to process a text agrees, but
+        # where a last bit turns a rounding
         self._codec = None if config.cache_dtype is None else Fp8Codec(config.qk_rope_head_dim, torch.float32)
         if self.kind != "window":
             self.compressor = Compressor(

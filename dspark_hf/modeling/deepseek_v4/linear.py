@@ -10,12 +10,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
 
 # dtypes that packed FP4 is stored in, and all that come with scales
 PACKED = (torch.int8, torch.uint8)
 QUANTIZED = (torch.float8_e4m3fn, *PACKED)
+# seconds after which a bar says how far loading is
+BAR_DELAY = 1.0
 
 
 class _Stored(Protocol):
@@ -143,7 +146,8 @@ def swap_linears(module: nn.Module, stored: Mapping[str, _Stored], prefix: str =
     Raises:
         ValueError: if a stored weight has another size than its layer.
     """
-    for name, child in list(module.named_modules()):
+    # a full-size model has 33,000 of them
+    for name, child in logging.tqdm(list(module.named_modules()), desc="Preparing layers", delay=BAR_DELAY):
         weight, scale = stored.get(f"{prefix}{name}.weight"), stored.get(f"{prefix}{name}.scale")
         if (
             not isinstance(child, (nn.Linear, GroupedLinear))

@@ -7,7 +7,14 @@ from types import MethodType
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GenerationConfig,
+)
 
 from dspark_hf import DSparkAssistantModel, generate_stream
 from dspark_hf.generation.compat import CACHE_KEY
@@ -16,6 +23,7 @@ from dspark_hf.generation.ragged_store import RaggedLengths
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.prompts import check_inputs
 from dspark_hf.generation.targets.ragged_cache import RaggedLayer
+from tests.generation.call.test_criteria import character_tokenizer
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.tiny import tiny_target
@@ -171,6 +179,110 @@ def test_ensemble_weight(target, drafter, no_forward):
     """A setting that trades exactness for speed is silently ignored."""
     with pytest.raises(ValueError, match=r"`assistant_ensemble_weight` must be None"):
         _generate(target, drafter, assistant_ensemble_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"use_mtp": True}, {"dola_layers": "low"}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_other_ways_to_decode(target, drafter, no_forward, num_rows, options):
+    """Of two ways to decode that a call names, one is dropped without a word."""
+    with pytest.raises(ValueError, match=rf"`{next(iter(options))}` must be None when a drafter assists"):
+        _generate(target, drafter, num_rows, **options)
+    with pytest.raises(ValueError, match=rf"`{next(iter(options))}` must be None when a drafter assists"):
+        target.generate(**ragged_prompts(num_rows), max_new_tokens=4, custom_generate=drafter.decode, **options)
+
+
+def test_contrastive_search(target, drafter, no_forward):
+    """The refusal of contrastive search blames the beams."""
+    options = {"penalty_alpha": 0.6, "top_k": 4, "do_sample": False, "trust_remote_code": True}
+    with pytest.raises(ValueError, match="`penalty_alpha` must be None when a drafter assists, got 0.6"):
+        _generate(target, drafter, **options)
+
+
+def test_continuous_batching_of_transformers(target, drafter, no_forward):
+    """`generate_batch` decodes without the drafter that it was given, and says nothing."""
+    with pytest.raises(ValueError, match="`assistant_model` must be left out of `generate_batch`.*`generate`"):
+        target.generate_batch([[3, 4, 5]], max_new_tokens=2, assistant_model=drafter)
+
+
+def test_offloaded_cache_of_several_rows(target, drafter, no_forward):
+    """A cache that is to lie on the CPU stays on the device."""
+    cache = DynamicCache(config=target.config, offloading=True)
+    # so that no stream of an accelerator is needed
+    with pytest.raises(ValueError, match="`cache_implementation` must not be 'offloaded' for several rows"):
+        _generate(target, drafter, 3, **{CACHE_KEY: cache})
+
+
+def test_empty_batch(target, drafter, no_forward):
+    """A batch without rows fails deep inside, with words about an empty sequence."""
+    with pytest.raises(ValueError, match=r"`input_ids` must hold a row, got \(0, 5\)"):
+        target.generate(torch.zeros(0, 5, dtype=torch.long), max_new_tokens=4, assistant_model=drafter)
+
+
+@pytest.mark.parametrize("num_held", [8, 12])
+def test_cache_that_holds_all_of_the_ids(target, drafter, num_held):
+    """Rows whose tokens are all in the cache fail deep inside, with words about sizes of tensors."""
+    ids = torch.randint(2, 60, (2, num_held))
+    cache = target(ids, use_cache=True)[CACHE_KEY]
+    with pytest.raises(ValueError, match=rf"`input_ids` must go beyond what the cache holds.*with {num_held} held"):
+        target.generate(ids[:, :8], max_new_tokens=4, assistant_model=drafter, **{CACHE_KEY: cache})
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_prompts_that_another_made_longer(num_rows):
+    """Virtual tokens that a wrapper adds to the prompt, as in prompt tuning, are left out, or fail deep inside."""
+    target = tiny_target("llama")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    target.prepare_inputs_for_generation = Tuned(target).prepare
+    with pytest.raises(ValueError, match="`prepare_inputs_for_generation` must .*Tuned.* without `assistant_model`"):
+        _generate(target, drafter, num_rows)
+
+
+class Tuned:
+    """Put embeddings before the prompt."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def prepare(self, *args, **kwargs):
+        inputs = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
+        embeds = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+        return {**inputs, "inputs_embeds": torch.cat([embeds[:, :1], embeds], dim=1), "attention_mask": None}
+
+
+@pytest.mark.parametrize(("num_rows", "tuning"), [(1, "prompt"), (3, "prompt"), (3, "prefix")])
+def test_prompt_tuning_of_another_library(num_rows, tuning):
+    """Prompts tuned with PEFT are left out, or fail deep inside."""
+    peft = pytest.importorskip("peft")
+    target = tiny_target("llama")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[tuning]
+    tuned = peft.get_peft_model(target, config(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(ValueError, match="`prepare_inputs_for_generation` must .*PeftModelForCausalLM"):
+        _generate(tuned, drafter, num_rows)
+    # an adapter within the layers is served
+    adapted = peft.get_peft_model(
+        tiny_target("llama"), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    ).eval()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    plain = adapted.generate(**ragged_prompts(num_rows), **options)
+    assert torch.equal(adapted.generate(**ragged_prompts(num_rows), **options, assistant_model=drafter), plain)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_prompts_that_token_healing_made_shorter(target, drafter, num_rows):
+    """Padded prompts that `token_healing` changes fail deep inside, with words about an index."""
+    inputs = {name: values[-num_rows:] for name, values in ragged_prompts(3).items()}
+    inputs["attention_mask"][:, :2] = 0
+    inputs["input_ids"][:, :2] = 0
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "a", "bos_token": "b"})
+    tokenizer.padding_side = "left"
+    with pytest.raises(ValueError, match=r"`attention_mask` must cover the 15 columns.*got 17.*`token_healing`"):
+        target.generate(**inputs, max_new_tokens=4, token_healing=True, tokenizer=tokenizer, assistant_model=drafter)
 
 
 def test_encoder_decoder_targets():

@@ -147,3 +147,13 @@ def test_several_samples_of_one_prompt():
     )
     assert samples.shape == (6, inputs["input_ids"].shape[1] + NEW_TOKENS)
     assert torch.equal(samples[:, : inputs["input_ids"].shape[1]], inputs["input_ids"].repeat_interleave(3, dim=0))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_kind_of_the_ids(num_rows):
+    """Prompts of another kind of integer give texts of that kind, unlike without a drafter."""
+    inputs = ragged_prompts(num_rows)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    plain, assisted, _ = _both(tiny_target("llama"), inputs)
+    assert assisted.dtype == plain.dtype
+    assert torch.equal(assisted, plain)

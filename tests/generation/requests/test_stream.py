@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from queue import Full
 from typing import Any
 
@@ -605,7 +606,21 @@ def test_drafter_whose_contexts_cannot_join(target, monkeypatch):
 
 
 @pytest.mark.parametrize("prompt", ["text", {"input_ids": [5, 6]}, BatchEncoding({"input_ids": [5, 6]})])
-def test_a_prompt_is_token_ids(prompt):
+def test_a_prompt_is_token_ids(target, prompt):
     """Text, or all that a tokenizer returns, ends in an error of PyTorch that names nothing."""
-    with pytest.raises(TypeError, match="`input_ids` of a request must be token ids, got"):
-        Request(prompt)
+    [finished] = generate_stream(target, [Request(prompt)], drafter=_drafter("untrained", target, []))
+    assert isinstance(finished.error, TypeError)
+    assert "`input_ids` of a request must be token ids, got" in str(finished.error)
+
+
+def test_kept_errors_hold_no_tensors(target):
+    """A caller that keeps what failed keeps its tensors: an error's frames hold scores over whole vocabularies."""
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    options = {"max_new_tokens": 9, "logits_processor": LogitsProcessorList([Raises(6)])}
+    (finished,) = generate_stream(target, [Request([3, 4, 5], options)], drafter=drafter)
+    assert finished.error is not None
+    frames = [frame for frame, _ in traceback.walk_tb(finished.error.__traceback__)]
+    # where it happened is still known
+    assert frames[-1].f_code.co_name == "__call__"
+    held = [value for frame in frames for value in frame.f_locals.values()]
+    assert not any(isinstance(value, Tensor) for value in held)

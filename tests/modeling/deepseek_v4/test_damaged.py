@@ -16,9 +16,7 @@ from dspark_hf.modeling.formats.tensors import INDEX_NAME
 from tests.modeling.deepseek_v4.checkpoints import assert_same_bytes, assert_same_logits, load, read_files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
-WAYS = pytest.mark.parametrize(
-    "options", [{}, {"dtype": torch.float32}, {"device_map": {"": "disk"}}], ids=["kept", "dequantized", "disk"]
-)
+WAYS = pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=["kept", "dequantized"])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
+from transformers.utils import logging
 
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkModel
 from dspark_hf.modeling.deepseek_v4.linear import QuantizedWeight
@@ -87,6 +88,18 @@ def test_what_a_loaded_model_is_like(checkpoints):
     assert model.config.cache_dtype == "fp8"
     _, info = load(checkpoints["fp4"], output_loading_info=True)
     assert not any(info.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=["kept", "dequantized"])
+def test_how_far_loading_is(checkpoints, monkeypatch, options):
+    """Nothing is to be seen for minutes while a full-size model is loaded, or the bar ends short of its end."""
+    bars = []
+    original = logging.tqdm
+    monkeypatch.setattr(logging, "tqdm", lambda *args, **kwargs: bars.append(original(*args, **kwargs)) or bars[-1])
+    model = load(checkpoints["fp4"], **options)
+    assert bars[-1].total == bars[-1].n == len(list(model.parameters()))
+    titles = ["Loading weights"] if options else ["Preparing layers", "Loading weights"]
+    assert [bar.desc.strip(": ") for bar in bars] == titles
 
 
 @pytest.mark.parametrize("options", [{"cache_dtype": "fp8"}, {"indexer_dtype": "fp4"}], ids=str)

@@ -77,6 +77,9 @@ def speculators_fields(draft_vocab_size: int = VOCAB_SIZE, **changes: Any) -> di
         "speculators_version": "0.9.0",
         "tie_word_embeddings": False,
         "transformer_layer_config": {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
             "head_dim": 8,
             "hidden_size": HIDDEN_SIZE,
             "intermediate_size": INTERMEDIATE_SIZE,

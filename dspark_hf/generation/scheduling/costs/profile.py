@@ -26,6 +26,8 @@ _QUICK_REPEATS = 3
 _QUICK_CONTEXT = 128
 # costs that fall by more than noise as steps grow: to this share of a smaller step's
 _SUSPICIOUS_FALL = 0.9
+# pairs of target and drafter that are remembered
+_MOST_KNOWN = 64
 
 # path, time and size of a profile's file; None if there is none
 _Stamp = tuple[str, int, int] | None
@@ -41,6 +43,7 @@ def online_costs(call: CallInfo) -> OnlineCosts:
     """Return what this process has learned about such a target and drafter, on top of a stored profile, if any."""
     keys = _keys(call)
     costs = _ONLINE.setdefault(keys, OnlineCosts())
+    _drop_oldest(_ONLINE)
     # the profile belongs to this call alone: another call with more rows may run at the same time, without one
     return costs.with_profile(_covering_profile(call, keys))
 
@@ -75,6 +78,7 @@ def find_profile(call: CallInfo) -> CostTable:
     )
     place = profile_path(key), drafter
     _QUICK[place] = _QUICK[place].merged_with(table) if place in _QUICK else table
+    _drop_oldest(_QUICK)
     _TABLES.pop((key, drafter), None)
     found = _known(key, drafter)
     assert found is not None
@@ -164,7 +168,15 @@ def _known(key: ProfileKey, drafter: str) -> CostTable | None:
         # what was stored may have been measured thoroughly
         both = quick.merged_with(stored) if quick and stored else quick or stored
         known = _TABLES[key, drafter] = (stamp, quick), both
+        _drop_oldest(_TABLES)
     return known[1]
+
+
+def _drop_oldest(known: dict[Any, Any]) -> None:
+    """Keep the latest entries: a process that goes through many models must not remember all of them."""
+    # a copy, since other threads may add
+    for keys in list(known)[:-_MOST_KNOWN]:
+        known.pop(keys, None)
 
 
 def _stamp(path: Path) -> _Stamp:

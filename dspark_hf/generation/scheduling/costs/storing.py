@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,6 +23,11 @@ logger = logging.get_logger(__name__)
 
 FOLDER_VARIABLE = "DSPARK_HF_PROFILES"
 _FORMAT = 1
+_MAX_NAME = 200
+# a grid of hundreds of points has some tens of kilobytes
+_MAX_BYTES = 16 << 20
+# more rows or tokens than any measurement has
+_MAX_SIZE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,11 @@ class ProfileKey:
     def file_name(self) -> str:
         """The name of its file."""
         parts = (self.model, self.dtype, self.device, self.attention)
-        return "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts) + ".json"
+        name = "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
+        if len(name) > _MAX_NAME:
+            # file systems end names at 255 characters
+            name = name[:_MAX_NAME] + "--" + hashlib.sha256(name.encode()).hexdigest()[:16]
+        return name + ".json"
 
 
 def profile_path(key: ProfileKey, folder: Path | None = None) -> Path:
@@ -52,20 +63,23 @@ def profile_path(key: ProfileKey, folder: Path | None = None) -> Path:
 def load_profile(key: ProfileKey, drafter: str | None, folder: Path | None = None) -> CostTable | None:
     """Return what is stored of a target and one of its drafters, or None without a file that can be believed.
 
-    A file that is there and is passed over is named in a warning.
+    A file that is there and is passed over is named in a warning: one that is damaged, and in the cache, which may be
+    shared, one that somebody else has written or may write.
     """
     path = profile_path(key, folder)
     try:
         fields = _read(path)
         if fields is None:
             return None
+        if folder is None and not os.environ.get(FOLDER_VARIABLE):
+            _check_owner(path)
         draft = {} if drafter is None else fields["drafters"].get(drafter, {})
         table = CostTable(
             _curves(fields["verify"]["curves"], "seconds_by_width"),
             _curves(draft.get("curves", []), "seconds_by_drafts"),
         )
         doubt = table.doubt
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         # not what `save_profile` writes
         doubt = f"{type(error).__name__}: {error}"
     if doubt is None:
@@ -128,13 +142,33 @@ def _read(path: Path) -> dict[str, Any] | None:
         ValueError: if it is no profile of this format.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # never a pipe, which would be waited for
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except OSError:
         return None
-    fields = json.loads(text)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"more than {_MAX_BYTES >> 20} MiB")
+    try:
+        fields = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("JSON that is too deep") from error
     if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
         raise ValueError(f"`format` must be {_FORMAT}")
     return fields
+
+
+def _check_owner(path: Path) -> None:
+    """Raise a `ValueError` if another user has written a file, or may write to it."""
+    if os.name != "posix":
+        return
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0):
+        raise ValueError(f"another user's; {FOLDER_VARIABLE} can name its folder as one to trust")
+    if status.st_mode & stat.S_IWOTH:
+        raise ValueError("everybody may write to it")
 
 
 def _rows(curves: CostCurves, name: str) -> list[dict[str, Any]]:
@@ -149,5 +183,13 @@ def _curves(rows: list[dict[str, Any]], name: str) -> CostCurves:
     points: dict[Point, float] = {}
     for row in rows:
         for size, seconds in row[name].items():
-            points[int(row["rows"]), int(row["context"]), int(size)] = float(seconds)
+            point = (_size(row["rows"]), _size(row["context"]), _size(size))
+            points[point] = float(seconds)
     return CostCurves(points)
+
+
+def _size(value: Any) -> int:
+    size = int(value)
+    if not 1 <= size <= _MAX_SIZE or isinstance(value, bool) or size != float(value):
+        raise ValueError(f"{value!r:.40} rows or tokens")
+    return size

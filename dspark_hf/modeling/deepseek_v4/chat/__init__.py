@@ -1,11 +1,15 @@
 """The prompt format of DeepSeek-V4: encoder, chat template and parser. No model is needed, nor a GPU."""
 
 from dspark_hf.modeling.deepseek_v4.chat.encoding import encode_messages
-from dspark_hf.modeling.deepseek_v4.chat.parsing import Response, ToolCall, parse_response
+from dspark_hf.modeling.deepseek_v4.chat.parsing import parse_response
+from dspark_hf.modeling.deepseek_v4.chat.reading import ResponseDelta, ResponseReader
+from dspark_hf.modeling.deepseek_v4.chat.responses import Response, ToolCall
 from dspark_hf.modeling.deepseek_v4.chat.template import chat_template, set_chat_template
 
 __all__ = [
     "Response",
+    "ResponseDelta",
+    "ResponseReader",
     "ToolCall",
     "chat_template",
     "encode_messages",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from dspark_hf.modeling.deepseek_v4.chat.constants import DSML, EOS, SPECIAL_TOKENS, THINK_END
+from dspark_hf.modeling.deepseek_v4.chat.reading import ResponseReader
+from dspark_hf.modeling.deepseek_v4.chat.responses import Response, ToolCall
 
 _CALLS_START = f"\n\n<{DSML}tool_calls>\n"
 _CALLS_END = f"</{DSML}tool_calls>"
@@ -18,59 +19,35 @@ _PARAMETER_END = f"</{DSML}parameter>"
 _SHOWN = 40
 
 
-@dataclass(frozen=True)
-class ToolCall:
-    """One call: the tool's name and its arguments, decoded."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Response:
-    """What a target answered.
-
-    Args:
-        reasoning: what stands before `</think>`; None for a response to a prompt without reasoning.
-        content: what the user reads, empty if there are only tool calls.
-        tool_calls: the calls, in order.
-    """
-
-    reasoning: str | None
-    content: str
-    tool_calls: list[ToolCall] = field(default_factory=list)
-
-    def to_message(self) -> dict[str, Any]:
-        """Return the assistant message to append to the conversation."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in self.tool_calls
-            ]
-        return message
-
-
-def parse_response(text: str, *, is_thinking: bool = True) -> Response:
+def parse_response(text: str, *, is_thinking: bool = True, tolerant: bool = False) -> Response:
     """Return the reasoning, the content and the tool calls of a response.
 
     Args:
         text: all that was generated and nothing of the prompt, up to and with EOS; decode with
             `skip_special_tokens=False`.
         is_thinking: whether the prompt ended with `<think>`; False for `reasoning_effort="none"`.
+        tolerant: whether to read as much as there is of a response that is cut off or not quite well-formed, as
+            `ResponseReader` does; `is_cut` and `problems` then say what is not as it should be.
 
     Raises:
-        ValueError: if the response is malformed; the message says what is wrong and where.
+        ValueError: if the response is malformed and `tolerant` is false; the message says what is wrong and where.
 
     Example:
 
         >>> parse_response("2 + 2 is easy.</think>4<｜end▁of▁sentence｜>")
         Response(reasoning='2 + 2 is easy.', content='4', tool_calls=[])
     """
+    if tolerant:
+        reader = ResponseReader(is_thinking=is_thinking)
+        reader.feed(text)
+        return reader.finish()
     if not text.endswith(EOS):
-        _malformed(text, f"end with {EOS}", len(text), "It was cut off, or decoded without special tokens.")
+        _malformed(
+            text,
+            f"end with {EOS}",
+            len(text),
+            "It was cut off (`tolerant=True` reads so much as there is), or decoded without special tokens.",
+        )
     end = len(text) - len(EOS)
     reasoning, content_start = _split_reasoning(text) if is_thinking else (None, 0)
     calls_start = text.find(_CALLS_START, content_start)
@@ -105,6 +82,7 @@ def _parse_call(text: str, position: int, end: int) -> tuple[ToolCall, int]:
     opening = _INVOKE_START.match(text, position, end)
     if opening is None:
         _malformed(text, f'have <{DSML}invoke name="..."> and a line break, or {_CALLS_END}, here', position)
+    _refuse_special_tokens(text, opening.start(1), opening.end(1), (DSML, EOS))
     position = opening.end()
     # without parameters, an empty line stands where they would
     if text.startswith("\n" + _INVOKE_END, position):
@@ -127,6 +105,7 @@ def _parse_parameter(text: str, position: int, end: int) -> tuple[str, Any, int]
             f'have <{DSML}parameter name="..." string="true|false">, or </{DSML}invoke> and a line break, here',
             position,
         )
+    _refuse_special_tokens(text, opening.start(1), opening.end(1), (DSML, EOS))
     value_start = opening.end()
     value_end = text.find(_PARAMETER_END, value_start, end)
     if value_end < 0:
@@ -145,6 +124,9 @@ def _decoded(text: str, value: str, position: int) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         _malformed(text, f'have JSON in a parameter with string="false" ({error.msg})', position + error.pos)
+    except (ValueError, RecursionError) as error:
+        # numbers of thousands of digits, lists in lists in lists
+        _malformed(text, f'have JSON in a parameter with string="false" ({error})', position)
 
 
 def _refuse_special_tokens(text: str, start: int, end: int, tokens: tuple[str, ...]) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from dspark_hf.modeling.deepseek_v4.formats import SCALE_DTYPES, dequantize, scale_shape
-from dspark_hf.modeling.deepseek_v4.linear import QUANTIZED, dequantized_shape, swap_linears
+from dspark_hf.modeling.deepseek_v4.linear import BAR_DELAY, QUANTIZED, dequantized_shape, swap_linears
 from dspark_hf.modeling.formats.tensors import TensorInfo, iterate_tensors, read_index
 
 _OWN_PREFIX = "model."
@@ -210,7 +211,17 @@ def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def read_weights(checkpoint: Checkpoint, loadings: Mapping[str, Loading]) -> Iterator[tuple[Loading, Tensor]]:
-    """Yield the weights in the dtypes to hold them in, one by one; what is kept as stored is a view of the file."""
+    """Yield the weights in the dtypes to hold them in, one by one; what is kept as stored is a view of the file.
+
+    A bar shows how many of them are there, unless that takes no time or Transformers' bars are off.
+    """
+    with logging.tqdm(total=len(loadings), desc="Loading weights", delay=BAR_DELAY) as bar:
+        for weight in _read_weights(checkpoint, loadings):
+            yield weight
+            bar.update()
+
+
+def _read_weights(checkpoint: Checkpoint, loadings: Mapping[str, Loading]) -> Iterator[tuple[Loading, Tensor]]:
     scales = {scale_name(name): name for name, loading in loadings.items() if loading.is_dequantized}
     # of a weight and its scales, what came first
     waiting: dict[str, Tensor] = {}

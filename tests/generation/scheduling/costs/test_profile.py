@@ -388,3 +388,15 @@ def test_measuring_draws_nothing():
     assert torch.equal(torch.get_rng_state(), generator)
     # of drafts too whose shape no pass has
     assert (set(table.verify.points), set(table.draft.points)) == ({(2, 16, 1), (2, 16, 3)}, {(1, 16, 2)})
+
+
+def test_few_pairs_are_remembered(monkeypatch):
+    """A process that tries many models keeps what it has learnt of every one of them, for ever."""
+    monkeypatch.setattr(profile, "_MOST_KNOWN", 3)
+    calls = [_call(tiny_target(intermediate_size=16 * size)) for size in range(1, 6)]
+    costs = [profile.online_costs(call) for call in calls]
+    assert len(profile._ONLINE) == len(profile._TABLES) == 3
+    # the latest are those that stay
+    kept = profile._ONLINE[profile._keys(calls[-1])]
+    assert kept is not costs[0]
+    assert profile._keys(calls[0]) not in profile._ONLINE

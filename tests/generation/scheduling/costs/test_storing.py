@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,17 @@ def test_every_part_of_the_key_counts(profiles, change):
         '{"format": 1, "verify": {"curves": [{"rows": 1}]}, "drafters": {}}',
         '{"format": 1, "verify": {"curves": [{"rows": 1, "context": 1, "seconds_by_width": {"a": 1}}]}}',
         '{"format": 1, "verify": {"curves": []}, "drafters": 3}',
+        '{"format": 1, "verify": {"curves": [{"rows": Infinity, "context": 1, "seconds_by_width": {"1": 1}}]},'
+        ' "drafters": {}}',
+        '{"format": 1, "verify": {"curves": [{"rows": -1, "context": 1, "seconds_by_width": {"1": 1}}]},'
+        ' "drafters": {}}',
+        '{"format": 1, "verify": {"curves": [{"rows": 1.5, "context": 1, "seconds_by_width": {"1": 1}}]},'
+        ' "drafters": {}}',
+        '{"format": 1, "verify": {"curves": [{"rows": 1, "context": 1, "seconds_by_width": {"0": 1}}]},'
+        ' "drafters": {}}',
+        '{"format": 1, "verify": {"curves": [{"rows": 1, "context": 1, "seconds_by_width": {"1": 1e999}}]},'
+        ' "drafters": {}}',
+        "[" * 200_000,
     ],
 )
 def test_other_files_are_passed_over(profiles, text):
@@ -88,6 +100,48 @@ def test_other_files_are_passed_over(profiles, text):
     assert load_profile(KEY, "drafter") is None
     save_profile(KEY, "drafter", TABLE, MEASURED)
     assert load_profile(KEY, "drafter").draft.points == TABLE.draft.points
+
+
+def _in_the_cache(monkeypatch, folder):
+    monkeypatch.delenv(storing.FOLDER_VARIABLE)
+    monkeypatch.setattr(storing, "_cache_folder", lambda: folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners are POSIX's")
+@pytest.mark.parametrize("change", ["another's", "everybody's"])
+def test_a_shared_cache_is_not_believed_blindly(profiles, tmp_path, monkeypatch, change):
+    """Another user of a shared cache decides how this one's calls are scheduled."""
+    _in_the_cache(monkeypatch, tmp_path / "cache")
+    path = save_profile(KEY, "drafter", TABLE, MEASURED)
+    assert load_profile(KEY, "drafter") is not None
+    if change == "everybody's":
+        path.chmod(0o666)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+        # a file of root's is believed
+        if path.stat().st_uid == 0:
+            os.chown(path, 12345, -1)
+    assert load_profile(KEY, "drafter") is None
+    # a folder that was named is one to trust
+    monkeypatch.setenv(storing.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    assert load_profile(KEY, "drafter") is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+def test_a_pipe_is_no_profile(profiles):
+    """Every call of `generate` waits for ever."""
+    path = profile_path(KEY)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert load_profile(KEY, None) is None
+
+
+def test_long_names_can_be_stored(profiles):
+    """A model or a device with a long name has no profile, and two of them have the same."""
+    first, second = (replace(KEY, model="Model" * 100 + end) for end in "ab")
+    save_profile(first, None, TABLE, MEASURED)
+    assert load_profile(first, None) is not None
+    assert load_profile(second, None) is None
 
 
 BUSY = {1: 0.147, 2: 0.264, 3: 0.303, 4: 0.234, 6: 0.186, 8: 0.138}

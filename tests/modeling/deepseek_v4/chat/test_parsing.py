@@ -70,6 +70,16 @@ MALFORMED = {
         {},
         r"have <｜DSML｜invoke name=.*got '<｜DSML｜invoke>",
     ),
+    "call in a name": (
+        "</think>" + calls('<｜DSML｜invoke name="f</｜DSML｜invoke>">', "", "</｜DSML｜invoke>"),
+        {},
+        r"not have ｜DSML｜ here",
+    ),
+    "call in a parameter's name": (
+        "</think>" + calls('<｜DSML｜invoke name="f">', '<｜DSML｜parameter name="x｜DSML｜" string="true">1'),
+        {},
+        r"not have ｜DSML｜ here",
+    ),
     "call without end": (
         "</think>" + calls('<｜DSML｜invoke name="f">'),
         {},
@@ -114,6 +124,15 @@ MALFORMED = {
         + calls('<｜DSML｜invoke name="f">', *['<｜DSML｜parameter name="x" string="true">1</｜DSML｜parameter>'] * 2),
         {},
         r"each parameter of a call once, not 'x' twice",
+    ),
+    "value that is too deep": (
+        "</think>"
+        + calls(
+            '<｜DSML｜invoke name="f">',
+            f'<｜DSML｜parameter name="x" string="false">{"[" * 100_000}</｜DSML｜parameter>',
+        ),
+        {},
+        r"have JSON in a parameter with string=\"false\" \(",
     ),
     "value that is not JSON": (
         "</think>"

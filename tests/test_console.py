@@ -1,0 +1,62 @@
+"""A terminal shows the words of others, and obeys none of them."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from dspark_hf.cli.command import PackageCommand
+from dspark_hf.console import printable, say
+from dspark_hf.demo.display import piece_printer
+
+COMMANDS = [
+    pytest.param("\x1b]0;title\x07", id="title"),
+    pytest.param("\x1b[2J", id="clear"),
+    pytest.param("\x9b2J", id="clear in one byte"),
+    pytest.param("\x1b]52;c;aGk=\x1b\\", id="clipboard"),
+    pytest.param("\x1b]8;;http://a\x1b\\link", id="link"),
+    pytest.param("\r\x7f\x08", id="write over"),
+]
+
+
+def _obeyed(text: str) -> bool:
+    # as terminals read: anything below a space but line feed and tab, DEL, and C1
+    return any(one not in "\n\t" and (ord(one) < 32 or 127 <= ord(one) < 160) for one in text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_models_text_commands_nothing(command: str) -> None:
+    """A model's answer renames the window, clears the screen or fills the clipboard."""
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=False, width=80)
+    piece_printer(console)(f"a{command}b\n\tc", True)
+    say(console, f"[bold]{command}[/x]")
+    assert not _obeyed(shown.getvalue())
+    assert "b\n\tc" in shown.getvalue() or "b\n        c" in shown.getvalue()
+    # what looks like markup is part of the text
+    assert "[bold]" in shown.getvalue() and "[/x]" in shown.getvalue()
+    assert _obeyed(command)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_message_commands_nothing(command: str) -> None:
+    """The message of an error quotes a file, and the terminal obeys it."""
+    app = typer.Typer()
+
+    def fail() -> None:
+        raise typer.BadParameter(f"got {command}")
+
+    app.command(cls=PackageCommand)(fail)
+    result = CliRunner().invoke(app, [], env={"NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code == 2 and not _obeyed(result.output)
+
+
+def test_all_other_text_stays() -> None:
+    """Words in other scripts, or pictures, are not shown."""
+    text = "naïve 漢字 👩‍👩‍👧 \t\n e\u0301 [x]"
+    assert printable(text) == text
+    assert printable("\ud800") == "\ufffd"

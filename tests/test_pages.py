@@ -1,0 +1,48 @@
+"""Pages lead where they say, and none is forgotten."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """A reader follows a link to a page, or a heading, that is not there."""
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if heading:
+            lines = target.read_text(encoding="utf-8").splitlines()
+            assert heading in {_anchor(line) for line in lines if line.startswith("#")}, link
+
+
+def _anchor(line: str) -> str:
+    words = re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower())
+    return words.replace(" ", "-")
+
+
+def test_every_page_is_in_the_index():
+    """A page is written, and nobody finds it."""
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    # what an index of packages shows stands alone
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md", "package.md"}
+    assert pages <= set(LINK.findall(index))
+
+
+def test_the_page_of_the_package_stands_alone():
+    """On an index, where there is no repository around the page, its links are dead, or its code is an older one."""
+    page = (ROOT / "docs" / "package.md").read_text(encoding="utf-8")
+    assert 'readme = "docs/package.md"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(link.startswith("https://") for link in LINK.findall(page))
+    code = re.compile(r"```python\n.*?```", re.DOTALL)
+    assert code.findall(page) == code.findall((ROOT / "README.md").read_text(encoding="utf-8"))[:1]
