@@ -227,17 +227,16 @@ def test_chunked_prefill(family):
     assert torch.equal(_generate(target, inputs, drafter, prefill_chunk_size=4), plain)
 
 
-@pytest.mark.parametrize("num_passes", [1, 2, 4])
+@pytest.mark.parametrize("num_passes", [1, 2])
 def test_interrupted_turns(num_passes):
-    """After an error within a prompt that is read in chunks, or within a round, a state is ahead of its text."""
+    """After an error within a prompt that is read in chunks, a state is ahead of keys and values."""
     target, inputs = recurrent_target("qwen3_5_text"), ragged_prompts(1)
     cache = DynamicCache(config=target.config)
     drafter = _drafter("wrong", target, _generate(target, inputs), inputs)
     first = _generate(target, inputs, drafter, **{CACHE_KEY: cache})
     ids = torch.cat([first, torch.randint(2, VOCAB_SIZE, (1, 5))], dim=1)
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    anew = _generate(target, turn)
-    seen = 0
+    before, length, seen = [state.clone() for state in _tensors(cache)], cache.get_seq_length(), 0
 
     def interrupt(module, args):
         nonlocal seen
@@ -247,7 +246,8 @@ def test_interrupted_turns(num_passes):
 
     with target.get_decoder().layers[2].register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
         _generate(target, turn, drafter, prefill_chunk_size=3, **{CACHE_KEY: cache})
-    assert torch.equal(_generate(target, turn, **{CACHE_KEY: cache}), anew)
+    assert cache.get_seq_length() == length
+    assert all(torch.equal(state, old) for state, old in zip(_tensors(cache), before, strict=True))
 
 
 @pytest.mark.parametrize("family", [*available("mamba2"), pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
