@@ -70,7 +70,7 @@ SLIDING_FAMILIES = ("mistral", "gemma2", "gemma3_text", "gemma4_text")
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Return the configuration of the tiny target of `family`, with `overrides`."""
-    fields = {**_COMMON, **_FAMILIES[family], **overrides}
+    fields = {**_COMMON, **_FAMILIES.get(family, {}), **overrides}
     if family == "gpt2":
         # GPT-2 names its sizes otherwise
         fields["n_inner"] = fields.pop("intermediate_size")

@@ -17,6 +17,7 @@ from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import PlainSteps
 from tests.modeling.deepseek_v4.tiny import tiny_model
+from tests.recurrent import RECURRENT_FAMILIES, recurrent_target
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 30
@@ -77,6 +78,8 @@ FAILING: dict[str, Any] = {
 
 
 def _target(family: str) -> PreTrainedModel:
+    if family in RECURRENT_FAMILIES:
+        return recurrent_target(family)
     return tiny_model() if family == "deepseek_v4" else tiny_target(family)
 
 
@@ -113,6 +116,7 @@ def _check_cache(target: PreTrainedModel, cache: Any, text: Tensor, inputs: dict
 @pytest.mark.parametrize(
     ("family", "num_rows", "what"),
     [(family, 1, what) for family in ("llama", "gemma3_text", "gemma4_text") for what in FAILING]
+    + [("qwen3_5_text", 1, "criterion"), ("bamba", 1, "processor")]
     + [("deepseek_v4", 1, "streamer"), ("deepseek_v4", 3, "processor"), ("deepseek_v4", 3, "criterion")],
 )
 def test_no_rejected_drafts_stay(family, num_rows, what):
@@ -132,8 +136,8 @@ def test_no_rejected_drafts_stay(family, num_rows, what):
 
 @pytest.mark.parametrize(
     ("family", "scheduler"),
-    [(family, None) for family in ("llama", "gemma3_text", "gemma4_text", "deepseek_v4")]
-    + [("llama", PlainSteps()), ("gemma3_text", PlainSteps())],
+    [(family, None) for family in ("llama", "gemma3_text", "gemma4_text", "deepseek_v4", "falcon_h1", "bamba")]
+    + [("llama", PlainSteps()), ("gemma3_text", PlainSteps()), ("qwen3_5_text", PlainSteps())],
 )
 def test_a_pass_that_ends_early_leaves_nothing(family, scheduler):
     """After Ctrl-C within a pass, of one token or of many, some layers hold more than others."""

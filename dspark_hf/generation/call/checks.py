@@ -11,6 +11,7 @@ from transformers.generation import GenerationMode
 from dspark_hf.generation.call.rotary import check_rotary
 from dspark_hf.generation.call.twins import check_class
 from dspark_hf.generation.compat import CACHE_KEY, can_be_cropped, check_supported_modes
+from dspark_hf.generation.targets.recurrent_support import can_recompute
 from dspark_hf.generation.targets.rollback import check_rollback
 
 # other ways to get drafts
@@ -88,7 +89,7 @@ def check_request(
         _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
-    check_cache(model_kwargs.get(CACHE_KEY), generation_config)
+    check_cache(model_kwargs.get(CACHE_KEY), generation_config, has_states=can_recompute(model))
     check_rotary(
         model.config.get_text_config(decoder=True),
         input_ids,
@@ -99,8 +100,11 @@ def check_request(
     )
 
 
-def check_cache(cache: Any, generation_config: GenerationConfig) -> None:
-    """Raise a `ValueError` unless `cache` is one that a rollback leaves no trace in."""
+def check_cache(cache: Any, generation_config: GenerationConfig, *, has_states: bool = False) -> None:
+    """Raise a `ValueError` unless `cache` is one that a rollback leaves no trace in.
+
+    With `has_states`, those of recurrent layers are taken back by other means than a crop.
+    """
     if cache is None:
         # MPT's configuration turns it off
         _refuse("`use_cache`", "be True when a drafter assists", generation_config.use_cache, "Pass `use_cache=True`.")
@@ -111,7 +115,7 @@ def check_cache(cache: Any, generation_config: GenerationConfig) -> None:
             type(cache).__name__,
             "Leave it out, or generate without `assistant_model`.",
         )
-    if not isinstance(cache, DynamicCache) or not can_be_cropped(cache):
+    if not isinstance(cache, DynamicCache) or not (has_states or can_be_cropped(cache)):
         _refuse(
             "`cache_implementation`",
             "be a dynamic cache that can be rolled back when a drafter assists",

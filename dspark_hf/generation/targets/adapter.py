@@ -109,6 +109,9 @@ class TargetAdapter:
 
     def _one_stream(self, states: Tensor) -> Tensor:
         """Return what drafters read of a layer's output, `(B, T, D)`."""
+        if states.ndim == 3 and states.shape[-1] > self.hidden_size:
+            # Qwen 4 has its streams side by side, (B, T, n * D)
+            return states.unflatten(-1, (-1, self.hidden_size)).mean(2)
         if states.ndim < 4:
             return states
         # AltUp (Gemma 3n) has its streams first, (n, B, T, D), and one of them active

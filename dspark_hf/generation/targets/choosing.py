@@ -12,6 +12,8 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetState
 from dspark_hf.generation.targets.ragged import RaggedTarget
+from dspark_hf.generation.targets.recurrent_row import RecurrentTarget
+from dspark_hf.generation.targets.recurrent_support import can_recompute
 
 
 def choose_target(
@@ -37,5 +39,6 @@ def choose_target(
     mask = model_kwargs.get("attention_mask")
     has_rows = isinstance(model_kwargs[CACHE_KEY], RowwiseCache)
     if len(input_ids) == 1 and not has_rows and (mask is None or bool(mask.all())):
-        return SingleRowTarget(adapter, input_ids, generation_config, model_kwargs)
+        kind = RecurrentTarget if can_recompute(adapter.model) else SingleRowTarget
+        return kind(adapter, input_ids, generation_config, model_kwargs)
     return RaggedTarget(adapter, input_ids, generation_config, model_kwargs, widest=widest)

@@ -53,8 +53,12 @@ class SingleRowTarget:
         self._ids = input_ids
         self._prompt_length = 0
         # tokens that are kept, and those of a pass behind them of which nothing is known yet
-        self._length = int(self._cache.get_seq_length())
+        self._length = self._held()
         self._width = 0
+
+    def _held(self) -> int:
+        """Return how many tokens the cache holds when the call starts."""
+        return int(self._cache.get_seq_length())
 
     def prefill(self) -> TargetPass:
         """Process what of the prompt the cache does not hold yet."""
@@ -87,15 +91,21 @@ class SingleRowTarget:
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
         target_pass = self._run_prompt(inputs, num_tokens, past_length)
         self._check_filled(past_length + num_tokens)
+        self._finish_prefill()
+        self._length = self._prompt_length = past_length + num_tokens
+        return target_pass
+
+    def _finish_prefill(self) -> None:
         if not self._cache.is_croppable:
             raise ValueError(
                 f"`{CACHE_KEY}` must be a cache that can be rolled back, got {type(self._cache).__name__} for "
                 f"{type(self._model).__name__}. Leave out `cache_implementation`, or generate without "
                 "`assistant_model`."
             )
+        self._trim()
+
+    def _trim(self) -> None:
         self._cache.crop(0)
-        self._length = self._prompt_length = past_length + num_tokens
-        return target_pass
 
     def _check_filled(self, length: int) -> None:
         held = int(self._cache.get_seq_length())
@@ -118,7 +128,7 @@ class SingleRowTarget:
             inputs = self._model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
             passes.append(self._run(inputs, ids.shape[1], 1, past_length + start))
             # sliding layers are trimmed to their window between chunks, too
-            self._cache.crop(0)
+            self._trim()
         return joined(passes)
 
     def _cut(self, num_behind: int, num_tokens: int) -> dict[str, Any]:

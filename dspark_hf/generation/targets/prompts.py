@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import RowwiseCache
+from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 
 _MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 _TEXT_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", CACHE_KEY)
@@ -74,7 +75,8 @@ def check_preparation(model: Any) -> None:
 def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raise a `ValueError` unless the input is text whose positions can be given, and nobody wants attentions."""
     others = _other_inputs(model_kwargs)
-    if others or not adapter.accepts("position_ids"):
+    # a model of states alone has no use for positions
+    if others or not (adapter.accepts("position_ids") or can_recompute_rows(adapter.model)):
         raise ValueError(
             "`assistant_model` must be left out for several rows, or padded ones, unless the target takes "
             f"`position_ids` and the input is text alone, got {others or type(adapter.model).__name__}. Generate the "

@@ -5,6 +5,7 @@ B batch, P prompt, S columns so far, T tokens, W of a verify pass.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from dspark_hf.generation.targets.prompts import (
     embedded_types,
 )
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.targets.recurrent import RecurrentStates, cached_length
 from dspark_hf.generation.targets.trees import Tree, check_kept, read_tree, refuse_tree
 
 
@@ -67,8 +69,10 @@ class RaggedTarget:
             check_inputs(adapter, generation_config, model_kwargs)
             ragged = RaggedCache(adapter.model, len(input_ids), given)
         self.cache: RowwiseCache = given if ragged is None else ragged
-        past_length = int(given.get_seq_length())
-        mask = full_mask(input_ids, attention_mask, past_length, mask_length(generation_config, attention_mask))
+        self._states = RecurrentStates([]) if ragged is None else ragged.states
+        width = mask_length(generation_config, attention_mask)
+        past_length = cached_length(given, input_ids.shape[1], width)
+        self._mask = mask = full_mask(input_ids, attention_mask, past_length, width)
         self._new_mask = mask[:, past_length:]
         self._prompt_ids = input_ids[:, past_length:] if mask.shape[1] == input_ids.shape[1] else input_ids
         # those of the next pass, or the one of every token in it
@@ -76,10 +80,12 @@ class RaggedTarget:
         if ragged is not None:
             check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._set_token_types(embedded_types(adapter, model_kwargs.get("token_type_ids")))
-            ragged.adopt(mask, past_length)
+            if not self._states.layers:
+                ragged.adopt(mask, past_length)
         # padding is gone once the prompts are packed; a returned cache has its columns again
         missing: list[int] = (~self._new_mask).sum(-1).tolist()
         self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
+        self._given = given
         self._is_filled = False
         # of the last verify pass, until its tokens are kept
         self._starts: list[int] | None = None
@@ -107,11 +113,37 @@ class RaggedTarget:
 
     def prefill(self) -> TargetPass:
         """Process the prompts, packed to their rows' front, with logits of every row's last token."""
+        if self._states.layers:
+            return self._prefill_padded()
         target_pass = run_packed(self._run_chunk, self._prompt_ids, self._new_mask, self._chunk_size)
         if self._token_types is not None:
             self._token_types = self._last_types
         self._is_filled = True
         return target_pass
+
+    def _prefill_padded(self) -> TargetPass:
+        """Process the prompts as plain `generate` does: a state cannot step over padding behind a row's end."""
+        assert isinstance(self.cache, RaggedCache)
+        mask, width = self._mask, self._new_mask.shape[1]
+        # one of the user's stays as it is until it is returned
+        cache = copy.deepcopy(self._given)
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -width:]
+        # states alone look at the new columns only
+        inputs = {"position_ids": positions, "attention_mask": (mask if self.cache.windows else self._new_mask).long()}
+        with RecurrentStates(cache.layers).watched(width, are_drafts=False):
+            outputs = self._call(self._prompt_ids, cache, inputs, 1)
+        self.cache.adopt(mask, mask.shape[1], cache)
+        self._is_filled = True
+        order, num_new = pack_order(self._new_mask)
+        context = self._adapter.pop_context_hidden_states()
+        columns = order.to(context.device)[..., None].expand(-1, -1, context.shape[-1])
+        return TargetPass(
+            logits=outputs.logits[:, -1:],
+            context_hidden_states=context.gather(1, columns),
+            positions=positions.gather(1, order),
+            num_tokens=num_new,
+            hidden_states=outputs.get("hidden_states"),
+        )
 
     def _run_chunk(self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor) -> TargetPass:
         """Process what comes next of the packed prompts, to stay."""
@@ -141,22 +173,29 @@ class RaggedTarget:
             num_tokens, token_ids.shape[1], token_ids.device, self._tree, are_drafts=are_drafts
         )
         keeps, types = self._adapter.accepts("logits_to_keep"), self._token_types
-        outputs = self._model(
-            input_ids=token_ids,
-            use_cache=True,
-            output_hidden_states=self._wants_hidden_states or None,
-            return_dict=True,
-            **{CACHE_KEY: self.cache},
-            **inputs,
-            **({"logits_to_keep": kept_logits} if keeps else {}),
-            **({} if types is None else {"token_type_ids": types.expand(-1, token_ids.shape[1])}),
-        )
+        if types is not None:
+            inputs["token_type_ids"] = types.expand(-1, token_ids.shape[1])
+        # prompts are read elsewhere where there are states
+        with self._states.watched(token_ids.shape[1], are_drafts=True):
+            outputs = self._call(token_ids, self.cache, inputs, kept_logits)
         return TargetPass(
             logits=outputs.logits if keeps else outputs.logits[:, kept_logits],
             context_hidden_states=self._adapter.pop_context_hidden_states(),
             positions=positions,
             num_tokens=num_tokens,
             hidden_states=outputs.get("hidden_states"),
+        )
+
+    def _call(self, token_ids: Tensor, cache: Any, inputs: dict[str, Any], kept_logits: Tensor | int) -> Any:
+        names = {name: self._adapter.accepts(name) for name in ("position_ids", "logits_to_keep")}
+        inputs = {**inputs, "logits_to_keep": kept_logits}
+        return self._model(
+            input_ids=token_ids,
+            use_cache=True,
+            output_hidden_states=self._wants_hidden_states or None,
+            return_dict=True,
+            **{CACHE_KEY: cache},
+            **{name: value for name, value in inputs.items() if names.get(name, True)},
         )
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:

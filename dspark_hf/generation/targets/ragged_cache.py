@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from dspark_hf.generation.compat import (
     attention_implementation,
@@ -27,9 +33,14 @@ from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.masks import visible_slots
 from dspark_hf.generation.targets.padding import pack_order
+from dspark_hf.generation.targets.recurrent import RecurrentStates
+from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 from dspark_hf.generation.targets.trees import Tree, is_front
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+_STATE_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+# kinds of layers with a state, whose masks are about padding alone, and of those that hold nothing
+_STATE_KINDS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -88,6 +99,17 @@ class RaggedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
+class RaggedHybridLayer(LinearAttentionLayer, RaggedLayer):
+    """One layer's keys and values, and beside them a state."""
+
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, lengths: RaggedLengths, number_of_states: int):
+        RaggedLayer.__init__(self, lengths)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+
 class RaggedCache(Cache):
     """A cache for `model` in which every row has its own length.
 
@@ -97,7 +119,8 @@ class RaggedCache(Cache):
         given: the cache that the rows come from, and are returned in; None if they are not.
 
     Raises:
-        ValueError: if a layer of the model is no ordinary or sliding attention.
+        ValueError: if a layer of the model is no ordinary or sliding attention, and has no state that can be taken
+            back.
     """
 
     takes_trees = True
@@ -109,10 +132,15 @@ class RaggedCache(Cache):
         self._columns: SlotColumns | None = None
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
-        template = empty_cache_like(model)
+        template: Any = empty_cache_like(model)
         self.windows: list[int | None] = []
         layers: list[Any] = []
         for layer in template.layers:
+            if type(layer) in _STATE_LAYERS and can_recompute_rows(model):
+                is_hybrid = isinstance(layer, CacheLayerMixin)
+                layers.append(RaggedHybridLayer(self._rows, layer.number_of_states) if is_hybrid else layer)
+                self.windows += [None] if is_hybrid else []
+                continue
             if type(layer) not in PLAIN_LAYERS and not is_placeholder_layer(layer):
                 raise ValueError(
                     "`assistant_model` must be left out for several rows, or padded ones, of a target whose cache has "
@@ -121,14 +149,16 @@ class RaggedCache(Cache):
             self.windows.append(getattr(layer, "sliding_window", None))
             layers.append(layer if is_placeholder_layer(layer) else RaggedLayer(self._rows))
         super().__init__(layers=layers)
+        self.states = RecurrentStates(self.layers)
+        self.takes_trees = not self.states.layers
 
     @property
     def lengths(self) -> list[int]:
         """How many tokens of every row are kept."""
         return self._rows.host
 
-    def adopt(self, mask: Tensor, past_length: int) -> None:
-        """Take over the tokens of the padded cache that was given, of `past_length` columns.
+    def adopt(self, mask: Tensor, past_length: int, cache: Any = None) -> None:
+        """Take over the tokens of a padded cache of `past_length` columns, by default the one that was given.
 
         `mask` `(B, S)` marks the columns with a token, those of the prompts included.
         """
@@ -137,7 +167,9 @@ class RaggedCache(Cache):
         if past_length == 0:
             return
         order, counts = pack_order(mask)
-        for layer, source in zip(self.layers, self._given.layers, strict=True):
+        sources = (self._given if cache is None else cache).layers
+        self.states.copy_from(sources)
+        for layer, source in zip(self.layers, sources, strict=True):
             if not isinstance(layer, RaggedLayer) or source.keys is None:
                 continue
             # a sliding layer kept its window only; earlier slots are never looked at again
@@ -146,6 +178,7 @@ class RaggedCache(Cache):
             index = order[:, None, :, None].expand(-1, states[0].shape[1], -1, -1)
             keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in states)
             layer.store.write(keys, values, self._rows.host, self._rows.device)
+            layer.is_initialized = True
         self._rows.set(counts)
 
     def pretend_length(self, length: int) -> None:
@@ -175,9 +208,12 @@ class RaggedCache(Cache):
         ]
         return positions.minimum(torch.tensor(last, device=positions.device)[:, None])
 
-    def _masks(self, positions: Tensor, tree: Tree | None) -> Tensor | dict[str, Tensor]:
+    def _masks(self, positions: Tensor, tree: Tree | None) -> Any:
         kinds = {"sliding_attention" if window else "full_attention": window for window in self.windows}
-        masks = {kind: self._mask(positions, window, tree) for kind, window in kinds.items()}
+        masks: dict[str, Any] = {kind: self._mask(positions, window, tree) for kind, window in kinds.items()}
+        if self.states.layers:
+            # no draft is padding; a model of states alone takes no other mask than one of padding
+            return {"full_attention": None, "linear_attention": None, "conv": None, **masks} if masks else None
         # a model with one kind of layer takes one mask, a hybrid one a mask per kind
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -194,6 +230,7 @@ class RaggedCache(Cache):
 
     def keep(self, starts: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
         """Lengthen every row by its kept tokens, which close up where others lie between them."""
+        self.states.keep([len(row) for row in kept])
         if not all(is_front(row) for row in kept):
             self._close_up(kept)
         self._rows.set([start + len(row) for start, row in zip(starts, kept, strict=True)])
@@ -209,6 +246,7 @@ class RaggedCache(Cache):
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         self._rows.select_rows(rows)
+        self.states.select_rows(rows)
         if self._columns is not None:
             self._columns.select_rows(rows)
         for layer in self.layers:
@@ -218,6 +256,7 @@ class RaggedCache(Cache):
     def append_rows(self, other: RaggedCache) -> None:
         """Append the rows of another cache of the same model."""
         self._rows.append_rows(other._rows)
+        self.states.append_rows(other.states)
         if self._columns is not None and other._columns is not None:
             self._columns.append_rows(other._columns)
         for layer, new in zip(self.layers, other.layers, strict=True):
@@ -231,6 +270,7 @@ class RaggedCache(Cache):
         slots = torch.arange(max(lengths), device=self._rows.device.device).expand(len(lengths), -1)
         columns = self._columns.of(slots)
         padded = empty_cache_like(self._model)
+        RecurrentStates(padded.layers).copy_from(self.layers)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, RaggedLayer) and layer.store.keys is not None and layer.store.values is not None:
                 keys = _padded(layer.store.keys, columns, lengths)
@@ -254,6 +294,8 @@ def _padded(states: Tensor, columns: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def _check_attention_kinds(model: PreTrainedModel) -> None:
     kinds = _attention_kinds(model.config.get_text_config(decoder=True))
+    if can_recompute_rows(model):
+        kinds -= _STATE_KINDS
     implementation = attention_implementation(model)
     remedy = "Generate the rows one by one, unpadded"
     if implementation not in ("eager", "sdpa"):

@@ -7,6 +7,7 @@ import inspect
 from transformers import PreTrainedModel
 
 from dspark_hf.generation.compat import CACHE_KEY, is_stateful, makes_own_cache
+from dspark_hf.generation.targets.recurrent_support import can_recompute, obstacle
 
 # once their cache holds something, these take one token a pass, or reckon with all tokens from the start
 _ONE_BY_ONE = ("cpmant", "prophetnet", "xlm")
@@ -18,12 +19,12 @@ def check_rollback(model: PreTrainedModel) -> None:
     Asks what is known before a pass; a cache that only knows once it holds something is asked again then.
     """
     remedy = "No drafter can assist it: generate without `assistant_model`."
-    if is_stateful(model):
+    if is_stateful(model) and not can_recompute(model):
         if model.config.model_type == "deepseek_v4":
             remedy = "Load it as a `DeepseekV4DSparkForCausalLM`."
         raise ValueError(
             f"`target` must have a cache that can be rolled back, got {type(model).__name__}, whose layers keep a "
-            f"state. {remedy}"
+            f"state: {obstacle(model)}. {remedy}"
         )
     if makes_own_cache(model) or CACHE_KEY not in inspect.signature(model.forward).parameters:
         raise ValueError(

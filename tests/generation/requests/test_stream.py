@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     BatchEncoding,
     LogitsProcessor,
     LogitsProcessorList,
@@ -33,6 +31,7 @@ from tests.generation.drafters import ScriptedDrafter
 from tests.generation.schedulers import EveryThirdRound
 from tests.generation.test_sampling import OPTIONS, PROMPT
 from tests.modeling.deepseek_v4.tiny import tiny_model
+from tests.recurrent import recurrent_target
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
 from tests.thinning import slow
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_target
@@ -519,13 +518,10 @@ def test_target_is_the_callers_between_rounds(target):
 
 
 def test_targets_without_a_ragged_cache():
-    """A target that keeps a state of its own is decoded as if rows could be moved about."""
-    config = AutoConfig.for_model(
-        "qwen3_next", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    recurrent = AutoModelForCausalLM.from_config(config)
+    """A target that chooses by an index what it attends to is decoded as if rows could be moved about."""
+    indexed = recurrent_target("qwen4_exp_text")
     with pytest.raises(ValueError, match="`target` must have full or sliding attention"):
-        generate_stream(recurrent, [], drafter=StreamDrafter(recurrent, [PROMPT]))
+        generate_stream(indexed, [], drafter=StreamDrafter(indexed, [PROMPT]))
 
 
 # beyond the window of 16 and the ratios of 4 and 8 on either side of a join; the first prompt completes no entry

@@ -20,6 +20,8 @@ from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetState
 from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import PLAIN_LAYERS, RaggedCache
+from dspark_hf.generation.targets.recurrent_row import RecurrentTarget
+from dspark_hf.generation.targets.recurrent_support import can_recompute
 from dspark_hf.generation.targets.rollback import check_rollback
 
 # tokens that are processed at once: the hidden states of a whole context may need more memory than its caches
@@ -160,7 +162,8 @@ class StepTimer:
         # the model's own kind of cache, with one token in it
         cache = model(input_ids=tokens, use_cache=True)[CACHE_KEY]
         self._adapter.pop_context_hidden_states()
-        if not cache.is_croppable:
+        has_states = can_recompute(model)
+        if not (has_states or cache.is_croppable):
             raise ValueError(
                 f"`target` must have a cache that can be rolled back, got {type(model).__name__}. No drafter "
                 "can assist it."
@@ -173,6 +176,9 @@ class StepTimer:
             self._adapter, tokens, GenerationConfig(), {CACHE_KEY: empty_cache_like(model)}, widest=1
         )
         assert isinstance(target.cache, RaggedCache)
+        if has_states:
+            # those of one token: what a pass costs does not depend on how many there were
+            target.prefill()
         target.cache.pretend_length(context_length)
         return target
 
@@ -186,8 +192,10 @@ class StepTimer:
         return make(1)
 
     def _single_row_target(self, cache: Any, context_length: int) -> TargetState:
+        kind = RecurrentTarget if can_recompute(self._adapter.model) else SingleRowTarget
+
         def make(length: int) -> SingleRowTarget:
-            return SingleRowTarget(self._adapter, self._tokens(1, length), GenerationConfig(), {CACHE_KEY: cache})
+            return kind(self._adapter, self._tokens(1, length), GenerationConfig(), {CACHE_KEY: cache})
 
         # as a prefill does
         cache.activate_past_recording()
