@@ -15,6 +15,7 @@ def test_public_names():
         "DeepseekV4DSparkForCausalLM",
         "DeepseekV4DSparkModel",
         "FinishedRequest",
+        "LookupAssistant",
         "Request",
         "RequestQueue",
         "SpeculationStatistics",

@@ -19,6 +19,7 @@ KNOBS = ("num_assistant_tokens", "assistant_confidence_threshold")
 # where a prepared generation configuration keeps what the user said
 EXPLICIT = "_dspark_explicit"
 SCHEDULER = "_dspark_scheduler"
+DRAFTS = "_dspark_drafts"
 
 
 def is_installed() -> bool:
@@ -44,6 +45,13 @@ def explicit_knob(generation_config: GenerationConfig, name: str) -> Any:
 def scheduler_of_call(generation_config: GenerationConfig) -> Any:
     """Return what the user passed to `generate` as `scheduler=`, or None."""
     return getattr(generation_config, SCHEDULER, None)
+
+
+def drafts_of_call(generation_config: GenerationConfig) -> Any:
+    """Return what the user passed to `generate` as `drafts=`, or put into a generation configuration, or None."""
+    # Transformers keeps fields that it does not know
+    given = getattr(generation_config, DRAFTS, None)
+    return getattr(generation_config, "drafts", None) if given is None else given
 
 
 def bind_row(processor: PrefixConstrainedLogitsProcessor, row: int) -> PrefixConstrainedLogitsProcessor:

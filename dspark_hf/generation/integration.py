@@ -2,8 +2,8 @@
 
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Two more methods are wrapped
-because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=` among them,
-which `generate` does not know, and that an assistant was passed to a mode that ignores it.
+because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=` and `drafts=`
+among them, which `generate` does not know, and that an assistant was passed to a mode that ignores it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from dspark_hf.generation.compat import EXPLICIT, KNOBS, SCHEDULER, SEAM, is_installed, is_set, scheduler_of_call
+from dspark_hf.generation.compat import DRAFTS, EXPLICIT, KNOBS, SCHEDULER, SEAM, is_installed, is_set
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
+# arguments of `generate` that are ours alone, and where a prepared configuration keeps them
+_OURS = {"scheduler": SCHEDULER, "drafts": DRAFTS}
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
 _EXPECTED_ARGUMENTS = (
@@ -105,15 +107,26 @@ def _remember_knobs(original: Any) -> Any:
             name for name in KNOBS if kwargs.get(name) is not None or any(is_set(source, name) for source in given)
         }
         # generate takes what it does not know for an input of the model, and refuses it
-        scheduler = kwargs.pop("scheduler", None)
+        ours = {kept: kwargs.pop(name, None) for name, kept in _OURS.items()}
         prepared, model_kwargs = original(self, generation_config, **kwargs)
         setattr(prepared, EXPLICIT, explicit)
-        setattr(prepared, SCHEDULER, scheduler)
+        for kept, value in ours.items():
+            setattr(prepared, kept, value)
         return prepared, model_kwargs
 
     # mypy knows no attributes of functions
     prepare_generation_config.is_dspark = True  # type: ignore[attr-defined]
     return prepare_generation_config
+
+
+def _refuse_ours(generation_config: GenerationConfig) -> None:
+    for name, kept in _OURS.items():
+        value = getattr(generation_config, kept, None)
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be left out unless a DSpark drafter assists, got {value!r}. Pass "
+                "`assistant_model=drafter`."
+            )
 
 
 def _check_mode(original: Any) -> Any:
@@ -134,11 +147,8 @@ def _check_mode(original: Any) -> Any:
                 # the original refuses, since its own loop knows a single row only
                 generation_config = copy.copy(generation_config)
                 generation_config.num_return_sequences = 1
-        elif scheduler_of_call(generation_config) is not None:
-            raise ValueError(
-                "`scheduler` must be left out unless a DSpark drafter assists, got "
-                f"{scheduler_of_call(generation_config)!r}. Pass `assistant_model=drafter`."
-            )
+        else:
+            _refuse_ours(generation_config)
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     # mypy knows no attributes of functions

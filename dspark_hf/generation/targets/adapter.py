@@ -87,8 +87,13 @@ class TargetAdapter:
 
         return capture
 
-    def pop_context_hidden_states(self) -> Tensor:
-        """Return the tapped hidden states `(B, T, M * D)` of the forward pass that just ran, and forget them."""
+    def pop_context_hidden_states(self, positions: Tensor | None = None) -> Tensor:
+        """Return the tapped hidden states `(B, T, M * D)` of the forward pass that just ran, and forget them.
+
+        Where nothing is tapped, `positions` `(B, T)` say for how many tokens there are states of no width.
+        """
+        if not self.layer_ids:
+            return torch.empty(*(0, 0) if positions is None else positions.shape, 0)
         device = self._captured[self.layer_ids[-1]].device
         states = torch.cat([self._captured[layer_id].to(device) for layer_id in self.layer_ids], dim=-1)
         self._captured.clear()
