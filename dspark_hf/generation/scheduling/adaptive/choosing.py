@@ -13,7 +13,6 @@ from dspark_hf.generation.drafting.lookup import Offer
 from dspark_hf.generation.scheduling.defaults import FIRST_TRIAL_GAP, LONGEST_TRIAL_GAP
 from dspark_hf.generation.scheduling.interface import Choice
 
-
 # Levels that a pass over lookups goes to, besides the longest. Plain choice: costs of few widths are soon known.
 _LEVELS = (1, 2, 3, 5, 7, 11, 15)
 

@@ -187,10 +187,19 @@ class _Adaptive(Schedule):
             self._costs.observe(outcome)
         if outcome.num_drafted:
             self._remember(outcome)
-        self._rate.add(
-            outcome.batch.num_live + sum(outcome.num_accepted), outcome.draft_seconds + outcome.other_seconds
-        )
         self._count(outcome)
+
+    def compare(self, outcome: RoundOutcome) -> None:
+        rows, length, costs = outcome.batch.num_rows, outcome.batch.context_length, self._costs
+        if isinstance(costs, OnlineCosts) and not (
+            costs.knows(rows) if outcome.num_drafted else costs.knows_passes(rows)
+        ):
+            return
+        # what such a round usually takes: its own time is compared with costs that are known as well
+        seconds = costs.draft_seconds(rows, outcome.num_drafted, length) if outcome.num_drafted else 0.0
+        is_known = self._passes_are_for[:1] == (rows,) and len(self._passes) >= outcome.width
+        seconds += self._passes[outcome.width - 1] if is_known else costs.verify_seconds(rows, outcome.width, length)
+        self._rate.add(outcome.batch.num_live + sum(outcome.num_accepted), seconds)
 
     def _remember(self, outcome: RoundOutcome) -> None:
         # a row near its end, or one that waits, is not like rounds to come
