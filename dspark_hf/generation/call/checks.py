@@ -64,7 +64,7 @@ def read_options(
         TypeError: if the scheduler is neither a name nor a `Scheduler`.
     """
     num_drafts = explicit_knob(generation_config, "num_assistant_tokens")
-    if num_drafts is not None and not 1 <= num_drafts <= drafter.block_size:
+    if num_drafts is not None and drafter.block_size and not 1 <= num_drafts <= drafter.block_size:
         raise ValueError(
             f"`num_assistant_tokens` must lie in [1, {drafter.block_size}] for this drafter (its block_size), got "
             f"{num_drafts}. Slots beyond the trained block are noise: lower it, or leave it out."

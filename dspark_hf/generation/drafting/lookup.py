@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting.chances import MatchChances
-from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
 
 # how far back a match is followed: beyond, it is as sure as it gets
 _LONGEST_MATCH = 32
@@ -187,6 +188,25 @@ class NoContext(DraftContext):
 
     def append_rows(self, other: NoContext) -> None:
         """Nothing to append."""
+
+
+class NoDrafter(Drafter):
+    """Draft nothing: what a stream decodes with that was given no drafter."""
+
+    # nothing is to be planned
+    scheduler = "fixed"
+    drafts = "lookup"
+    sources = ("lookup",)
+    longest_lookup = 0
+    block_size = 0
+    target_layer_ids: list[int] = []
+
+    def check_target(self, target: Any) -> None:
+        """Any target will do."""
+
+    def start(self, target: Any, batch_size: int) -> DraftContext:
+        """Return a context that reads nothing."""
+        return NoContext()
 
 
 def with_lookups(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, StopStringCriteria
 from dspark_hf.generation.call.checks import check_request, read_options
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.drafting.lookup import Lookups
+from dspark_hf.generation.drafting.lookup import Lookups, NoDrafter
 from dspark_hf.generation.requests.batch import RequestBatch
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
 from dspark_hf.generation.requests.rows import RequestRow
@@ -36,7 +36,7 @@ def generate_stream(
     target: PreTrainedModel,
     requests: Iterable[Request | None],
     *,
-    drafter: Drafter,
+    drafter: Drafter | None = None,
     max_rows: int = 8,
     scheduler: Scheduler | str | None = None,
     drafts: str | None = None,
@@ -50,7 +50,7 @@ def generate_stream(
         target: the target.
         requests: any iterable, or a `RequestQueue`; asked for the next request only when a row is free. None means
             that nothing has arrived yet: decoding goes on meanwhile.
-        drafter: the drafter.
+        drafter: the drafter; None decodes without drafts.
         max_rows: requests that are decoded at the same time.
         scheduler: as in `generate`, for all requests.
         drafts: as in `generate`, for all requests.
@@ -88,7 +88,7 @@ class RequestStream(Iterator[FinishedRequest]):
         target: PreTrainedModel,
         requests: Iterable[Request | None],
         *,
-        drafter: Drafter,
+        drafter: Drafter | None = None,
         max_rows: int = 8,
         scheduler: Scheduler | str | None = None,
         drafts: str | None = None,
@@ -96,6 +96,7 @@ class RequestStream(Iterator[FinishedRequest]):
         if max_rows < 1:
             raise ValueError(f"`max_rows` must be at least 1, got {max_rows}. A row is a request being decoded.")
         self.statistics = SpeculationStatistics()
+        drafter = NoDrafter() if drafter is None else drafter
         options = read_options(target.generation_config, drafter, target, scheduler, drafts)
         self._adapter = TargetAdapter(target, options.target_layer_ids(drafter))
         drafter.check_target(self._adapter)
