@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from dspark_hf.generation.drafting.chances import MatchChances
 from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Offer
+from dspark_hf.generation.scheduling.defaults import LEAST_SURVIVAL
 from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
@@ -152,6 +153,10 @@ class RoundOutcome:
         return 1 + max(self.num_verified)
 
 
+def _num_likely(offer: Offer) -> int:
+    return sum(chance >= LEAST_SURVIVAL for chance in offer.survival())
+
+
 class Schedule(ABC):
     """The decisions of one call of `generate`.
 
@@ -178,14 +183,15 @@ class Schedule(ABC):
         """Return who drafts, where some rows could look drafts up; decided from earlier rounds and these offers only.
 
         By default, in rounds that are to have drafts, each row looks up what it is offered if it expects more of it
-        than it got from the drafter so far. It looks up no more than the drafter could draft, if there is one.
+        than it got from the drafter so far: up to the first draft that is hardly reached and accepted, and no more
+        than the drafter could draft, if there is one.
         """
         num_drafts, most = self.num_drafts(batch), batch.max_drafts
         if most and not num_drafts:
             return Choice(0)
         bar = self.accepted.value if most else 0.0
         most = most or max(batch.rooms)
-        looked_up = tuple(min(len(offer.token_ids), most) if offer.expected(most) > bar else 0 for offer in offers)
+        looked_up = tuple(min(_num_likely(offer), most) if offer.expected(most) > bar else 0 for offer in offers)
         if not any(looked_up):
             return Choice(num_drafts)
         # rows without room wait: nothing is drafted for them alone
