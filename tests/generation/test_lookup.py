@@ -160,6 +160,18 @@ def test_requests_that_come_and_go(drafts, scheduler):
         assert sum(parts) == counts.num_accepted
 
 
+def test_stream_without_a_drafter():
+    """A stream needs a drafter, or a number of drafts that is meant for one is taken for its own."""
+    target = _repeating_target()
+    target.generation_config.num_assistant_tokens = 4
+    requests = [Request(prompt, {"max_new_tokens": 12, "do_sample": False}) for prompt in ([5, 6, 5, 6], [7, 8, 9])]
+    stream = generate_stream(target, requests, max_rows=2)
+    for finished in stream:
+        prompt = torch.tensor([finished.request.input_ids])
+        assert torch.equal(finished.token_ids, target.generate(prompt, **finished.request.options)[0])
+    assert stream.statistics.num_drafted == 0 < stream.statistics.num_rounds
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("drafts", SOURCES)
 def test_second_turn_over_a_kept_cache(drafts, num_rows):
