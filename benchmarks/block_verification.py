@@ -32,6 +32,7 @@ def expected_at_once(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tenso
     """
     stops = verification.stop_chances(
         verification.prefix_weights(draft_ids, draft_probs, target_probs),
+        draft_ids,
         draft_probs,
         target_probs,
         torch.full((len(draft_ids),), draft_ids.shape[1], device=draft_ids.device),
@@ -54,11 +55,15 @@ def recorded() -> Iterator[list[tuple[float, float]]]:
     blocks: list[tuple[float, float]] = []
 
     def verify(
-        draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, num_verified: Tensor
+        draft_ids: Tensor,
+        draft_probs: Tensor,
+        target_probs: Tensor,
+        num_verified: Tensor,
+        is_certain: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         pair = [rule(draft_ids, draft_probs, target_probs) for rule in (expected_at_once, expected_by_token)]
         blocks.extend(zip(pair[0].tolist(), pair[1].tolist(), strict=True))
-        return verification.verify(draft_ids, draft_probs, target_probs, num_verified)
+        return verification.verify(draft_ids, draft_probs, target_probs, num_verified, is_certain)
 
     decoding.verify = verify
     try:
@@ -104,6 +109,7 @@ def main(
                     top_k=0,
                     assistant_model=packaged.drafter,
                     scheduler="fixed",
+                    drafts="model",
                 )
             if blocks:
                 per_prompt.append([1 + mean(column) for column in zip(*blocks, strict=True)])

@@ -73,7 +73,7 @@ def build_ways(drafter: DSparkAssistantModel) -> list[Way]:
     dspark = [
         Way(
             f"DSpark, {count} drafts",
-            {"assistant_model": drafter, "num_assistant_tokens": count, "scheduler": "fixed"},
+            {"assistant_model": drafter, "num_assistant_tokens": count, "scheduler": "fixed", "drafts": "model"},
         )
         for count in NUM_DRAFTS
         if count <= drafter.block_size

@@ -70,6 +70,7 @@ def record(target: Any, drafter: Drafter, prompts: Sequence[torch.Tensor], lengt
             max_new_tokens=length + drafter.block_size + 1,
             assistant_model=drafter,
             scheduler=recorder,
+            drafts="model",
             **load.options,
         )
         written = output[:, load.token_ids.shape[1] :].tolist()

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dspark_hf.generation.call.outputs import DSparkGenerateOutput
 from dspark_hf.generation.integration import install, install_unless_refused, uninstall
+from dspark_hf.generation.lookup_assistant import LookupAssistant
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
 from dspark_hf.generation.requests.stream import generate_stream
 from dspark_hf.generation.statistics import SpeculationStatistics
@@ -23,6 +24,7 @@ __all__ = [
     "DeepseekV4DSparkForCausalLM",
     "DeepseekV4DSparkModel",
     "FinishedRequest",
+    "LookupAssistant",
     "Request",
     "RequestQueue",
     "SpeculationStatistics",

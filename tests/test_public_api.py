@@ -20,6 +20,7 @@ def test_public_names():
         "DeepseekV4DSparkForCausalLM",
         "DeepseekV4DSparkModel",
         "FinishedRequest",
+        "LookupAssistant",
         "Request",
         "RequestQueue",
         "SpeculationStatistics",

@@ -223,6 +223,7 @@ def _observe(
             assistant_model=drafter,
             num_assistant_tokens=drafter.block_size,
             scheduler="fixed",
+            drafts="model",
             assistant_confidence_threshold=0.0,
             pad_token_id=_pad_token_id(target),
             **options,

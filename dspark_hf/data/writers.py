@@ -12,31 +12,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
-from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer, is_stateful
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.requests.stream import RequestStream, generate_stream
 from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.prompts import Prompt, encode_prompt, end_token_id, has_chat_template
-
-SEGMENT_LENGTH = 64
 
 # tokens of the prompt that are decoded with an answer, and taken off again
 _CONTEXT_LENGTH = 4
 
-# what of a generation config counts from the start of a call, which a later segment would move
-_COUNTS_FROM_START = (
-    "min_new_tokens",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "exponential_decay_length_penalty",
-    "max_time",
-    "cache_implementation",
-    "guidance_scale",
-    "watermarking_config",
-)
+# what `generate` can do and a stream of requests refuses, and its neutral values
+_BATCHES_ONLY = ("cache_implementation", "guidance_scale", "watermarking_config", "num_beams")
+_NEUTRAL = (None, 1)
 
 
 @dataclass(frozen=True)
@@ -136,18 +125,16 @@ class Writer(Protocol):
 
 
 class LocalWriter:
-    """A target, loaded here, that writes in batches.
+    """A target, loaded here, that writes several answers at once.
 
-    Rows of a batch end at different lengths. Every `segment_length` tokens the finished ones leave the batch and the
-    cache, so that they stop costing; a cache that cannot give up rows is left alone, and a drafter's loop does this by
-    itself.
+    An answer that is finished gives its row to the next prompt. A target whose rows cannot come and go writes one
+    batch after the other, each as long as its longest answer.
 
     Args:
         target: the target.
         tokenizer: its tokenizer.
         drafter: speeds the target up; the words stay its own.
         batch_size: prompts at once.
-        segment_length: tokens between two looks at what is finished.
 
     Example:
 
@@ -163,13 +150,11 @@ class LocalWriter:
         *,
         drafter: Drafter | None = None,
         batch_size: int = 32,
-        segment_length: int = SEGMENT_LENGTH,
     ):
         self.batch_size = batch_size
         self._target = target
         self._tokenizer = tokenizer
         self._drafter = drafter
-        self._segment_length = segment_length
 
     def write(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, max_new_tokens: int, seed: int, stop: str = ""
@@ -179,47 +164,43 @@ class LocalWriter:
         rows = [encode_prompt(prompt, self._tokenizer) for prompt in prompts]
         # alike lengths together: padding costs as much as words
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+        call = _Call(self._target, self._tokenizer, sampling, stop)
+        stream = self._stream(call, {index: rows[index] for index in order}, max_new_tokens)
+        written = self._in_batches(call, rows, order, max_new_tokens) if stream is None else _written(stream)
+        for index, token_ids in written:
+            yield index, call.answer(token_ids, rows[index][-_CONTEXT_LENGTH:].tolist())
+
+    def _stream(self, call: _Call, rows: dict[int, Tensor], max_new_tokens: int) -> RequestStream | None:
+        """Return the answers as they become ready, or None for a target that cannot write them so."""
+        if any(getattr(call.config, name, None) not in _NEUTRAL for name in _BATCHES_ONLY):
+            return None
+        requests = (Request(row, call.options(row, max_new_tokens), key=index) for index, row in rows.items())
+        try:
+            return generate_stream(self._target, requests, drafter=self._drafter, max_rows=self.batch_size)
+        except ValueError:
+            # of its kind of attention, say
+            return None
+
+    def _in_batches(
+        self, call: _Call, rows: Sequence[Tensor], order: Sequence[int], max_new_tokens: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        options: dict[str, Any] = {} if self._drafter is None else {"assistant_model": self._drafter}
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            call = _Call(self._target, self._tokenizer, sampling, stop)
-            batch = _left_padded([rows[index] for index in chosen], call.pad_token_id, input_device(self._target))
-            for row, token_ids in self._generate(call, *batch, max_new_tokens):
-                yield chosen[row], call.answer(token_ids, rows[chosen[row]][-_CONTEXT_LENGTH:].tolist())
+            input_ids, attention_mask = _left_padded(
+                [rows[index] for index in chosen], call.pad_token_id, input_device(self._target)
+            )
+            sequences = call.generate(input_ids, attention_mask, max_new_tokens, **options)
+            yield from zip(chosen, sequences[:, input_ids.shape[1] :].tolist(), strict=True)
 
-    def _generate(
-        self, call: _Call, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
-    ) -> Iterator[tuple[int, list[int]]]:
-        cache = None if self._drafter is not None else _selectable_cache(self._target, call.config)
-        if cache is not None:
-            yield from self._generate_in_segments(call, input_ids, attention_mask, max_new_tokens, cache)
-            return
-        options: dict[str, Any] = {} if self._drafter is None else {"assistant_model": self._drafter}
-        sequences = call.generate(input_ids, attention_mask, max_new_tokens, **options)
-        yield from enumerate(sequences[:, input_ids.shape[1] :].tolist())
 
-    def _generate_in_segments(
-        self, call: _Call, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, cache: DynamicCache
-    ) -> Iterator[tuple[int, list[int]]]:
-        prompt_length = input_ids.shape[1]
-        rows = torch.arange(len(input_ids))
-        while len(rows):
-            num_left = prompt_length + max_new_tokens - input_ids.shape[1]
-            num_tokens = min(self._segment_length, num_left)
-            sequences = call.generate(input_ids, attention_mask, num_tokens, **{CACHE_KEY: cache})
-            num_new = sequences.shape[1] - input_ids.shape[1]
-            answers = sequences[:, prompt_length:].tolist()
-            is_done = torch.tensor([num_new == num_left or call.is_ended(answer) for answer in answers])
-            for row in is_done.nonzero().flatten().tolist():
-                yield int(rows[row]), answers[row]
-            keep = (~is_done).nonzero().flatten()
-            rows = rows[keep]
-            if len(rows):
-                # the same indices on the device of what they select from
-                kept = keep.to(sequences.device)
-                cache.batch_select_indices(kept)
-                input_ids = sequences[kept]
-                # rows that go on have written no padding
-                attention_mask = torch.nn.functional.pad(attention_mask[kept], (0, num_new), value=1)
+def _written(stream: RequestStream) -> Iterator[tuple[int, list[int]]]:
+    with stream:
+        for finished in stream:
+            if finished.error is not None:
+                raise finished.error
+            assert finished.token_ids is not None
+            yield finished.request.key, finished.token_ids[len(finished.request.input_ids) :].tolist()
 
 
 class _Call:
@@ -240,21 +221,25 @@ class _Call:
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, num_tokens: int, **options: Any) -> Tensor:
         """Return the sequences with up to `num_tokens` more tokens."""
+        sequences: Tensor = self._target.generate(
+            input_ids, attention_mask=attention_mask, generation_config=self._config_of(num_tokens), **options
+        )
+        return sequences
+
+    def options(self, prompt: Tensor, num_tokens: int) -> dict[str, Any]:
+        """Return the options of a request that continues a prompt `(T,)` by up to `num_tokens`."""
+        options: dict[str, Any] = {
+            "attention_mask": torch.ones_like(prompt),
+            "generation_config": self._config_of(num_tokens),
+        }
+        if self._needs_text:
+            options["stopping_criteria"] = [_StopText(self._tokenizer, self._stop, len(prompt))]
+        return options
+
+    def _config_of(self, num_tokens: int) -> GenerationConfig:
         config = copy.copy(self.config)
         config.max_new_tokens = num_tokens
-        output = self._target.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            generation_config=config,
-            **options,
-        )
-        return output.sequences
-
-    def is_ended(self, token_ids: Sequence[int]) -> bool:
-        """Return whether an answer ends somewhere in these tokens."""
-        return any(token_id in self._end_ids for token_id in token_ids) or (
-            self._needs_text and self._stop in self._decode(token_ids)
-        )
+        return config
 
     def answer(self, token_ids: list[int], context_ids: list[int]) -> Answer:
         """Return the answer in these tokens, which follow `context_ids`, without the padding behind its end."""
@@ -264,7 +249,7 @@ class _Call:
         context, text = self._decode(context_ids), self._decode([*context_ids, *token_ids])
         text = text[len(context) :] if text.startswith(context) else self._decode(token_ids)
         if self._needs_text and self._stop in text:
-            # looked for after each segment: its last tokens lie behind the stop
+            # its last tokens may lie behind the stop
             return Answer(text.partition(self._stop)[0], True, len(token_ids))
         return Answer(text, bool(ends), len(token_ids), tuple(token_ids))
 
@@ -277,13 +262,32 @@ class _Call:
         config.eos_token_id = sorted(self._end_ids) or None
         if config.pad_token_id is None:
             config.pad_token_id = min(self._end_ids, default=0)
-        config.return_dict_in_generate = True
+        config.return_dict_in_generate = False
         config.do_sample = not sampling.is_greedy
         # neutral values, since the target's own defaults would replace None, and cut its distribution
         config.update(temperature=sampling.temperature or 1.0, top_p=sampling.top_p, typical_p=1.0, top_k=50)
         if config.do_sample:
             config.update(top_k=0, min_p=0.0, epsilon_cutoff=0.0, eta_cutoff=0.0)
         return config
+
+
+class _StopText(StoppingCriteria):
+    """End a row whose answer holds `stop`; looked for in its latest tokens only.
+
+    A text that a tokenizer joins otherwise may be missed here: the answer is searched as a whole once it is written.
+    """
+
+    def __init__(self, tokenizer: Any, stop: str, prompt_length: int):
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._prompt_length = prompt_length
+        # a token is a byte at least
+        self._num_tokens = len(stop.encode()) + 1
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        latest = input_ids[:, max(self._prompt_length, input_ids.shape[1] - self._num_tokens) :]
+        texts = self._tokenizer.batch_decode(latest, skip_special_tokens=True)
+        return torch.tensor([self._stop in text for text in texts], device=input_ids.device)
 
 
 def _end_ids(target: PreTrainedModel, tokenizer: Any, stop: str) -> set[int]:
@@ -304,16 +308,3 @@ def _left_padded(rows: Sequence[Tensor], pad_token_id: int, device: torch.device
         input_ids[index, length - len(row) :] = row
         attention_mask[index, length - len(row) :] = 1
     return input_ids.to(device), attention_mask.to(device)
-
-
-def _selectable_cache(target: PreTrainedModel, config: GenerationConfig) -> DynamicCache | None:
-    """Return an empty cache that can give up rows between two calls of `generate`, or None."""
-    if is_stateful(target) or any(getattr(config, name, None) not in (None, 0) for name in _COUNTS_FROM_START):
-        return None
-    cache = empty_cache_like(target)
-    # transformers 5.24: layers with a recurrent state inherit a selection that leaves that state out
-    is_known = all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or is_placeholder_layer(layer)
-        for layer in cache.layers
-    )
-    return cache if is_known else None

@@ -165,6 +165,8 @@ class Measuring:
         if scheduler == WHOLE_BLOCKS:
             # whatever the target's generation configuration prefers
             options["assistant_confidence_threshold"] = 0.0
+            # what is looked up says nothing of the drafter
+            options["drafts"] = "model"
         if self._settings.num_drafts is not None:
             options["num_assistant_tokens"] = self._settings.num_drafts
         return options

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -23,14 +24,16 @@ from dspark_hf.generation.call.rows import CallRows
 from dspark_hf.generation.compat import CACHE_KEY, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
+from dspark_hf.generation.drafting.lookup import Lookups, with_lookups
 from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.scheduling.estimator import top_margin
-from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, Choice, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.stepwise import accept_in_steps
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
+from dspark_hf.generation.targets.padding import prompt_tokens
 from dspark_hf.generation.verification import verify, verify_greedy
 
 
@@ -49,14 +52,15 @@ def decode(
     tokenizer: Any = None,
     assistant_tokenizer: Any = None,
     scheduler: Scheduler | str | None = None,
+    drafts: str | None = None,
     **model_kwargs: Any,
 ) -> Tensor | DSparkGenerateOutput:
     """Generate with a drafter: the same output as plain `generate`, in fewer passes of the target.
 
-    The arguments are those that `generate` hands to its decoding methods, and the scheduler, which on the way through
-    `assistant_model=` comes with the generation configuration. Greedy output is token-identical where the target's
-    arithmetic does not depend on the number of tokens per pass (fp32); sampled output follows the target's
-    distribution exactly.
+    The arguments are those that `generate` hands to its decoding methods, and the scheduler and who drafts, which on
+    the way through `assistant_model=` come with the generation configuration. Greedy output is token-identical where
+    the target's arithmetic does not depend on the number of tokens per pass (fp32); sampled output follows the
+    target's distribution exactly.
 
     Returns the token ids `(B, length)`, or a `DSparkGenerateOutput` with `return_dict_in_generate=True`.
 
@@ -66,8 +70,8 @@ def decode(
     check_request(
         model, input_ids, generation_config, model_kwargs, num_drafts=drafter.block_size, synced_gpus=synced_gpus
     )
-    options = read_options(generation_config, drafter, model, scheduler)
-    adapter = TargetAdapter(model, drafter.target_layer_ids)
+    options = read_options(generation_config, drafter, model, scheduler, drafts, model_kwargs[CACHE_KEY])
+    adapter = TargetAdapter(model, options.target_layer_ids(drafter))
     drafter.check_target(adapter)
     with adapter:
         rows = CallRows(
@@ -77,16 +81,21 @@ def decode(
             stopping_criteria,
             streamer,
             num_drafts=options.num_drafts,
+            num_looked_up=options.num_looked_up,
             returns_cache=was_given_by_user(model_kwargs[CACHE_KEY]),
         )
         # there from the start, so that a streamer can ask where a token came from
         drafter.last_statistics = rows.statistics
         rows.statistics.scheduler = options.scheduler.name
-        widest = options.num_drafts + 1
+        widest = options.most_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
-        context = drafter.start(adapter, len(input_ids))
+        context = options.start_context(drafter, adapter, len(input_ids))
         schedule = options.scheduler.start(rows.describe(adapter, drafter))
-        rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics)
+        lookups = None
+        if options.num_looked_up:
+            prompts = prompt_tokens(input_ids, model_kwargs.get("attention_mask"))
+            lookups = Lookups(prompts, schedule.match_chances, min_match=drafter.min_match)
+        rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups)
         try:
             rounds.prefill()
             while not rows.are_done:
@@ -108,6 +117,7 @@ class Rounds:
         schedule: how many drafts are made and verified.
         rows: the rows, and the rules by which they are written.
         statistics: where passes and their time are counted.
+        lookups: the rows' texts, if drafts may be looked up in them.
     """
 
     def __init__(
@@ -118,6 +128,7 @@ class Rounds:
         schedule: Schedule,
         rows: Rows,
         statistics: SpeculationStatistics,
+        lookups: Lookups | None = None,
     ):
         self._adapter = adapter
         self._target = target
@@ -125,6 +136,7 @@ class Rounds:
         self._schedule = schedule
         self._rows = rows
         self._statistics = statistics
+        self._lookups = lookups
         # how much of each row the target's cache holds
         self._num_processed: list[int] = []
         self._margins: list[Tensor] = []
@@ -139,8 +151,9 @@ class Rounds:
         self._num_processed = (target_pass.positions.gather(1, last[:, None])[:, 0] + 1).tolist()
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, target_pass.num_tokens)
         nothing = [0] * len(target_pass.num_tokens)
-        scores, _, choices = self._accept(target_pass, target_pass.positions[:, :0], None, nothing)
-        rows.commit(target_pass, scores, list(choices[:, None]), None)
+        scores, _, first = self._accept(target_pass, target_pass.positions[:, :0], None, nothing)
+        choices = list(first[:, None])
+        self._look_back(choices, rows.commit(target_pass, scores, choices, None))
         self.drop_rows()
 
     def round(self) -> None:
@@ -148,10 +161,15 @@ class Rounds:
         rows, batch = self._rows, self._batch()
         with self._recorded(batch) as record:
             anchors = rows.anchors()
-            drafted = self._draft(anchors, self._schedule.num_drafts(batch))
+            offers = [] if self._lookups is None else self._lookups.offers(batch.rooms)
+            choice = self._schedule.choose(batch, offers) if offers else Choice(self._schedule.num_drafts(batch))
+            drafted = self._draft(anchors, choice.num_drafts)
+            if any(choice.num_looked_up):
+                record.num_looked_up = choice.num_looked_up
+                drafted = with_lookups(drafted, offers, choice.num_looked_up, anchors.device)
             if drafted is not None:
-                record.num_drafted, record.confidence = drafted.token_ids.shape[1], drafted.confidence
-                record.num_verified = self._schedule.admit(drafted, batch)
+                record.num_drafted, record.confidence = drafted.num_modelled_drafts, drafted.confidence
+                record.num_verified = self._schedule.admit(drafted, choice.limit(batch))
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
             judged = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
@@ -159,6 +177,7 @@ class Rounds:
             new_tokens = _accepted_tokens(tokens, record.num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
             self._keep(target_pass, num_kept)
+            self._look_back(new_tokens, num_kept)
             self.drop_rows()
 
     def drop_rows(self) -> None:
@@ -168,6 +187,8 @@ class Rounds:
             index = torch.tensor(staying, device=self._adapter.device)
             self._target.select_rows(index)
             self._context.select_rows(index)
+            if self._lookups is not None:
+                self._lookups.select_rows(staying)
             self._num_processed = [self._num_processed[i] for i in staying]
 
     def append(self, other: Rounds) -> None:
@@ -175,6 +196,8 @@ class Rounds:
         self._num_processed = self._num_processed + other._num_processed
         self._target.append_rows(other._target)
         self._context.append_rows(other._context)
+        if self._lookups is not None and other._lookups is not None:
+            self._lookups.append_rows(other._lookups)
 
     def _batch(self) -> Batch:
         """Return what a schedule is told of the rows; no draft stands at a position that the target does not know."""
@@ -183,9 +206,7 @@ class Rounds:
         if last is None:
             return batch
         room = [last - 1 - length for length in self._num_processed]
-        # a text that is longer already goes on as it does without drafts
-        pairs = zip(batch.limits, room, strict=True)
-        return replace(batch, limits=tuple(limit if left < 0 else min(limit, left) for limit, left in pairs))
+        return replace(batch, limits=_cut(batch.limits, room), rooms=_cut(batch.rooms, room) if batch.rooms else ())
 
     def _draft(self, anchors: Tensor, num_drafts: int) -> DraftedBlock | None:
         """Return the drafts of all rows, or None for a round without."""
@@ -229,11 +250,14 @@ class Rounds:
         limits = torch.tensor(num_verified, device=scores.device)
         draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
         target_probs = self._rows.probabilities(scores)
-        if drafted.probs is None or target_probs is None:
+        if target_probs is None:
             num_accepted, bonus = verify_greedy(draft_ids, scores.argmax(-1), limits)
         else:
-            draft_probs = drafted.probs[:, :num_drafts].to(scores.device)
-            num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits)
+            draft_probs, is_certain = (
+                None if values is None else values[:, :num_drafts].to(scores.device)
+                for values in (drafted.probs, drafted.is_certain)
+            )
+            num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits, is_certain)
         return scores, num_accepted.tolist(), bonus
 
     def _keep(self, target_pass: TargetPass, num_kept: list[int]) -> None:
@@ -241,6 +265,14 @@ class Rounds:
         self._num_processed = [old + new for old, new in zip(self._num_processed, num_kept, strict=True)]
         self._target.keep([range(count) for count in num_kept])
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
+
+    def _look_back(self, new_tokens: list[Tensor], num_kept: list[int]) -> None:
+        """Let the rows' texts grow by their kept tokens."""
+        if self._lookups is not None:
+            kept = [tokens[:count] for tokens, count in zip(new_tokens, num_kept, strict=True)]
+            # one transfer for all rows
+            flat = iter(torch.cat(kept).tolist())
+            self._lookups.read([list(islice(flat, count)) for count in num_kept])
 
     @contextmanager
     def _recorded(self, batch: Batch) -> Iterator[RoundInProgress]:
@@ -252,17 +284,24 @@ class Rounds:
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         statistics.count_parking(self._schedule.parked_because, record.num_drafted)
-        self._schedule.observe(
-            RoundOutcome(
-                batch,
-                record.num_drafted,
-                record.num_verified,
-                record.num_accepted,
-                drafting,
-                seconds - drafting,
-                is_typical,
-            )
+        outcome = RoundOutcome(
+            Choice(record.num_drafted, record.num_looked_up).limit(batch),
+            record.num_drafted,
+            record.num_verified,
+            record.num_accepted,
+            drafting,
+            seconds - drafting,
+            is_typical,
+            record.num_looked_up,
         )
+        self._schedule.observe(outcome)
+        if self._lookups is not None:
+            self._schedule.compare(outcome)
+
+
+def _cut(limits: tuple[int, ...], room: list[int]) -> tuple[int, ...]:
+    # a text that is longer already goes on as it does without drafts
+    return tuple(limit if left < 0 else min(limit, left) for limit, left in zip(limits, room, strict=True))
 
 
 def _draw(scores: Tensor, probs: Tensor | None) -> Tensor:

@@ -2,9 +2,9 @@
 
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Three more methods are wrapped
-because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=` among them,
-which `generate` does not know, that an assistant was passed to a mode that ignores it, and a streamer beside
-`custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse it.
+because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=` and `drafts=`
+among them, which `generate` does not know, that an assistant was passed to a mode that ignores it, and a streamer
+beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from dspark_hf.generation.call.checks import check_mode
 from dspark_hf.generation.call.knobs import choose_knobs
-from dspark_hf.generation.compat import EXPLICIT, SCHEDULER, SEAM, is_installed, scheduler_of_call
+from dspark_hf.generation.compat import DRAFTS, EXPLICIT, SCHEDULER, SEAM, is_installed
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.wrappers import unwrap
@@ -30,6 +30,8 @@ from dspark_hf.generation.wrappers import unwrap
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
 _LOGGER = logging.get_logger(__name__)
+# arguments of `generate` that are ours alone, and where a prepared configuration keeps them
+_OURS = {"scheduler": SCHEDULER, "drafts": DRAFTS}
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
 _DOOR_SEAM = "_extract_generation_mode_kwargs"
@@ -115,18 +117,29 @@ def _remember_knobs(original: Any) -> Any:
     ) -> Any:
         chosen = choose_knobs(kwargs, generation_config, getattr(self, "generation_config", None))
         # generate takes what it does not know for an input of the model, and refuses it
-        scheduler = kwargs.pop("scheduler", None)
+        ours = {kept: kwargs.pop(name, None) for name, kept in _OURS.items()}
         prepared, model_kwargs = original(self, generation_config, **kwargs)
         for name, value in chosen.items():
             setattr(prepared, name, value)
         explicit = set(chosen)
         setattr(prepared, EXPLICIT, explicit)
-        setattr(prepared, SCHEDULER, scheduler)
+        for kept, value in ours.items():
+            setattr(prepared, kept, value)
         return prepared, model_kwargs
 
     # mypy knows no attributes of functions
     prepare_generation_config.is_dspark = True  # type: ignore[attr-defined]
     return prepare_generation_config
+
+
+def _refuse_ours(generation_config: GenerationConfig) -> None:
+    for name, kept in _OURS.items():
+        value = getattr(generation_config, kept, None)
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be left out unless a DSpark drafter assists, got {value!r}. Pass "
+                "`assistant_model=drafter`."
+            )
 
 
 def _check_mode(original: Any) -> Any:
@@ -150,11 +163,7 @@ def _check_mode(original: Any) -> Any:
             check_mode(self, generation_mode, generation_config, generation_mode_kwargs)
             return None
         _mention_drafter(assistant)
-        if scheduler_of_call(generation_config) is not None:
-            raise ValueError(
-                "`scheduler` must be left out unless a DSpark drafter assists, got "
-                f"{scheduler_of_call(generation_config)!r}. Pass `assistant_model=drafter`."
-            )
+        _refuse_ours(generation_config)
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     # mypy knows no attributes of functions

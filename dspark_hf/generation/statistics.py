@@ -16,8 +16,9 @@ from torch import Tensor
 class Round:
     """One verify pass, before stop rules cut its tokens: what was believed of the drafts, and what came of them.
 
-    `rows` are the batch's rows that took part, b of them; `num_drafted` is the number of drafts of each of them, K;
-    `num_verified` and `num_accepted` hold one count a row.
+    `rows` are the batch's rows that took part, b of them; `num_drafted` is the number of the drafter's drafts of each
+    of them, K; `num_verified` and `num_accepted` hold one count a row, and so does `num_looked_up`: how many drafts a
+    row looked up instead. It is empty where none did.
     `confidence` `(b, K)`, fp32, is on the drafter's device, after calibration if the drafter has any; None without a
     confidence head, or without drafts.
     """
@@ -27,6 +28,7 @@ class Round:
     confidence: Tensor | None
     num_verified: tuple[int, ...]
     num_accepted: tuple[int, ...]
+    num_looked_up: tuple[int, ...] = ()
 
 
 @dataclass
@@ -37,6 +39,21 @@ class RoundInProgress:
     confidence: Tensor | None = None
     num_verified: list[int] = field(default_factory=list)
     num_accepted: list[int] = field(default_factory=list)
+    num_looked_up: tuple[int, ...] = ()
+
+    def drafts_of(self, row: int) -> tuple[str, int]:
+        """Return who made the drafts of the batch's row, and how many."""
+        looked_up = self.num_looked_up[row] if self.num_looked_up else 0
+        return ("lookup", looked_up) if looked_up else ("model", self.num_drafted)
+
+
+@dataclass
+class SourceCounts:
+    """Drafts of one source: how many were made, how many the target checked, how many became output."""
+
+    num_drafted: int = 0
+    num_verified: int = 0
+    num_accepted: int = 0
 
 
 @dataclass
@@ -56,11 +73,12 @@ class SpeculationStatistics:
     Attributes:
         num_target_passes: forward passes of the target, the prefill included; a pass serves all rows.
         num_rounds: verify passes, summed over rows.
-        num_drafted: tokens the drafter proposed.
+        num_drafted: tokens that were proposed.
         num_verified: drafts the target checked, after the scheduler's cut.
         num_accepted: drafts that became output.
         num_committed: tokens of the rounds' output: accepted drafts and the target's own, up to each row's end. The
             prefill's token is not among them.
+        by_source: the last three, of the drafter's drafts under `"model"`, of those looked up under `"lookup"`.
         verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k.
         accepted_by_position: number of rounds in which draft k was accepted.
         draft_seconds: time in the drafter.
@@ -80,6 +98,9 @@ class SpeculationStatistics:
     num_verified: int = 0
     num_accepted: int = 0
     num_committed: int = 0
+    by_source: dict[str, SourceCounts] = field(
+        default_factory=lambda: {"model": SourceCounts(), "lookup": SourceCounts()}
+    )
     verified_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
     draft_seconds: float = 0.0
@@ -145,13 +166,16 @@ class SpeculationStatistics:
         """Make room for the rows' origins."""
         self.origins = [[] for _ in range(num_rows)]
 
-    def add_round(self, num_drafted: int, num_verified: int, num_accepted: int, num_committed: int) -> None:
+    def add_round(
+        self, num_drafted: int, num_verified: int, num_accepted: int, num_committed: int, source: str = "model"
+    ) -> None:
         """Count one row's round; `num_committed` tokens survived the stopping criteria."""
         self.num_rounds += 1
-        self.num_drafted += num_drafted
-        self.num_verified += num_verified
         self.num_committed += num_committed
-        self.num_accepted += min(num_accepted, num_committed)
+        for counts in (self, self.by_source[source]):
+            counts.num_drafted += num_drafted
+            counts.num_verified += num_verified
+            counts.num_accepted += min(num_accepted, num_committed)
         missing = num_verified - len(self.verified_by_position)
         self.verified_by_position.extend([0] * missing)
         self.accepted_by_position.extend([0] * missing)

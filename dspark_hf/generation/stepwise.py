@@ -59,14 +59,22 @@ def _judge(
         return [False] * len(scores), tokens
     draft_ids = drafts[:, position : position + 1].to(scores.device)
     is_verified = (limits > position).long().to(scores.device)
-    if probs is None or drafted is None or drafted.probs is None:
+    if probs is None or drafted is None:
         num_accepted, tokens = verify_greedy(draft_ids, scores.argmax(-1)[:, None].expand(-1, 2), is_verified)
     else:
-        draft_probs = drafted.probs[:, position : position + 1].to(scores.device)
+        draft_probs, is_certain = (_at(values, position, scores) for values in (drafted.probs, drafted.is_certain))
         # what stands behind the draft is not known yet, nor used
-        num_accepted, tokens = verify(draft_ids, draft_probs, probs[:, None].expand(-1, 2, -1), is_verified)
+        both = probs[:, None].expand(-1, 2, -1)
+        num_accepted, tokens = verify(draft_ids, draft_probs, both, is_verified, is_certain)
     accepted = num_accepted.bool()
     return accepted.tolist(), torch.where(accepted, draft_ids[:, 0], tokens)
+
+
+def _at(values: Tensor | None, position: int, scores: Tensor) -> Tensor | None:
+    """Return one position of `(b, K, ...)`, or None where nothing is said of it."""
+    if values is None or values.shape[1] <= position:
+        return None
+    return values[:, position : position + 1].to(scores.device)
 
 
 def _stacked(steps: list[Tensor]) -> Tensor:

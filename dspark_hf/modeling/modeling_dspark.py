@@ -292,13 +292,18 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         return _DSparkContext(self, target, batch_size)
 
     def decode(
-        self, model: PreTrainedModel, input_ids: Tensor, scheduler: Scheduler | str | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        scheduler: Scheduler | str | None = None,
+        drafts: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
 
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
-        return decode(model, input_ids, drafter=self, scheduler=scheduler, **kwargs)
+        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Raise a `TypeError`: a drafter proposes, the target writes."""

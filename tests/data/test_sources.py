@@ -145,7 +145,7 @@ def test_a_target_without_ideas_is_told(tmp_path: Path) -> None:
 def test_a_real_target_writes_prompts(chat_template: str | None, tmp_path: Path) -> None:
     """A template's opening or end would not survive the tokenizer and `generate`."""
     tokenizer = tiny_tokenizer(chat_template)
-    writer = LocalWriter(tiny_target("llama"), tokenizer, batch_size=8, segment_length=16)
+    writer = LocalWriter(tiny_target("llama"), tokenizer, batch_size=8)
     with Journal(tmp_path / "turns") as journal:
         source = SelfWrittenPrompts(writer, tokenizer, journal, max_tokens=40)
         assert source.take(2)

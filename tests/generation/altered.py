@@ -17,7 +17,7 @@ class AlteredDrafter(Drafter):
         self.config = drafter.config
         self.drafter = drafter
         self.alter = alter
-        self.scheduler = drafter.scheduler
+        self.scheduler, self.drafts = drafter.scheduler, drafter.drafts
 
     @property
     def block_size(self) -> int:

@@ -20,8 +20,9 @@ class ScriptedDrafter(Drafter):
     `script` `(B, length)` holds every row's whole text, left padding included; `num_padded` says how much of it.
     """
 
-    # tests count passes: every draft is verified unless a call says otherwise
+    # tests count passes and drafts: every draft is its own, and verified, unless a call says otherwise
     scheduler = "fixed"
+    drafts = "model"
 
     def __init__(self, target: PreTrainedModel, script: Tensor, num_padded: Sequence[int], accuracy: float):
         self.config = PretrainedConfig(vocab_size=target.config.get_text_config().vocab_size)
@@ -87,6 +88,8 @@ SlotLaw = Callable[[int, Tensor], Tensor]
 
 class MemorylessDrafter(Drafter):
     """Draft from `logits_after(slot, previous tokens)`, whatever stood before, with such a confidence if any."""
+
+    drafts = "model"
 
     def __init__(
         self, logits_after: SlotLaw, vocab_size: int, block_size: int, *, confidence_after: SlotLaw | None = None

@@ -37,12 +37,13 @@ def small_target(**overrides: Any) -> PreTrainedModel:
 
 
 def untrained_drafter(target: PreTrainedModel, **fields: Any) -> DSparkAssistantModel:
-    """Return a drafter with random weights that verifies every draft."""
+    """Return a drafter with random weights that makes every draft itself, and verifies all."""
     # larger weights than fresh ones: every head has a say, and the drafts are far from the target's distribution
     options = {"num_hidden_layers": 1, "markov_rank": 4, "block_size": BLOCK_SIZE, "initializer_range": 0.5}
     drafter = DSparkAssistantModel.from_target(target, **{**options, **fields})
     # a few tokens are too few for a scheduler to learn from: every draft is verified
     drafter.scheduler = "fixed"
+    drafter.drafts = "model"
     return drafter
 
 

@@ -246,3 +246,24 @@ def test_greedy_accepts_the_common_prefix():
     expected = [greedy_outcome(*row) for row in rows]
     assert list(zip(num_accepted.tolist(), bonus.tolist(), strict=True)) == expected
     assert {count for count, _ in expected} == set(range(NUM_DRAFTS + 1))
+
+
+@pytest.mark.parametrize("kind", ["none drawn", "some drawn"])
+def test_certain_drafts_keep_the_distribution(kind):
+    """A draft that nobody drew counts as drawn, so that the first token does not follow the target."""
+    num_rows, target_probs = 20_000, torch.tensor([0.1, 0.4, 0.2, 0.3])
+    draft_ids = torch.tensor([[1, 2]]).repeat(num_rows, 1)
+    is_certain = torch.ones(num_rows, 2, dtype=torch.bool)
+    draft_probs = None
+    if kind == "some drawn":
+        # in every second row the first draft; the second one is never reached there
+        is_certain[::2, 0] = False
+        draft_probs = torch.tensor([0.7, 0.1, 0.1, 0.1]).repeat(num_rows, 1, 1)
+        draft_ids[::2, 0] = torch.multinomial(draft_probs[::2, 0], 1).squeeze(-1)
+    num_verified = torch.where(is_certain[:, 0], 2, 1)
+    num_accepted, bonus = verify(draft_ids, draft_probs, target_probs.repeat(num_rows, 3, 1), num_verified, is_certain)
+    first = torch.where(num_accepted > 0, draft_ids[:, 0], bonus)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        assert p_value(first[rows, None], target_probs.double()) > SMALLEST_P_VALUE
+    second = torch.where(num_accepted > 1, draft_ids[:, 1], bonus)[1::2][num_accepted[1::2] > 0]
+    assert p_value(second[:, None], target_probs.double()) > SMALLEST_P_VALUE

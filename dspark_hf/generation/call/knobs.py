@@ -9,10 +9,14 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from dspark_hf.generation.call.rotary import has_switch
 from dspark_hf.generation.compat import KNOBS, explicit_knob, is_set
-from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.drafting.interface import DraftContext, Drafter
+from dspark_hf.generation.drafting.lookup import NoContext
 from dspark_hf.generation.scheduling.choosing import choose_scheduler
 from dspark_hf.generation.scheduling.interface import Scheduler
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.interface import RowwiseCache
 
 # a threshold is the scheduler of that name: who sets one of them has decided on both
 _SCHEDULING = ("scheduler", "assistant_confidence_threshold")
@@ -20,10 +24,30 @@ _SCHEDULING = ("scheduler", "assistant_confidence_threshold")
 
 @dataclass(frozen=True)
 class SpeculationOptions:
-    """`num_drafts`: drafts per round at most; `scheduler`: how many are made, and how many of them verified."""
+    """How a call speculates.
+
+    `num_drafts`: the drafter's drafts per round at most, 0 if it is not asked; `num_looked_up`: drafts that a row may
+    look up instead, 0 if none; `scheduler`: how many are made, and how many of them verified; `drafts`: who makes
+    them.
+    """
 
     num_drafts: int
+    num_looked_up: int
     scheduler: Scheduler
+    drafts: str
+
+    @property
+    def most_drafts(self) -> int:
+        """Drafts of a row and round at most, whoever makes them."""
+        return max(self.num_drafts, self.num_looked_up)
+
+    def target_layer_ids(self, drafter: Drafter) -> list[int]:
+        """Return the layers whose outputs are read."""
+        return drafter.target_layer_ids if self.num_drafts else []
+
+    def start_context(self, drafter: Drafter, adapter: TargetAdapter, batch_size: int) -> DraftContext:
+        """Return an empty context for `batch_size` sequences."""
+        return drafter.start(adapter, batch_size) if self.num_drafts else NoContext()
 
 
 def choose_knobs(
@@ -32,7 +56,7 @@ def choose_knobs(
     """Return the knobs that were set: by the call, else the configuration given with it, else the target's own."""
     levels = [{name: call[name] for name in KNOBS if call.get(name) is not None}]
     levels += [_knobs_of(config) for config in (given, models_own) if config is not None]
-    return _first(levels, _SCHEDULING) | _first(levels, ("num_assistant_tokens",))
+    return _first(levels, _SCHEDULING) | _first(levels, ("num_assistant_tokens",)) | _first(levels, ("drafts",))
 
 
 def _knobs_of(config: GenerationConfig) -> dict[str, Any]:
@@ -46,34 +70,70 @@ def _first(levels: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, An
 
 
 def read_options(
-    generation_config: GenerationConfig, drafter: Drafter, model: PreTrainedModel, scheduler: Scheduler | str | None
+    generation_config: GenerationConfig,
+    drafter: Drafter,
+    model: PreTrainedModel,
+    scheduler: Scheduler | str | None,
+    drafts: str | None = None,
+    cache: Any = None,
 ) -> SpeculationOptions:
     """Return the run-time knobs of a call, else those that the drafter comes with.
 
-    `scheduler` is what `custom_generate` was called with.
+    `scheduler` and `drafts` are what `custom_generate` was called with. Lookups are no longer than the `cache` can
+    take back, if it is given.
 
     Raises:
-        ValueError: if more drafts are asked for than the drafter was trained to propose, or the threshold is no
-            probability, or the scheduler does not exist or contradicts the threshold, or a name is misspelt.
+        ValueError: if more drafts are asked for than the drafter was trained to propose, or of a source that there is
+            not, or the threshold is no probability, or the scheduler does not exist or contradicts the threshold, or a
+            name is misspelt.
         TypeError: if a knob is of another kind.
     """
     _check_spelling(generation_config)
     of_call = {name: explicit_knob(generation_config, name) for name in KNOBS}
+    of_call |= {"scheduler": scheduler} if scheduler is not None else {}
+    of_call |= {"drafts": drafts} if drafts is not None else {}
     of_call = {name: value for name, value in of_call.items() if value is not None}
-    if scheduler is not None:
-        of_call["scheduler"] = scheduler
     recommended = {} if drafter.generation_config is None else _knobs_of(drafter.generation_config)
     own = {} if drafter.scheduler is None else {"scheduler": drafter.scheduler}
     levels = [of_call, own, recommended]
     scheduling = _first(levels, _SCHEDULING)
-    num_drafts = _first(levels, ("num_assistant_tokens",)).get("num_assistant_tokens", drafter.block_size)
-    _check_number_of_drafts(num_drafts, drafter.block_size)
+    num_drafts = _first(levels, ("num_assistant_tokens",)).get("num_assistant_tokens")
+    most = drafter.block_size or drafter.longest_lookup
+    # of plain decoding there is nothing to say
+    if num_drafts is not None and most:
+        _check_number_of_drafts(num_drafts, most)
     threshold = scheduling.get("assistant_confidence_threshold")
     if threshold is not None:
         _check_threshold(threshold)
     is_tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
     chosen = choose_scheduler(scheduling.get("scheduler"), threshold, is_tensor_parallel=is_tensor_parallel)
-    return SpeculationOptions(num_drafts, chosen)
+    source = _first(levels, ("drafts",)).get("drafts", drafter.drafts)
+    _check_source(source, drafter)
+    longest_lookup = min(num_drafts or drafter.longest_lookup, _longest_lookup(drafter, model, cache))
+    return SpeculationOptions(
+        0 if source == "lookup" else num_drafts or drafter.block_size,
+        0 if source == "model" else longest_lookup,
+        chosen,
+        source,
+    )
+
+
+def _check_source(source: Any, drafter: Drafter) -> None:
+    if source not in drafter.sources:
+        raise ValueError(
+            f"`drafts` must be one of {', '.join(drafter.sources)} for {type(drafter).__name__}, got {source!r}. "
+            "Correct it, or leave it out."
+        )
+
+
+def _longest_lookup(drafter: Drafter, model: PreTrainedModel, cache: Any) -> int:
+    """Return how many drafts may be looked up where no more of the drafter's could be served."""
+    longest = drafter.longest_lookup
+    if has_switch(model.config.get_text_config(decoder=True)):
+        # how far drafts may reach was checked for the drafter's
+        longest = min(longest, drafter.block_size)
+    rollback = cache.max_rollback if isinstance(cache, RowwiseCache) else None
+    return longest if rollback is None else min(longest, max(rollback - 1, 0))
 
 
 def _check_number_of_drafts(num_drafts: Any, block_size: int) -> None:

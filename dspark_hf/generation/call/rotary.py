@@ -43,6 +43,11 @@ def check_rotary(
             )
 
 
+def has_switch(config: PreTrainedConfig) -> bool:
+    """Return whether the embedding changes once a pass reaches beyond some length."""
+    return any(True for _ in _switches(config))
+
+
 def _switches(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     """Give the types of embeddings that change, and the length up to which they do not."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

@@ -5,6 +5,7 @@ B rows of the batch, b rows still in it, k drafts so far, W positions of a verif
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,8 @@ class CallRows:
         logits_processor: the processors.
         stopping_criteria: the criteria.
         streamer: what is fed the tokens, or None.
-        num_drafts: drafts per round at most.
+        num_drafts: the drafter's drafts per round at most.
+        num_looked_up: drafts that a row may look up at most.
         returns_cache: whether the cache is the user's, who will go on with it.
     """
 
@@ -48,11 +50,13 @@ class CallRows:
         streamer: BaseStreamer | None,
         *,
         num_drafts: int,
+        num_looked_up: int = 0,
         returns_cache: bool,
     ):
         self.statistics = SpeculationStatistics()
         self.statistics.start_rows(len(input_ids))
         self._num_drafts = num_drafts
+        self._num_looked_up = num_looked_up
         self._is_sampling = bool(generation_config.do_sample)
         self._sequences = Sequences(input_ids, pad_token_id(generation_config))
         self._rules = StopRules(stopping_criteria, self._sequences)
@@ -76,7 +80,7 @@ class CallRows:
             target=adapter,
             drafter=drafter,
             num_rows=self._sequences.batch_size,
-            max_drafts=self._num_drafts,
+            max_drafts=self._num_drafts or self._num_looked_up,
             prompt_length=self._sequences.prompt_length,
             is_sampling=self._is_sampling,
         )
@@ -108,15 +112,17 @@ class CallRows:
         if row in self._stopped_at:
             return max(self._common_length() - self._sequences.lengths[row], 1)
         limit = self._rules.max_length
-        return self._num_drafts + 1 if limit is None else limit - self._sequences.lengths[row]
+        return sys.maxsize if limit is None else limit - self._sequences.lengths[row]
 
     def batch(self) -> Batch:
         """Return what a schedule is told of the rows."""
         # where a criterion of the user's ends a row, the others' processors must be shown its padding at once
-        most = 0 if self._advance_together and self._rules.has_others else self._num_drafts
-        limits = tuple(min(most, self._room(row) - 1) for row in self._rows)
+        must_wait = self._advance_together and self._rules.has_others
+        rooms = [0 if must_wait else self._room(row) - 1 for row in self._rows]
+        limits = tuple(min(self._num_drafts, room) for room in rooms)
+        looked_up = tuple(min(self._num_looked_up, room) for room in rooms) if self._num_looked_up else ()
         num_live = sum(self._is_live(row) for row in self._rows)
-        return Batch(limits, num_live, max(self._sequences.lengths[row] for row in self._rows))
+        return Batch(limits, num_live, max(self._sequences.lengths[row] for row in self._rows), looked_up)
 
     def anchors(self) -> Tensor:
         """Return every row's last committed token, `(b,)`."""
@@ -213,11 +219,19 @@ class CallRows:
     def _count(self, record: RoundInProgress, num_kept: list[int]) -> None:
         verified, accepted = record.num_verified, record.num_accepted
         self.statistics.rounds.append(
-            Round(tuple(self._rows), record.num_drafted, record.confidence, tuple(verified), tuple(accepted))
+            Round(
+                tuple(self._rows),
+                record.num_drafted,
+                record.confidence,
+                tuple(verified),
+                tuple(accepted),
+                record.num_looked_up,
+            )
         )
         for index, kept in enumerate(num_kept):
             if kept:
-                self.statistics.add_round(record.num_drafted, verified[index], accepted[index], kept)
+                source, num_drafted = record.drafts_of(index)
+                self.statistics.add_round(num_drafted, verified[index], accepted[index], kept, source)
 
     def leave(self) -> list[int]:
         """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""

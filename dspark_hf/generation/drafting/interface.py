@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -27,14 +27,18 @@ class DraftedBlock:
     """Drafts of one round.
 
     `token_ids` `(B, K)`; `probs` `(B, K, V)`, fp32, the distributions the tokens were really drawn from, or None when
-    greedy; `confidence` `(B, K)`, fp32, the estimated chance that draft k is accepted given that its prefix is, or
-    None without a confidence head; `margins` `(B, K)`, fp32, how far the best logit of each slot lies above the
-    second, filled in by the decoding loop where a scheduler wants it. `confidence[:, k]` and `margins[:, k]` depend on
-    the drafts before k only.
+    greedy, or if no draft was drawn at all: each is then the only one that could stand there; `confidence` `(B, K)`,
+    fp32, the estimated chance that draft k is accepted given that its prefix is, or None without a confidence head;
+    `margins` `(B, K)`, fp32, how far the best logit of each slot lies above the second, filled in by the decoding loop
+    where a scheduler wants it. `confidence[:, k]` and `margins[:, k]` depend on the drafts before k only.
 
     `parents` `(1 + K,)` says which token of the anchor and its drafts each one continues, by index, -1 for the anchor;
     None is a chain, in which each continues the one before. Targets process trees, but `generate` accepts chains only:
     it refuses a block with parents.
+
+    The decoding loop fills in the rest where rows look drafts up: `is_certain` `(B, K)`, which of them are not drawn
+    from `probs`; `chances` `(B, K)`, fp32, the estimated chances of these, NaN for others; `num_modelled`, how many of
+    the K drafts are the drafter's in rows that look nothing up, None for all. `probs` then hold those alone.
     """
 
     token_ids: Tensor
@@ -42,11 +46,19 @@ class DraftedBlock:
     confidence: Tensor | None
     margins: Tensor | None = None
     parents: Tensor | None = None
+    is_certain: Tensor | None = None
+    chances: Tensor | None = None
+    num_modelled: int | None = None
 
     @property
     def num_drafts(self) -> int:
         """Number K of drafts per row."""
         return self.token_ids.shape[1]
+
+    @property
+    def num_modelled_drafts(self) -> int:
+        """Number of drafts that the drafter made for each row that looked nothing up."""
+        return self.num_drafts if self.num_modelled is None else self.num_modelled
 
 
 class DraftContext(ABC):
@@ -89,10 +101,13 @@ class DraftContext(ABC):
 class Drafter(ABC):
     """A model that proposes blocks of tokens from the target's hidden states.
 
-    `scheduler` says how many drafts are made and verified: a name, a `Scheduler`, or None for the adaptive one; what
-    a call says goes before, or the target's generation configuration; what `generation_config` recommends, if there is
-    one, comes last. `last_statistics` holds what the last call of `generate` measured. Several threads may
-    use a drafter at once; what each of them measured is in its output with `return_dict_in_generate=True`.
+    `scheduler` says how many drafts are made and verified: a name, a `Scheduler`, or None for the adaptive one;
+    `drafts` says who makes them: `"model"`, `"lookup"`, which repeats what stood in prompt or text before, or
+    `"both"`. What a call says goes before, or the target's generation configuration; what `generation_config`
+    recommends, if there is one, comes last. At least `min_match` tokens must have stood before, and at most
+    `longest_lookup` are looked up for a row at once. A drafter that reads no hidden states has no `target_layer_ids`,
+    and none are captured for it. `last_statistics` holds what the last call of `generate` measured. Several threads
+    may use a drafter at once; what each of them measured is in its output with `return_dict_in_generate=True`.
 
     A class of your own must also have a `config` with the target's `vocab_size`, as a `PreTrainedConfig` has it:
     `generate(assistant_model=drafter)` compares the two before it calls the drafter (transformers 5.24,
@@ -102,6 +117,13 @@ class Drafter(ABC):
     # Transformers evaluates annotations when the class is made, and schedulers know drafters
     scheduler: Any = None
     generation_config: Any = None
+    drafts: str = "both"
+    # what `drafts` may be
+    sources: ClassVar[tuple[str, ...]] = ("model", "lookup", "both")
+    # a single token is no sign: text repeats words all the time
+    min_match: int = 2
+    # with the anchor a pass is then 16 tokens wide: kernels work in tiles of that size
+    longest_lookup: int = 15
     last_statistics: SpeculationStatistics | None = None
 
     @property

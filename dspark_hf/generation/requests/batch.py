@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dspark_hf.generation.decoding import Rounds
 from dspark_hf.generation.drafting.interface import DraftContext
+from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.requests.rows import RequestRow, RequestRows
 from dspark_hf.generation.scheduling.interface import Schedule
 from dspark_hf.generation.statistics import SpeculationStatistics
@@ -21,6 +22,7 @@ class RequestBatch:
         schedule: how many drafts are made and verified.
         rows: the requests.
         statistics: where passes and rounds are counted, over all requests.
+        lookups: the rows' texts, if drafts may be looked up in them.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class RequestBatch:
         schedule: Schedule,
         rows: list[RequestRow],
         statistics: SpeculationStatistics,
+        lookups: Lookups | None = None,
     ):
         self._rows = RequestRows(rows, statistics)
-        self._rounds = Rounds(adapter, target, context, schedule, self._rows, statistics)
+        self._rounds = Rounds(adapter, target, context, schedule, self._rows, statistics, lookups)
 
     @property
     def rows(self) -> list[RequestRow]:

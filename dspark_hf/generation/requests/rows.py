@@ -35,7 +35,9 @@ class RequestRow:
         logits_processor: the processors.
         stopping_criteria: the criteria.
         streamer: what is fed the tokens, or None.
-        num_drafts: drafts per round at most.
+        num_drafts: the drafter's drafts per round at most.
+        num_looked_up: drafts that the row may look up at most.
+        prompt: the prompt without padding, to look them up in.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class RequestRow:
         stopping_criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
         num_drafts: int,
+        num_looked_up: int = 0,
+        prompt: Sequence[int] = (),
     ):
         self.request = request
         self.sequences = Sequences(input_ids, pad_token_id(generation_config))
@@ -61,12 +65,22 @@ class RequestRow:
         self._processors = ProcessorChain(logits_processor, self.sequences, self._eos_token_ids)
         self._stream = OrderedStream(streamer, self.sequences)
         self._num_drafts = num_drafts
+        self._num_looked_up = num_looked_up
+        self.prompt = prompt
 
     @property
     def limit(self) -> int:
-        """How many drafts the next round may verify."""
+        """How many of the drafter's drafts the next round may verify."""
+        return self._cut(self._num_drafts)
+
+    @property
+    def room(self) -> int:
+        """How many drafts that are looked up the next round may verify."""
+        return self._cut(self._num_looked_up)
+
+    def _cut(self, num_drafts: int) -> int:
         room = self._rules.max_length
-        return self._num_drafts if room is None else min(self._num_drafts, room - self.sequences.lengths[0] - 1)
+        return num_drafts if room is None else min(num_drafts, room - self.sequences.lengths[0] - 1)
 
     @property
     def has_processors(self) -> bool:
@@ -156,7 +170,8 @@ class RequestRows:
     def batch(self) -> Batch:
         """Return what a schedule is told of the rows."""
         limits = tuple(row.limit for row in self.rows)
-        return Batch(limits, len(self.rows), max(row.sequences.lengths[0] for row in self.rows))
+        rooms = tuple(row.room for row in self.rows)
+        return Batch(limits, len(self.rows), max(row.sequences.lengths[0] for row in self.rows), rooms)
 
     def anchors(self) -> Tensor:
         """Return every row's last committed token, `(b,)`."""
@@ -238,14 +253,16 @@ class RequestRows:
         return num_kept
 
     def _count(self, record: RoundInProgress, num_kept: list[int]) -> None:
-        num_drafted, confidence = record.num_drafted, record.confidence
+        confidence = record.confidence
         for i, row in enumerate(self.rows):
             verified, accepted = record.num_verified[i], record.num_accepted[i]
             beliefs = None if confidence is None else confidence[i : i + 1]
-            row.statistics.rounds.append(Round((0,), num_drafted, beliefs, (verified,), (accepted,)))
+            source, num_drafted = record.drafts_of(i)
+            looked_up = record.num_looked_up[i : i + 1]
+            row.statistics.rounds.append(Round((0,), record.num_drafted, beliefs, (verified,), (accepted,), looked_up))
             if num_kept[i]:
                 for statistics in (row.statistics, self._statistics):
-                    statistics.add_round(num_drafted, verified, accepted, num_kept[i])
+                    statistics.add_round(num_drafted, verified, accepted, num_kept[i], source)
 
     def leave(self) -> list[int]:
         """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""

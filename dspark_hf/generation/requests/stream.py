@@ -16,6 +16,7 @@ from dspark_hf.generation.call.checks import check_request
 from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.drafting.lookup import Lookups, NoDrafter
 from dspark_hf.generation.requests.batch import RequestBatch
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
 from dspark_hf.generation.requests.rows import RequestRow
@@ -23,6 +24,7 @@ from dspark_hf.generation.scheduling.interface import CallInfo, Schedule, Schedu
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.generation.targets.interface import RowwiseCache
+from dspark_hf.generation.targets.padding import prompt_tokens
 from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
 from dspark_hf.generation.wrappers import unwrap
@@ -30,16 +32,17 @@ from dspark_hf.generation.wrappers import unwrap
 # between two looks for requests while none is being decoded
 _IDLE_SECONDS = 0.005
 # these belong to the stream, or would have to be handed back
-_NOT_PER_REQUEST = ("assistant_model", "custom_generate", "scheduler", "past_key_values", "cache")
+_NOT_PER_REQUEST = ("assistant_model", "custom_generate", "scheduler", "drafts", "past_key_values", "cache")
 
 
 def generate_stream(
     target: PreTrainedModel,
     requests: Iterable[Request | None],
     *,
-    drafter: Drafter,
+    drafter: Drafter | None = None,
     max_rows: int = 8,
     scheduler: Scheduler | str | None = None,
+    drafts: str | None = None,
 ) -> RequestStream:
     """Decode requests together as they come, each by its own rules, and return an iterator of finished ones.
 
@@ -50,9 +53,10 @@ def generate_stream(
         target: the target.
         requests: any iterable, or a `RequestQueue`; asked for the next request only when a row is free. None means
             that nothing has arrived yet: decoding goes on meanwhile.
-        drafter: the drafter.
+        drafter: the drafter; None decodes without drafts.
         max_rows: requests that are decoded at the same time.
         scheduler: as in `generate`, for all requests.
+        drafts: as in `generate`, for all requests.
 
     Raises:
         ValueError: if the target cannot be decoded row by row, or an argument does not fit.
@@ -71,7 +75,7 @@ def generate_stream(
         short 5
         long 12
     """
-    return RequestStream(target, requests, drafter=drafter, max_rows=max_rows, scheduler=scheduler)
+    return RequestStream(target, requests, drafter=drafter, max_rows=max_rows, scheduler=scheduler, drafts=drafts)
 
 
 class RequestStream(Iterator[FinishedRequest]):
@@ -87,17 +91,20 @@ class RequestStream(Iterator[FinishedRequest]):
         target: PreTrainedModel,
         requests: Iterable[Request | None],
         *,
-        drafter: Drafter,
+        drafter: Drafter | None = None,
         max_rows: int = 8,
         scheduler: Scheduler | str | None = None,
+        drafts: str | None = None,
     ):
         if max_rows < 1:
             raise ValueError(f"`max_rows` must be at least 1, got {max_rows}. A row is a request being decoded.")
         if not isinstance(unwrap(target), PreTrainedModel):
             raise _unfit(target)
-        drafter = unwrap(drafter)
+        drafter = None if drafter is None else unwrap(drafter)
         self.statistics = SpeculationStatistics()
-        self._adapter = TargetAdapter(target, drafter.target_layer_ids)
+        drafter = NoDrafter() if drafter is None else drafter
+        options = read_options(target.generation_config, drafter, target, scheduler, drafts)
+        self._adapter = TargetAdapter(target, options.target_layer_ids(drafter))
         drafter.check_target(self._adapter)
         target = self._adapter.model
         try:
@@ -106,8 +113,8 @@ class RequestStream(Iterator[FinishedRequest]):
             if not _has_own_rows(target):
                 raise _unfit(target) from error
         self._drafter = drafter
-        self._scheduler = read_options(target.generation_config, drafter, target, scheduler).scheduler
-        self.statistics.scheduler = self._scheduler.name
+        self._options = options
+        self.statistics.scheduler = options.scheduler.name
         self._max_rows = max_rows
         self._requests = requests
         self._source = iter(requests)
@@ -202,11 +209,17 @@ class RequestStream(Iterator[FinishedRequest]):
         """Return a batch of this request alone, with its first token."""
         row, target = self._prepared(request)
         with self._adapter:
-            context = self._drafter.start(self._adapter, 1)
-            self._schedule = self._schedule or self._scheduler.start(self._call(row))
-            newcomer = RequestBatch(self._adapter, target, context, self._schedule, [row], self.statistics)
+            context = self._options.start_context(self._drafter, self._adapter, 1)
+            schedule = self._schedule = self._schedule or self._options.scheduler.start(self._call(row))
+            lookups = self._lookups(row, schedule)
+            newcomer = RequestBatch(self._adapter, target, context, schedule, [row], self.statistics, lookups)
             newcomer.prefill()
         return newcomer
+
+    def _lookups(self, row: RequestRow, schedule: Schedule) -> Lookups | None:
+        if not self._options.num_looked_up:
+            return None
+        return Lookups([row.prompt], schedule.match_chances, min_match=self._drafter.min_match)
 
     def _call(self, row: RequestRow) -> CallInfo:
         return CallInfo(
@@ -254,8 +267,10 @@ class RequestStream(Iterator[FinishedRequest]):
         num_drafts = self._drafter.block_size
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
         _check_options(input_ids, config)
-        speculation = read_options(config, self._drafter, model, self._scheduler)
-        target = RaggedTarget(self._adapter, input_ids, config, prepared, widest=num_drafts + 1)
+        speculation = read_options(
+            config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY]
+        )
+        target = RaggedTarget(self._adapter, input_ids, config, prepared, widest=speculation.most_drafts + 1)
         if target.has_token_types:
             raise ValueError(
                 "`token_type_ids` must be left out in a stream, got some. Others in the pass may have none: call "
@@ -271,6 +286,8 @@ class RequestStream(Iterator[FinishedRequest]):
             stopping_criteria=criteria,
             streamer=streamer,
             num_drafts=speculation.num_drafts,
+            num_looked_up=speculation.num_looked_up,
+            prompt=prompt_tokens(input_ids, prepared.get("attention_mask"))[0],
         )
         return row, target
 

@@ -58,12 +58,12 @@ class _Asynchronous(ProfiledSchedule):
         # the first rounds know no capacity yet and verify everything
         is_known = len(self._capacities) == DELAY
         capacity = self._capacities[0] if is_known else Capacity(num_drafts, num_drafts)
-        self._capacities.append(self._find_capacity(survival, batch))
+        self._capacities.append(self._find_capacity(survival, batch, drafted.num_modelled_drafts))
         return batch.cut(pass_depth(survival, capacity))
 
-    def _find_capacity(self, survival: Tensor, batch: Batch) -> Capacity:
+    def _find_capacity(self, survival: Tensor, batch: Batch, num_modelled: int) -> Capacity:
         gains: list[float] = survival.sum(0).tolist()
-        depth = best_level(gains, batch.num_live, round_seconds(self._costs, batch, len(gains)))
+        depth = best_level(gains, batch.num_live, round_seconds(self._costs, batch, num_modelled))
         return Capacity(_drafts_above(survival, depth) / batch.num_rows, depth)
 
 

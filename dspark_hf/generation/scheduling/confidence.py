@@ -67,9 +67,19 @@ class OnlineConfidence(ConfidenceSource):
         self.margins: list[list[float]] = []
 
     def read(self, drafted: DraftedBlock) -> Tensor:
-        assert drafted.margins is not None
+        if drafted.margins is None:
+            # all was looked up
+            assert drafted.confidence is not None
+            return drafted.confidence
         margins = drafted.margins.cpu()
         self.margins = margins.tolist()
+        confidence = self._estimate(margins)
+        if drafted.chances is None:
+            return confidence
+        chances = drafted.chances.cpu()
+        return torch.where(chances.isnan(), confidence, chances)
+
+    def _estimate(self, margins: Tensor) -> Tensor:
         # only earlier rounds decide this, so that no draft decides about itself
         if self._explores and self._estimator.num_idle >= MOST_IDLE_ROUNDS:
             return torch.ones_like(margins)
@@ -77,7 +87,9 @@ class OnlineConfidence(ConfidenceSource):
 
     def learn(self, outcome: RoundOutcome) -> None:
         if outcome.num_drafted:
-            self._estimator.learn(self.margins, outcome.num_verified, outcome.num_accepted)
+            rows = outcome.modelled_rows
+            counts = (outcome.num_verified, outcome.num_accepted)
+            self._estimator.learn([self.margins[i] for i in rows], *([of[i] for i in rows] for of in counts))
 
 
 class _HeadOrOnline(ConfidenceSource):

@@ -54,6 +54,11 @@ NUM_RATE_STEPS = 3
 # Tokens that a level yields at least. Plain choice: any number that is not zero.
 LEAST_GAIN = 1e-9
 
+# --- what to look up where no costs are known (interface.py)
+# Chance to be reached and accepted from which a looked-up draft is made. Plain choice: a further token costs a small
+# part of a pass.
+LEAST_SURVIVAL = 0.25
+
 # --- how sure a draft is (estimator.py, confidence.py)
 # Margins above this one count as this one. Plain choice: the fit is sure of such drafts already.
 MAX_MARGIN = 12.0

@@ -67,4 +67,5 @@ class _HardwareAware(ProfiledSchedule):
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         # the round's one transfer from the device
         gains: list[float] = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
-        return batch.cut(stop_level(gains, batch.num_live, round_seconds(self._costs, batch, len(gains))))
+        seconds = round_seconds(self._costs, batch, drafted.num_modelled_drafts)
+        return batch.cut(stop_level(gains, batch.num_live, seconds))

@@ -119,8 +119,13 @@ class TargetAdapter:
         # of hyper-connections' (B, T, n, D), the mean
         return states.mean(2) if active is None else states[active]
 
-    def pop_context_hidden_states(self) -> Tensor:
-        """Return the tapped hidden states `(B, T, M * D)` of the forward pass that just ran, and forget them."""
+    def pop_context_hidden_states(self, positions: Tensor | None = None) -> Tensor:
+        """Return the tapped hidden states `(B, T, M * D)` of the forward pass that just ran, and forget them.
+
+        Where nothing is tapped, `positions` `(B, T)` say for how many tokens there are states of no width.
+        """
+        if not self.layer_ids:
+            return torch.empty(*(0, 0) if positions is None else positions.shape, 0)
         missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._captured]
         if missing:
             raise ValueError(

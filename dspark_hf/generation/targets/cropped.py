@@ -175,11 +175,11 @@ class SingleRowTarget:
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = _last_positions(num_tokens, width, device)
         outputs = self._model(**inputs)
-        positions = past_length + torch.arange(num_tokens, device=device)
+        positions = (past_length + torch.arange(num_tokens, device=device))[None]
         return TargetPass(
             logits=outputs.logits[:, -width:],
-            context_hidden_states=self._adapter.pop_context_hidden_states(),
-            positions=positions[None],
+            context_hidden_states=self._adapter.pop_context_hidden_states(positions),
+            positions=positions,
             num_tokens=[num_tokens],
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),

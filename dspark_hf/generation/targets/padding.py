@@ -57,6 +57,16 @@ def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int
     return torch.ones(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
 
 
+def prompt_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """Return the prompts `(B, P)` as lists without padding; the mask `(B, S)` may begin with what a cache holds."""
+    rows: list[list[int]] = input_ids.tolist()
+    width = input_ids.shape[1]
+    if attention_mask is None or not width:
+        return rows
+    masks = attention_mask[:, -width:].tolist()
+    return [[token for token, is_real in zip(*pair, strict=True) if is_real] for pair in zip(rows, masks, strict=True)]
+
+
 def pack_order(mask: Tensor) -> tuple[Tensor, list[int]]:
     """Return the columns `(B, W)` of every row's real tokens, in order, and how many there are; `mask` is `(B, T)`."""
     counts: list[int] = mask.long().sum(-1).tolist()

@@ -180,7 +180,7 @@ class RaggedTarget:
             outputs = self._call(token_ids, self.cache, inputs, kept_logits)
         return TargetPass(
             logits=outputs.logits if keeps else outputs.logits[:, kept_logits],
-            context_hidden_states=self._adapter.pop_context_hidden_states(),
+            context_hidden_states=self._adapter.pop_context_hidden_states(positions),
             positions=positions,
             num_tokens=num_tokens,
             hidden_states=outputs.get("hidden_states"),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from dspark_hf.generation.drafting.chances import MatchChances
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling.adaptive.parking import Parking
 from dspark_hf.generation.scheduling.defaults import FEW_BLOCKS, FEWEST_ROUNDS, NUM_RECENT_BLOCKS, PRIOR_CHANCE
@@ -75,11 +76,21 @@ class DrafterState:
 _Memories = WeakKeyDictionary[PreTrainedModel, dict[bool, DrafterState]]
 
 _MEMORIES: WeakKeyDictionary[Drafter, _Memories] = WeakKeyDictionary()
+# what is looked up does not depend on the drafter
+_MATCHES: WeakKeyDictionary[PreTrainedModel, dict[bool, MatchChances]] = WeakKeyDictionary()
 
 
 def forget_drafters() -> None:
-    """Forget everything about all drafters."""
+    """Forget everything about all drafters, and about what was looked up."""
     _MEMORIES.clear()
+    _MATCHES.clear()
+
+
+@locked
+def remembered_matches(call: CallInfo) -> MatchChances:
+    """Return how sure looked-up drafts are for the call's target, greedy or sampling."""
+    by_use = _MATCHES.setdefault(call.target.model, {})
+    return by_use.setdefault(call.is_sampling, MatchChances())
 
 
 @locked

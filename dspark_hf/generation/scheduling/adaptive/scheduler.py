@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 from transformers.utils import logging
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.scheduling.adaptive.memory import DrafterState, remembered
+from dspark_hf.generation.drafting.lookup import Offer
+from dspark_hf.generation.scheduling.adaptive.choosing import DrafterPlan, Rate, Trials, choose_sources
+from dspark_hf.generation.scheduling.adaptive.memory import DrafterState, remembered, remembered_matches
 from dspark_hf.generation.scheduling.adaptive.planning import Plan, make_plan
 from dspark_hf.generation.scheduling.confidence import OnlineConfidence
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
@@ -20,7 +23,7 @@ from dspark_hf.generation.scheduling.defaults import (
     PLAN_EVERY,
     REQUIRED_GAIN,
 )
-from dspark_hf.generation.scheduling.interface import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Choice, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.survival import possible_survival
 
 logger = logging.get_logger(__name__)
@@ -43,12 +46,17 @@ class AdaptiveScheduler(Scheduler):
         self.costs = costs
 
     def start(self, call: CallInfo) -> Schedule:
-        return _Adaptive(self.costs or online_costs(call), remembered(call))
+        schedule = _Adaptive(self.costs or online_costs(call), remembered(call))
+        schedule.match_chances = remembered_matches(call)
+        return schedule
 
 
 class _Mode(Enum):
     learning = "learning"
     plain = "plain"
+    # plain steps that the others are compared with
+    comparing = "comparing"
+    looking_up = "looking up"
     trial = "trial"
     drafting = "drafting"
 
@@ -65,6 +73,12 @@ class _Adaptive(Schedule):
         self._plan: Plan | None = None
         self._plan_is_for: tuple[int, ...] = ()
         self._has_logged = False
+        # of the plan, per row
+        self._gains: list[float] = []
+        self._rate = Rate()
+        self._passes: list[float] = []
+        self._passes_are_for: tuple[int, ...] = ()
+        self._lookup_trials = Trials()
 
     def num_drafts(self, batch: Batch) -> int:
         self._mode = _Mode.plain
@@ -75,14 +89,14 @@ class _Adaptive(Schedule):
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
         if plan.rate > REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
-            self._mode = _Mode.drafting if is_busy else _Mode.plain
+            self._mode = _Mode.drafting if is_busy else _Mode.comparing
             self.parked_because = None
         elif parking.is_trial_due():
             self._mode = _Mode.trial
         else:
             # told once: the numbers hardly change while nothing is drafted
             self.parked_because = self.parked_because or self._explain(batch, plan, has_lost=parking.is_parked)
-        return 0 if self._mode is _Mode.plain else plan.num_drafts
+        return 0 if self._mode in (_Mode.plain, _Mode.comparing) else plan.num_drafts
 
     def _explain(self, batch: Batch, plan: Plan, *, has_lost: bool) -> str:
         """Return why drafting is parked, and log it once a call."""
@@ -100,9 +114,58 @@ class _Adaptive(Schedule):
     def _learning_drafts(self, batch: Batch) -> int:
         """Alternate two plain steps and two short blocks: the first of each pair also pays for the change."""
         if self._num_rounds % 4 < 2:
+            self._mode = _Mode.comparing
             return 0
         self._mode = _Mode.learning
-        return min(batch.max_drafts, max(FEW_TOKENS // batch.num_rows - 1, 1), FEW_DRAFTS)
+        return min(batch.max_drafts, _few_drafts(batch))
+
+    def choose(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
+        num_drafts = self.num_drafts(batch)
+        if self._mode not in (_Mode.plain, _Mode.drafting):
+            # what is to be learned of the drafter, or of plain steps, must not be mixed with anything else
+            return Choice(num_drafts)
+        if isinstance(self._costs, OnlineCosts) and not self._costs.knows_passes(batch.num_rows):
+            choice = self._learning_lookups(batch, offers)
+        else:
+            choice = self._best_choice(batch, offers, num_drafts)
+        if choice.num_looked_up and not choice.num_drafts:
+            self._mode = _Mode.looking_up
+        return choice
+
+    def _learning_lookups(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
+        """Look little up, once a few plain steps were seen; without a drafter, which would be learned first."""
+        if isinstance(self._costs, OnlineCosts) and not self._costs.knows_plain(batch.num_rows):
+            return Choice(0)
+        return Choice(0, tuple(min(len(offer.token_ids), _few_drafts(batch)) for offer in offers))
+
+    def _best_choice(self, batch: Batch, offers: Sequence[Offer], num_drafts: int) -> Choice:
+        rows, length = batch.num_rows, batch.context_length
+        passes = self._seconds_of_passes(batch, max(num_drafts, *(len(offer.token_ids) for offer in offers)))
+        rates = [self._rate.value, batch.num_live / passes[0]]
+        plan = None
+        if num_drafts and self._plan is not None:
+            rates.append(self._plan.rate)
+            plan = DrafterPlan(self._gains[:num_drafts], self._costs.draft_seconds(rows, num_drafts, length))
+        # rows that wait have no room
+        are_live = [limit > 0 for limit in batch.limits]
+        choice = choose_sources(offers, plan, are_live, passes, max(rates))
+        if choice is not None:
+            self._lookup_trials = Trials()
+        elif plan is None and self._lookup_trials.is_due(max(offer.expected(len(passes)) for offer in offers)):
+            # wide passes may cost less than what narrow ones let expect
+            choice = Choice(0, tuple(len(offer.token_ids) for offer in offers))
+        return choice or Choice(num_drafts)
+
+    def _seconds_of_passes(self, batch: Batch, most: int) -> list[float]:
+        """Return the seconds of passes over the anchor and up to `most` drafts, those of some rounds ago."""
+        is_for = (batch.num_rows, self._num_rounds // PLAN_EVERY)
+        if self._passes_are_for != is_for or len(self._passes) <= most:
+            rows, length = batch.num_rows, batch.context_length
+            passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in range(most + 1)]
+            # as in a plan
+            passes[0] = min(passes)
+            self._passes, self._passes_are_for = passes, is_for
+        return self._passes
 
     def _current_plan(self, batch: Batch) -> Plan:
         recent_margins = self._memory.recent_margins
@@ -116,8 +179,10 @@ class _Adaptive(Schedule):
             passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in (0, *counts)]
             # a plain step costs no more than a pass over drafts, whatever noise may say
             passes[0] = min(passes)
+            gains = recent_margins.gains(batch.max_drafts, self._memory.estimator)
+            self._gains = gains.mean(0).tolist()
             self._plan = make_plan(
-                batch.num_live * recent_margins.gains(batch.max_drafts, self._memory.estimator),
+                batch.num_live * gains,
                 batch.num_live,
                 [self._costs.draft_seconds(rows, count, length) for count in counts],
                 passes,
@@ -126,9 +191,14 @@ class _Adaptive(Schedule):
         return self._plan
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
+        if self._mode is _Mode.looking_up:
+            # as many as were worth it, which no draft was needed for to know
+            return batch.cut(drafted.num_drafts)
         gains: list[float] = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
         if self._mode is _Mode.drafting and self._plan is not None:
-            return batch.cut(self._plan.admit(gains))
+            level = self._plan.admit(gains)
+            # behind the drafter's last draft is only what was looked up
+            return batch.cut(level if level < drafted.num_modelled_drafts else drafted.num_drafts)
         # a trial verifies everything, to see what becomes of the drafts
         return batch.cut(len(gains))
 
@@ -141,16 +211,28 @@ class _Adaptive(Schedule):
             self._remember(outcome)
         self._count(outcome)
 
+    def compare(self, outcome: RoundOutcome) -> None:
+        rows, length, costs = outcome.batch.num_rows, outcome.batch.context_length, self._costs
+        if isinstance(costs, OnlineCosts) and not (
+            costs.knows(rows) if outcome.num_drafted else costs.knows_passes(rows)
+        ):
+            return
+        # what such a round usually takes: its own time is compared with costs that are known as well
+        seconds = costs.draft_seconds(rows, outcome.num_drafted, length) if outcome.num_drafted else 0.0
+        is_known = self._passes_are_for[:1] == (rows,) and len(self._passes) >= outcome.width
+        seconds += self._passes[outcome.width - 1] if is_known else costs.verify_seconds(rows, outcome.width, length)
+        self._rate.add(outcome.batch.num_live + sum(outcome.num_accepted), seconds)
+
     def _remember(self, outcome: RoundOutcome) -> None:
         # a row near its end, or one that waits, is not like rounds to come
-        pairs = zip(self._source.margins, outcome.batch.limits, strict=True)
-        margins = [row for row, limit in pairs if limit >= outcome.num_drafted]
+        margins, limits, count = self._source.margins, outcome.batch.limits, outcome.num_drafted
+        margins = [margins[i][:count] for i in outcome.modelled_rows if limits[i] >= count]
         if margins:
             self._memory.recent_margins.add(margins)
 
     def _count(self, outcome: RoundOutcome) -> None:
         parking = self._memory.parking(outcome.batch.num_rows)
-        if self._mode is _Mode.plain:
+        if self._mode in (_Mode.plain, _Mode.comparing):
             parking.count_plain()
         elif self._mode is _Mode.drafting and self._plan is not None:
             parking.count_drafted(outcome.batch.num_rows, _gain(outcome, self._costs))
@@ -160,16 +242,24 @@ class _Adaptive(Schedule):
             self._plan = None
 
 
+def _few_drafts(batch: Batch) -> int:
+    return min(max(FEW_TOKENS // batch.num_rows - 1, 1), FEW_DRAFTS)
+
+
 def _gain(outcome: RoundOutcome, costs: Costs) -> float:
     """Return how many more tokens per row a round gave than plain steps would have given in its time.
 
     The time of a plain step is a median, so other programs hardly change it, but they can make a single round very
     slow. The round's time is therefore clipped to be near what such rounds usually take.
+
+    Rows that looked drafts up are left out: the drafter gained nothing for them.
     """
     rows, length = outcome.batch.num_rows, outcome.batch.context_length
     verifying = costs.verify_seconds(rows, outcome.width, length)
     usual = verifying + costs.draft_seconds(rows, outcome.num_drafted, length)
     seconds = outcome.draft_seconds + outcome.other_seconds
     seconds = min(max(seconds, usual / MOST_SURPRISE), usual * MOST_SURPRISE)
-    tokens_per_row = 1 + sum(outcome.num_accepted) / max(outcome.batch.num_live, 1)
+    asked = outcome.modelled_rows
+    num_live = outcome.batch.num_live - (rows - len(asked))
+    tokens_per_row = 1 + sum(outcome.num_accepted[i] for i in asked) / max(num_live, 1)
     return tokens_per_row - seconds / min(costs.verify_seconds(rows, 1, length), verifying)

@@ -78,11 +78,22 @@ class OnlineCosts:
     @locked
     def knows(self, num_rows: int) -> bool:
         """Return whether there is a profile, or both plain and drafting rounds of about that many rows were seen."""
-        if self.profile is not None:
-            return True
+        return self.profile is not None or (self.knows_passes(num_rows) and bool(self._draft.rows))
+
+    @locked
+    def knows_passes(self, num_rows: int) -> bool:
+        """Return whether there is a profile, or passes of several widths, 1 among them, of about that many rows."""
+        return self.profile is not None or (self.knows_plain(num_rows) and len(self._sizes(num_rows)) > 1)
+
+    @locked
+    def knows_plain(self, num_rows: int) -> bool:
+        """Return whether there is a profile, or plain steps of about that many rows."""
+        return self.profile is not None or 1 in self._sizes(num_rows)
+
+    def _sizes(self, num_rows: int) -> set[int]:
+        """Return the widths of passes of about that many rows."""
         near = [rows for rows in self._verify.rows if num_rows / NEAR <= rows <= num_rows * NEAR]
-        sizes = {size for rows in near for size in self._verify.sizes(rows)}
-        return 1 in sizes and len(sizes) > 1 and bool(self._draft.rows)
+        return {size for rows in near for size in self._verify.sizes(rows)}
 
     @locked
     def observe(self, outcome: RoundOutcome) -> None:
