@@ -227,6 +227,21 @@ def test_chunked_prefill(family):
     assert torch.equal(_generate(target, inputs, drafter, prefill_chunk_size=4), plain)
 
 
+@pytest.mark.parametrize("family", available("falcon_h1", "mamba"))
+def test_rows_that_end_early(family):
+    """The state of a row that has ended waits at its end, where that of plain `generate` reads padding."""
+    target, inputs = recurrent_target(family), ragged_prompts(3)
+    free = _generate(target, inputs)
+    options = {"eos_token_id": int(free[1, -NEW_TOKENS // 2]), "pad_token_id": 0}
+    caches = [DynamicCache(config=target.config) for _ in range(2)]
+    plain = _generate(target, inputs, **options, **{CACHE_KEY: caches[0]})
+    assert int((plain == 0).sum()) > int((inputs["attention_mask"] == 0).sum())
+    drafter = _drafter("often right", target, free, inputs)
+    assert torch.equal(_generate(target, inputs, drafter, **options, **{CACHE_KEY: caches[1]}), plain)
+    for state, expected in zip(_tensors(caches[1]), _tensors(caches[0]), strict=True):
+        assert_same_up_to_rounding(state, expected)
+
+
 @pytest.mark.parametrize("num_passes", [1, 2])
 def test_interrupted_turns(num_passes):
     """After an error within a prompt that is read in chunks, a state is ahead of keys and values."""
