@@ -231,7 +231,8 @@ def _tiny_config(config_class: type[PreTrainedConfig], special: dict[str, Any]) 
             inner = type(getattr(defaults, name))
             fields[name] = _tiny_config(inner, special.get(name, {})).to_dict()
     fields |= {name: value for name, value in _TOKENS.items() if hasattr(defaults, name)}
-    config: Any = config_class(**{**fields, **special})
+    own = {name: value for name, value in special.items() if not isinstance(fields.get(name), dict)}
+    config: Any = config_class(**{**fields, **own})
     config.is_decoder = True
     if getattr(config, "is_encoder_decoder", False):
         config.is_encoder_decoder = False
@@ -319,7 +320,7 @@ def _group(outcome: Outcome) -> str:
 def _said(outcome: Outcome) -> str:
     if "plain varies" in (outcome.one_row, outcome.three_rows):
         return "plain `generate` itself gives another text with `use_cache=False`"
-    return " ".join(dict.fromkeys(outcome.notes)).replace("|", "\\|")
+    return textwrap.shorten(" ".join(dict.fromkeys(outcome.notes)).replace("|", "\\|"), 320)
 
 
 if __name__ == "__main__":

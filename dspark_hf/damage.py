@@ -46,6 +46,30 @@ def read_object(path: Path) -> dict[str, Any]:
     return fields
 
 
+def check_replaceable(option: str, folder: Path, result: str, fields: set[str], *others: str) -> None:
+    """Raise a `ValueError` if writing a result into a folder would write over what is no earlier result.
+
+    Args:
+        option: the command's option that names the folder.
+        folder: where to.
+        result: the file of JSON that every result has.
+        fields: what it holds at least.
+        others: files that are written beside it.
+    """
+    there = [name for name in (result, *others) if (folder / name).exists() or (folder / name).is_symlink()]
+    if not there:
+        return
+    try:
+        is_earlier_result = fields <= read_object(folder / result).keys()
+    except ValueError:
+        is_earlier_result = False
+    if not is_earlier_result:
+        raise ValueError(
+            f"`{option}` must be a folder with an earlier result or without one, got {str(folder / there[0])!r}, "
+            f"which would be written over, and no {result} of ours. Name another folder."
+        )
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the number and the text of every line that is not empty.
 

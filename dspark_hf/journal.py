@@ -86,6 +86,12 @@ class Journal:
                 self._file.close()
                 self._lock.release()
 
+    def discard(self) -> None:
+        """Close and remove the file."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
     def __enter__(self) -> Journal:
         return self
 

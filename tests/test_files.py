@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dspark_hf.damage import check_replaceable
 from dspark_hf.files import replace_whole_folder, whole_file, write_whole, write_whole_folder
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
@@ -81,3 +82,16 @@ def test_what_is_not_ours_survives_a_replaced_folder(tmp_path: Path) -> None:
     replace_whole_folder(folder, write, lambda name: "safetensors" in name)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"config.json": "new", "thesis.txt": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("name", ["result.json", "page.html"])
+def test_only_an_earlier_result_is_written_over(name: str, tmp_path: Path) -> None:
+    """Somebody's page in the folder that was named is replaced by ours, without a word."""
+    check_replaceable("--output", tmp_path, "result.json", {"sets"}, "page.html")
+    (tmp_path / "other.html").write_text("precious")
+    check_replaceable("--output", tmp_path, "result.json", {"sets"}, "page.html")
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"`--output` must be a folder .*{name}', which would be written over"):
+        check_replaceable("--output", tmp_path, "result.json", {"sets"}, "page.html")
+    (tmp_path / "result.json").write_text('{"sets": [], "more": 1}')
+    check_replaceable("--output", tmp_path, "result.json", {"sets"}, "page.html")

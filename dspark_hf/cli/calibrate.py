@@ -105,6 +105,7 @@ def _check_request(
     """Return the prompts, after all checks that need no model."""
     from dspark_hf.calibration.observations import check_confidence_head
     from dspark_hf.calibration.saving import check_destination
+    from dspark_hf.damage import check_replaceable
     from dspark_hf.figures import check_plotting
     from dspark_hf.loading import read_drafter_config
     from dspark_hf.prompts import read_prompts
@@ -113,6 +114,7 @@ def _check_request(
         check_plotting()
         if report.exists() and not report.is_dir():
             raise ValueError(f"`--report` must be a folder, got the file {str(report)!r}. Name another.")
+        check_replaceable("--report", report, "calibration.json", {"sts_temperatures"}, "reliability.png")
     if not prompts.is_file():
         raise ValueError(f"`--prompts` must be a file, got {str(prompts)!r}, which is none. Correct the path.")
     read = read_prompts(prompts, num_prompts)
@@ -182,12 +184,13 @@ def _write_report(
     folder: Path, result: CalibrationReport, observations: Observations, title: str, *, is_on_cpu: bool
 ) -> None:
     from dspark_hf.calibration.diagrams import draw_reliability
+    from dspark_hf.files import write_whole
     from dspark_hf.provenance import describe_run
 
     folder.mkdir(parents=True, exist_ok=True)
     content = {**result.to_json(), "provenance": asdict(describe_run(is_on_cpu=is_on_cpu))}
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    (folder / "calibration.json").write_text(text, encoding="utf-8")
+    write_whole(folder / "calibration.json", text.encode())
     _, validation = observations.split_by_prompt()
     path = folder / "reliability.png"
     draw_reliability(path, validation, result.temperatures, num_bins=result.num_bins, title=title)

@@ -64,8 +64,7 @@ class Recording:
 
     def discard(self) -> None:
         """Remove the file: the evaluation is written."""
-        self.close()
-        self.path.unlink(missing_ok=True)
+        self._journal.discard()
 
     def _check(self, record: dict[str, Any], number: int) -> None:
         try:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from dspark_hf.console import printable, progress_bar, quiet_transformers, say
+from dspark_hf.damage import check_replaceable
 from dspark_hf.evaluation.loading import Models, check_drafters, encode_sets, load_models, read_prompt_sets
 from dspark_hf.evaluation.measuring import Measuring
 from dspark_hf.evaluation.recording import Recording, describe
@@ -123,6 +124,7 @@ def run_request(request: EvaluationRequest, console: Console) -> tuple[Evaluatio
     check_plotting()
     if request.output.exists() and not request.output.is_dir():
         raise ValueError(f"`--output` must be a folder, got the file {str(request.output)!r}. Name another.")
+    check_replaceable("--output", request.output, "evaluation.json", {"is_complete", "sets"}, "report.html")
     sets = read_prompt_sets(request.prompt_files, request.num_prompts)
     with quiet_transformers():
         drafters = check_drafters(request.drafters, request.settings.num_drafts)

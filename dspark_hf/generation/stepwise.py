@@ -57,7 +57,8 @@ def _judge(
     if position == drafts.shape[1]:
         tokens = scores.argmax(-1) if probs is None else torch.multinomial(probs, num_samples=1)[:, 0]
         return [False] * len(scores), tokens
-    draft_ids, is_verified = drafts[:, position : position + 1].to(scores.device), (limits > position).long()
+    draft_ids = drafts[:, position : position + 1].to(scores.device)
+    is_verified = (limits > position).long().to(scores.device)
     if probs is None or drafted is None or drafted.probs is None:
         num_accepted, tokens = verify_greedy(draft_ids, scores.argmax(-1)[:, None].expand(-1, 2), is_verified)
     else:

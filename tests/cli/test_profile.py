@@ -220,3 +220,13 @@ def _run_out_of_memory(
         return verify(self, num_rows, context_length, width)
 
     monkeypatch.setattr(StepTimer, "verify_seconds", run_out)
+
+
+def test_the_folder_that_is_named_is_blamed(folder, monkeypatch, tmp_path):
+    """An option that was not given is said to be wrong."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DSPARK_HF_PROFILES", str(tmp_path / "file" / "below"))
+    code, output = _run(folder, "--contexts", "16", "--repeats", "1")
+    assert code == 2
+    assert "`DSPARK_HF_PROFILES` or the cache must be a folder that can be written to" in output
+    assert "None" not in output

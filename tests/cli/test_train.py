@@ -182,3 +182,16 @@ def test_two_processes_train_what_one_would(folder: Path) -> None:
 def test_the_end_says_what_tau_means(tau: float, is_useless: bool) -> None:
     """A drafter that is never right is reported like one that helps."""
     assert ("of no use" in describe_result("target", Path("drafter"), tau)) == is_useless
+
+
+def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped ends without a word of what is kept."""
+    from dspark_hf.training.trainer import DSparkTrainer
+
+    def interrupt(self: DSparkTrainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DSparkTrainer, "train", interrupt)
+    code, output = _run(folder, "stopped")
+    assert code == 130
+    assert "The same command goes on from the newest checkpoint" in output

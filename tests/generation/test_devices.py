@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from dspark_hf import DSparkAssistantModel, Request, generate_stream
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from tests.generation.call.test_remembering_processors import Budget
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.tiny import VOCAB_SIZE, tiny_target
@@ -149,6 +150,8 @@ def test_drafter_on_another_device(target_device, drafter_device, kind, num_rows
     assert torch.equal(_greedy(target, inputs, assistant_model=drafter), _greedy(target, inputs))
     options = {"do_sample": True, "temperature": 0.8, "repetition_penalty": 1.2}
     target.generate(**inputs, max_new_tokens=NEW_TOKENS, assistant_model=drafter, **options)
+    plain = _greedy(target, inputs, logits_processor=[Budget(8)])
+    assert torch.equal(_greedy(target, inputs, logits_processor=[Budget(8)], assistant_model=drafter), plain)
 
 
 @pytest.fixture(params=["cpu_offload", "disk", "embedding on disk"])

@@ -300,7 +300,7 @@ def test_streams_are_read_along_their_own_dimension() -> None:
 
 def test_embeddings_of_another_width_are_not_lent() -> None:
     """A drafter is built that fails at its first draft, since the target's embeddings are narrower than its states."""
-    target = _from_config("rembert", input_embedding_size=16, output_embedding_size=48, is_decoder=True)
+    target = _from_config("opt", word_embed_proj_dim=16, ffn_dim=48)
     with pytest.raises(
         ValueError, match=r"`target` must have embeddings of its hidden size 32.*got 16.*owns_embeddings"
     ):

@@ -32,9 +32,9 @@ def check_mode(
     if mode == GenerationMode.CONTRASTIVE_SEARCH:
         _refuse(
             "`penalty_alpha`",
-            "be None when a drafter assists: it means contrastive search",
+            "be None when a drafter assists",
             generation_config.penalty_alpha,
-            "Leave it out, or generate without `assistant_model`.",
+            "It means contrastive search: leave it out, or generate without `assistant_model`.",
         )
     if mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(

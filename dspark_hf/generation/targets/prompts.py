@@ -82,7 +82,8 @@ def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, mo
             f"`position_ids` and the input is text alone, got {others or type(adapter.model).__name__}. Generate the "
             "rows one by one, unpadded."
         )
-    if "offloaded" in (generation_config.cache_implementation or "") or model_kwargs[CACHE_KEY].offloading:
+    is_offloaded = getattr(model_kwargs.get(CACHE_KEY), "offloading", False)
+    if "offloaded" in (generation_config.cache_implementation or "") or is_offloaded:
         raise ValueError(
             "`cache_implementation` must not be 'offloaded' for several rows, or padded ones, when a drafter assists, "
             "since they share a cache of their own. Leave it out, or generate the rows one by one, unpadded."

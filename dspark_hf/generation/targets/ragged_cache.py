@@ -162,7 +162,7 @@ class RaggedCache(Cache):
 
         `mask` `(B, S)` marks the columns with a token, those of the prompts included.
         """
-        self._columns = SlotColumns(mask)
+        self._columns = SlotColumns(mask.to(self._rows.device.device))
         mask = mask[:, :past_length]
         if past_length == 0:
             return

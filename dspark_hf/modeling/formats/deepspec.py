@@ -9,6 +9,7 @@ from dspark_hf.modeling.formats.reading import (
     Shapes,
     Unreadable,
     check_context_width,
+    check_full_attention,
     common_fields,
     find_key,
     need_key,
@@ -34,6 +35,7 @@ def _translate(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     """Return `DSparkConfig`'s fields. The configuration is a copy of the target's: shapes go before its fields."""
     is_gemma = _BACKBONES[str(_architecture(fields))] == "gemma4"
     common = common_fields(fields, shapes, NAME)
+    check_full_attention(fields, common["num_hidden_layers"], NAME)
     if is_gemma and not common["owns_embeddings"]:
         raise Unreadable("hold 'embed_tokens.weight'", "a drafter in the layout of DeepSpec for Gemma 4 without")
     translated = {

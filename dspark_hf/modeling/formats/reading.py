@@ -13,6 +13,7 @@ _PREFIXES = ("model.", "logit_head.")
 # the target's, kept by some trainers; the drafter reads neither
 _TARGETS_OWN = ("verifier_norm.weight", "verifier_lm_head.weight")
 # keys of a configuration, in SGLang's order
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "base_model_name_or_path", "target_fingerprint")
 _SECTIONS = ("dspark_config", "dflash_config")
 
 
@@ -122,7 +123,7 @@ def common_fields(
         "draft_vocab_size": shapes["d2t"][0] if "d2t" in shapes else None,
         "initializer_range": fields.get("initializer_range", 0.02),
         **head_fields(shapes, hidden_size),
-        **{name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{name: fields.get(name) for name in _KEPT},
         "dtype": fields.get("dtype") or fields.get("torch_dtype"),
     }
 
@@ -185,4 +186,15 @@ def check_context_width(fields: dict[str, Any], shapes: Shapes, packaging: str) 
         raise Unreadable(
             f"read {len(ids)} layers of {width} numbers, as its configuration says",
             f"a drafter in the layout of {packaging} whose `fc` takes {read} numbers",
+        )
+
+
+def check_full_attention(fields: Mapping[str, Any], num_layers: int, packaging: str) -> None:
+    """Raise a `ValueError` if a file whose windows are not known to mean the same as ours has sliding layers."""
+    types = fields.get("layer_types")
+    # a list of another length is the target's
+    if isinstance(types, list) and len(types) == num_layers and "sliding_attention" in types:
+        raise Unreadable(
+            "see its whole context in every layer",
+            f"a drafter in the layout of {packaging} with sliding layers, which are read of speculators only",
         )

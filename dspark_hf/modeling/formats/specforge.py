@@ -11,8 +11,8 @@ from typing import Any
 from dspark_hf.modeling.formats.reading import (
     Packaging,
     Shapes,
-    Unreadable,
     check_context_width,
+    check_full_attention,
     common_fields,
     find_key,
     need_key,
@@ -29,13 +29,7 @@ def _has_architecture(fields: dict[str, Any], *names: str) -> bool:
 def _translator(packaging: str, *, samples_from_anchor: bool, is_bare: bool) -> Callable[..., dict[str, Any]]:
     def translate(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
         common = common_fields(fields, shapes, packaging)
-        num_layers, types = common["num_hidden_layers"], fields.get("layer_types") or []
-        # a list of another length is the target's
-        if len(types) == num_layers and "sliding_attention" in types:
-            raise Unreadable(
-                "see its whole context in every layer",
-                f"a drafter in the layout of {packaging} with sliding layers, which are read of speculators only",
-            )
+        check_full_attention(fields, common["num_hidden_layers"], packaging)
         given = find_key(fields, "sample_from_anchor")
         drafts_at_anchor = samples_from_anchor if given is None else given
         size = need_key(fields, "block_size", packaging)

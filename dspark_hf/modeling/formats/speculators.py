@@ -37,7 +37,9 @@ def _translate(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
         "mask_token_id": _need(fields, "mask_token_id"),
         "target_layer_ids": _layer_ids(fields),
         "sts_temperatures": fields.get("sts_temperatures"),
+        "num_target_layers": fields.get("num_target_layers"),
         "base_model_name_or_path": _target_name(fields),
+        "target_fingerprint": fields.get("target_fingerprint"),
         "dtype": fields.get("dtype") or fields.get("torch_dtype") or common["dtype"],
         **_sliding(fields, layers, common["num_hidden_layers"]),
     }

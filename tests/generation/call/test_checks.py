@@ -87,7 +87,7 @@ def test_layers_outside_the_target(target, no_forward):
     """A drafter of a deeper target reads layers that are not there."""
     deeper = tiny_target("llama", num_hidden_layers=6)
     other = DSparkAssistantModel.from_target(deeper, num_hidden_layers=1, target_layer_ids=[1, 5])
-    with pytest.raises(ValueError, match=r"`target_layer_ids` must lie in \[0, 1\] for this target, got \[1, 5\]"):
+    with pytest.raises(ValueError, match=r"`target_layer_ids` must lie in \[-1, 1\] for this target, got \[1, 5\]"):
         _generate(target, other)
 
 

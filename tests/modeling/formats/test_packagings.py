@@ -247,6 +247,10 @@ _UNREADABLE: dict[str, tuple[Callable[[], tuple[dict[str, Any], dict[str, Tensor
         lambda: (specforge_fields(layer_types=["sliding_attention"] * 2), without_vocabulary(WEIGHTS)),
         "in the layout of SpecForge with sliding layers, which are read of speculators only",
     ),
+    "sliding DeepSpec": (
+        lambda: ({**FIELDS, "layer_types": ["full_attention", "sliding_attention"]}, WEIGHTS),
+        "in the layout of DeepSpec with sliding layers, which are read of speculators only",
+    ),
     "Kimi K3": (
         lambda: ({"model_type": "k3_dspark", "architectures": ["KimiK3DSparkModel"]}, WEIGHTS),
         r"a DSpark drafter in Kimi K3's layout \(KimiK3DSparkModel, k3_dspark\), which is not read yet",
@@ -274,11 +278,17 @@ def test_what_is_not_read_is_named(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "must hold an index with a `weight_map`"),
-        ('{"weight_map": []}', "must hold an index with a `weight_map`"),
-        ("no json", "must hold an index with a `weight_map`"),
-        ('{"weight_map": {"fc.weight": "../model.safetensors"}}', "must hold an index that names files of its own"),
-        ('{"weight_map": {"fc.weight": "/etc/passwd"}}', "must hold an index that names files of its own"),
+        ("{}", "`weight_map` must name the file of every tensor"),
+        ('{"weight_map": []}', "`weight_map` must name the file of every tensor"),
+        ("no json", "must hold a JSON file as its index"),
+        (
+            '{"weight_map": {"fc.weight": "../model.safetensors"}}',
+            "must name files in the checkpoint's own folder",
+        ),
+        (
+            '{"weight_map": {"fc.weight": "/etc/passwd"}}',
+            "must name files in the checkpoint's own folder",
+        ),
     ],
 )
 def test_a_damaged_index_is_named(content: str, message: str, tmp_path: Path) -> None:
@@ -295,7 +305,7 @@ def test_damaged_tensors_are_named(name: str, tmp_path: Path) -> None:
     write(tmp_path, FIELDS, WEIGHTS)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"must hold whole files of tensors, got .*{name}"):
+    with pytest.raises(ValueError, match=f"must hold whole (files of tensors|safetensors files), got .*{name}"):
         DSparkAssistantModel.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,44 @@
+"""`dspark-hf export`: a drafter in the layout of another project."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Layout(str, Enum):
+    """Layouts that a drafter can be written in."""
+
+    deepspec = "deepspec"
+    speculators = "speculators"
+    specforge = "specforge"
+
+
+def export(
+    drafter: Annotated[str, typer.Argument(help="Folder or hub name of the drafter, in any layout that is read.")],
+    to: Annotated[Layout, typer.Option(help="Whose layout to write.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, absent or empty.")],
+    target: Annotated[
+        str | None, typer.Option(help="Its target, for drafters that borrow the target's vocabulary.")
+    ] = None,
+) -> None:
+    """Write a drafter in the layout of another project, bit for bit."""
+    # imported here, so that the help is instant
+    from dspark_hf.files import write_whole_folder
+    from dspark_hf.generation.targets.adapter import TargetAdapter
+    from dspark_hf.loading import load_target
+    from dspark_hf.modeling.formats import writing
+    from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
+
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"`--output` must be absent or empty, got {str(output)!r}. Name another, or empty it.")
+        loaded = DSparkAssistantModel.from_pretrained(drafter)
+        lender = None if target is None else TargetAdapter(load_target(target, device="cpu"))
+        write_whole_folder(output, lambda folder: writing.export(loaded, to.value, folder, lender))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"Written: {output}")
