@@ -37,7 +37,7 @@ from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
 from dspark_hf.modeling.provenance import Acquaintance
 from dspark_hf.modeling.rotary import RotaryEmbedding
-from dspark_hf.modeling.saved_folder import complete_folder
+from dspark_hf.modeling.saved_folder import complete_folder, upload_card
 from dspark_hf.modeling.vocabulary import resize_vocabulary
 from dspark_hf.modeling.warm_start import copy_last_layers
 
@@ -243,6 +243,17 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             # Transformers saves those of models that generate by themselves
             self.generation_config.save_pretrained(save_directory)
         complete_folder(save_directory, self.config)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]  # every argument is passed on
+        """Upload what `save_pretrained` writes; takes the arguments of `PreTrainedModel.push_to_hub`.
+
+        A repository without a model card gets the drafter's, unless another branch or a pull request is asked for.
+        """
+        if not kwargs.get("create_pr") and kwargs.get("revision") is None:
+            # Transformers keeps the card that it finds, and else writes an empty one
+            upload_card(repo_id, self.config, private=kwargs.get("private"), token=kwargs.get("token"))
+        # mypy takes the inherited method, a copy that Transformers decorates, for a function
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     def _init_weights(self, module: nn.Module) -> None:
         deepseek = self.config.deepseek_v4

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import HfApi
 from transformers.utils.hub import cached_file
 
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
@@ -41,6 +43,14 @@ def _copy_tokenizer(target: str, folder: Path) -> None:
             return
         if found is not None:
             shutil.copyfile(found, folder / name)
+
+
+def upload_card(repo_id: str, config: DSparkConfig, *, private: bool | None = None, token: Any = None) -> None:
+    """Give a hub repository a drafter's model card, unless it has one; the repository is made if it is not there."""
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if not api.file_exists(repository, _CARD):
+        api.upload_file(path_or_fileobj=describe(config).encode(), path_in_repo=_CARD, repo_id=repository)
 
 
 def describe(config: DSparkConfig, *, data: str | None = None, tau: dict[str, float] | None = None) -> str:

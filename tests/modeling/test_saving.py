@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,12 +22,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     pipeline,
 )
 
 import dspark_hf
 from dspark_hf import DSparkAssistantModel, DSparkConfig
+from dspark_hf.modeling import saved_folder
 from tests.tiny import tiny_target
 
 REPOSITORY = Path(dspark_hf.__file__).parents[1]
@@ -206,6 +210,39 @@ def test_a_folder_is_whole_for_its_use(tokenizer: PreTrainedTokenizerFast, tmp_p
     (tmp_path / "drafter" / "README.md").write_text("mine", encoding="utf-8")
     again.save_pretrained(tmp_path / "drafter")
     assert (tmp_path / "drafter" / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+class _Hub:
+    """Stands for the hub: remembers what is uploaded."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def __init__(self, token: str | None = None):
+        self.token = token
+
+    def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def file_exists(self, repo_id: str, name: str) -> bool:
+        return f"{repo_id}/{name}" in self.files
+
+    def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str) -> None:
+        self.files[f"{repo_id}/{path_in_repo}"] = path_or_fileobj
+
+
+def test_an_uploaded_drafter_has_its_card(drafter: DSparkAssistantModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository would get Transformers' empty card, or lose the card that somebody wrote."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(saved_folder, "HfApi", _Hub)
+    monkeypatch.setattr(_Hub, "files", {})
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name, **options: calls.append((name, options)))
+    drafter.push_to_hub("mine", private=True)
+    assert _Hub.files["someone/mine/README.md"].decode() == saved_folder.describe(drafter.config)
+    _Hub.files["someone/mine/README.md"] = b"my own"
+    drafter.push_to_hub("mine")
+    drafter.push_to_hub("other", create_pr=True)
+    assert _Hub.files == {"someone/mine/README.md": b"my own"}
+    assert calls == [("mine", {"private": True}), ("mine", {}), ("other", {"create_pr": True})]
 
 
 def test_pipeline_loads_by_name(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
