@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dspark_hf.evaluation.plots import Figure, draw_figures
+from dspark_hf.evaluation.plots import draw_figures
 from dspark_hf.evaluation.report import render_report
 from dspark_hf.evaluation.results import Evaluation, to_json
 from dspark_hf.evaluation.run import evaluate
@@ -31,9 +31,9 @@ def evaluation() -> Evaluation:
 
 
 @pytest.fixture(scope="module")
-def figures(evaluation: Evaluation) -> list[Figure]:
-    """Its figures."""
-    return draw_figures(evaluation)
+def paths(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Its files, in a folder that was made for them; drawing the figures takes long."""
+    return list(write_evaluation(evaluation, tmp_path_factory.mktemp("parent") / "new" / "folder"))
 
 
 def _renamed(evaluation: Evaluation, name: str) -> Evaluation:
@@ -48,11 +48,10 @@ def _renamed(evaluation: Evaluation, name: str) -> Evaluation:
     )
 
 
-def test_all_files_are_written(evaluation, tmp_path):
+def test_all_files_are_written(paths):
     """A figure is missing, or the numbers are."""
-    paths = write_evaluation(evaluation, tmp_path / "new" / "folder")
     names = {path.name for path in paths}
-    assert names == {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert names == {path.name for path in paths[0].parent.iterdir()}
     assert {"evaluation.json", "report.html", "accepted_length.png"} <= names
     for temperature in "01":
         assert f"acceptance_by_position_temperature_{temperature}.png" in names
@@ -84,13 +83,14 @@ class _Page(HTMLParser):
         self.text += data
 
 
-def test_page_needs_nothing_else(evaluation, figures):
+def test_page_needs_nothing_else(evaluation, paths):
     """The page asks a server for something, or does not show a figure or a table."""
-    html = render_report(evaluation, figures)
+    (path,) = (one for one in paths if one.name == "report.html")
+    html = path.read_text(encoding="utf-8")
     page = _Page()
     page.feed(html)
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert len(page.addresses) == len(figures)
+    assert len(page.addresses) == sum(one.suffix == ".png" for one in paths)
     assert not {"script", "link", "iframe"} & page.tags
     assert not re.search(r"url\(|@import|https?:", html)
     assert headline(evaluation) in page.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.call.test_remembering_processors import Budget
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.thinning import slow
 from tests.tiny import VOCAB_SIZE, tiny_target
 
 NEW_TOKENS = 16
@@ -33,6 +35,14 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "4 bits, head too": {"load_in_4bit": True, "llm_int8_skip_modules": []},
 }
+
+
+def _combinations(*quick: tuple[Any, str, int], values: Iterable[Any]) -> list[Any]:
+    """Return every value with every kind of drafter and number of rows, of which those in `quick` run every time."""
+    every = [(value, kind, num_rows) for value in values for kind in FIELDS for num_rows in (1, 3)]
+    return [one if one in quick else slow(*one) for one in every]
+
+
 WITH_HEAD = [name for name in QUANTISATIONS if "head" in name]
 
 
@@ -59,9 +69,19 @@ def _quantised(folder: Path, name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("kind", FIELDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "num_rows"),
+    _combinations(
+        (torch.bfloat16, "vanilla", 3),
+        (torch.bfloat16, "rnn", 1),
+        (torch.bfloat16, "reduced vocabulary", 3),
+        (torch.float16, "reduced vocabulary", 1),
+        (torch.float64, "vanilla", 1),
+        (torch.float64, "rnn", 3),
+        values=(torch.bfloat16, torch.float16, torch.float64),
+    ),
+    ids=str,
+)
 def test_drafter_of_another_dtype(dtype, kind, num_rows):
     """A drafter in another dtype than the target's raises an error or changes the text."""
     target = tiny_target()
@@ -72,9 +92,16 @@ def test_drafter_of_another_dtype(dtype, kind, num_rows):
     assert sampled.shape == (num_rows, inputs["input_ids"].shape[1] + NEW_TOKENS)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("kind", FIELDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "num_rows"),
+    _combinations(
+        (torch.bfloat16, "vanilla", 3),
+        (torch.bfloat16, "rnn", 1),
+        (torch.float16, "reduced vocabulary", 3),
+        values=(torch.bfloat16, torch.float16),
+    ),
+    ids=str,
+)
 def test_target_of_another_dtype(dtype, kind, num_rows):
     """A fp32 drafter and a target in half precision raise an error, or give text that rounding does not explain."""
     target = tiny_target().to(dtype)
@@ -91,9 +118,17 @@ def test_target_of_another_dtype(dtype, kind, num_rows):
     assert float(lost.max()) <= 8 * torch.finfo(dtype).eps * float(logits.abs().max())
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("kind", FIELDS)
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+@pytest.mark.parametrize(
+    ("quantisation", "kind", "num_rows"),
+    _combinations(
+        ("8 bits", "vanilla", 1),
+        ("8 bits, head too", "reduced vocabulary", 3),
+        ("4 bits", "rnn", 3),
+        ("4 bits, head too", "vanilla", 3),
+        ("4 bits, head too", "reduced vocabulary", 1),
+        values=QUANTISATIONS,
+    ),
+)
 def test_quantised_target(saved_target, quantisation, kind, num_rows):
     """A quantised target writes another text with a drafter than without."""
     target = _quantised(saved_target, quantisation)
@@ -154,7 +189,7 @@ def test_drafter_on_another_device(target_device, drafter_device, kind, num_rows
     assert torch.equal(_greedy(target, inputs, logits_processor=[Budget(8)], assistant_model=drafter), plain)
 
 
-@pytest.fixture(params=["cpu_offload", "disk", "embedding on disk"])
+@pytest.fixture(params=["cpu_offload", slow("disk"), "embedding on disk"])
 def offloaded_target(request: pytest.FixtureRequest, saved_target: Path, tmp_path: Path) -> PreTrainedModel:
     """A target whose first weights, or all of them, are elsewhere until a module runs."""
     if request.param == "cpu_offload":

@@ -23,6 +23,7 @@ from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts, SwingingCosts
 from tests.modeling.deepseek_v4.tiny import tiny_model
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 24
@@ -73,9 +74,17 @@ def _untrained(target: PreTrainedModel) -> DSparkAssistantModel:
     return DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=5)
 
 
-@pytest.mark.parametrize("num_rows", NUM_ROWS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", SCHEDULERS)
+# every scheduler with one row and with several, every family with every way to decide about several rows' drafts
+QUICK_ELSEWHERE = {("default", 1), ("adaptive", 4), ("hardware aware", 4)}
+CASES = [
+    (pytest.param if family == "llama" or (name, num_rows) in QUICK_ELSEWHERE else slow)(name, family, num_rows)
+    for name in SCHEDULERS
+    for family in FAMILIES
+    for num_rows in NUM_ROWS
+]
+
+
+@pytest.mark.parametrize(("name", "family", "num_rows"), CASES)
 def test_output_is_token_identical(name, family, num_rows):
     """A scheduler changes the text of a family of targets."""
     plain = _plain(family, num_rows)
@@ -92,7 +101,7 @@ def test_output_is_token_identical(name, family, num_rows):
             assert drafter.last_statistics.num_accepted == drafter.last_statistics.num_verified > 0
 
 
-@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("num_rows", [1, slow(4)])
 @pytest.mark.parametrize("name", NAMES)
 def test_schedulers_by_name(name, num_rows):
     """A name does not lead to a scheduler that runs, in the call or on the drafter, with or without the patch."""
@@ -120,8 +129,11 @@ def test_schedulers_without_the_patch(num_rows, restored):
     assert not all(one.num_drafted for one in drafter.last_statistics.rounds)
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v4"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, "llama") for name in SCHEDULERS]
+    + [(pytest.param if name == "default" else slow)(name, "deepseek_v4") for name in SCHEDULERS],
+)
 def test_rows_that_leave(name, family):
     """Rows that end while others go on disturb the scheduler's count of rows, or the others' text."""
     free = _plain(family, 4)

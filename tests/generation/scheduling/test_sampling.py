@@ -32,7 +32,7 @@ from tests.generation.frequencies import PROMPT, PrefixDependent, small_target, 
 from tests.generation.scheduling.chains import chain_target, first_places
 from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts, SwingingCosts
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
-from tests.thinning import mostly_slow
+from tests.thinning import mostly_slow, slow
 
 # behind token 0 the drafter is good, behind token 1 it knows nothing; its margins and its confidence tell
 TRANSITIONS = torch.tensor([[0.5, 0.5], [0.85, 0.15]])
@@ -64,8 +64,9 @@ SCHEDULERS: dict[str, Callable[[], Scheduler | str | None]] = {
 }
 
 
-# confidence learnt online takes the same way to a decision; "default" is "adaptive" with costs of its own
-QUICK = ("fixed", "threshold", "hardware aware", "asynchronous, online", "adaptive, parking", "default")
+# confidence learnt online takes the same way to a decision; "default" is "adaptive" with costs of its own; the others'
+# batches are sampled below
+QUICK = ("threshold", "adaptive, parking")
 
 
 def _write_chains(
@@ -156,7 +157,7 @@ class _ConformistScheduler(Scheduler, Schedule):
     ("scheduler", "num_tokens"),
     [
         (_SelfishScheduler(), CHAIN_TOKENS),
-        (_ConformistScheduler(), 2 * CHAIN_TOKENS),
+        slow(_ConformistScheduler(), 2 * CHAIN_TOKENS),
     ],
     ids=["selfish", "conformist"],
 )
@@ -198,7 +199,9 @@ def _target() -> PreTrainedModel:
     return target
 
 
-@pytest.mark.parametrize("name", ["threshold", "hardware aware", "asynchronous", "adaptive, parking", "default"])
+@pytest.mark.parametrize(
+    "name", [slow("threshold"), "hardware aware", "asynchronous", slow("adaptive, parking"), "default"]
+)
 def test_batches_keep_their_distributions(name):
     """Sampled text of ragged rows, some of which end early, is not the target's under some scheduler."""
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
