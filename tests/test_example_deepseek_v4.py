@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from dspark_hf.cli.main import app
 from dspark_hf.modeling.deepseek_v4.chat import encode_messages
+from tests.thinning import slow
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "deepseek_v4_inference.py"
 LENGTH = 16
@@ -44,9 +45,10 @@ def _streamed(printed: str, heading: str) -> str:
     return printed.partition(f"{heading}\n")[2].partition(f"\n{LENGTH} tokens, ")[0]
 
 
-def test_thinks_as_asked(infer):
+@pytest.mark.parametrize("modes", [("think-max",), slow(("non-think", "think-high", "think-max"))], ids=len)
+def test_thinks_as_asked(infer, modes):
     """In some mode the drafter changes the text, or a mode does not reach the prompt."""
-    modes = [["--mode", mode] for mode in ("non-think", "think-high", "think-max")]
+    modes = [["--mode", mode] for mode in modes]
     # its "max" is the default release's "high"
     modes.append(["--release", "preview", "--mode", "think-high"])
     texts = set()
@@ -76,8 +78,8 @@ def test_text_is_the_same_by_any_way(infer):
 @pytest.mark.parametrize(
     "options",
     [
-        [],
-        ["--dtype", "bfloat16", "--device-map", "cpu"],
+        slow([]),
+        slow(["--dtype", "bfloat16", "--device-map", "cpu"]),
         ["--dtype", "float32", "--keep-quantized", "--cache-dtype", "fp8"],
         ["--no-keep-quantized", "--cache-dtype", "fp8", "--indexer-dtype", "fp4", "--temperature", "0.7"],
     ],

@@ -140,7 +140,7 @@ def test_what_cannot_be_is_told(folder, arguments, message):
     assert message in output
 
 
-@pytest.mark.parametrize("with_drafter", [True, False])
+@pytest.mark.parametrize("with_drafter", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_deepseek_v4(profiles, tmp_path, monkeypatch, with_drafter):
     """A DeepSeek-V4 checkpoint is refused, or its costs are not those that `use_dspark=True` looks for."""
     write_tiny_checkpoint(tmp_path / "target")

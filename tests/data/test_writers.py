@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.data.writers import Answer, LocalWriter, Sampling
 from dspark_hf.prompts import Prompt, encode_prompt, user_turn
+from tests.thinning import slow
 from tests.tiny import tiny_target
 from tests.training.tiny_tokenizer import WORDS, tiny_tokenizer
 
@@ -45,8 +46,12 @@ def _ending_target(family: str, tokenizer: Any) -> PreTrainedModel:
     return target
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "batch_size"),
+    [("llama", 1), ("llama", 32), ("gemma3_text", 3)]
+    + [slow("llama", 3), slow("gemma3_text", 1), slow("gemma3_text", 32)]
+    + [slow("gemma2", batch_size) for batch_size in (1, 3, 32)],
+)
 def test_answers_are_what_each_row_alone_writes(family: str, batch_size: int) -> None:
     """The training data would not be the target's words: a wrong cache row, position, mask or end."""
     tokenizer = tiny_tokenizer(chat_template=None)

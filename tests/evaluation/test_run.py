@@ -14,6 +14,7 @@ from dspark_hf.evaluation.run import evaluate, num_turns
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.evaluation.tables import headline, remarks
 from tests.evaluation.examples import tiny_models, tiny_sets
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 SHORT = {"max_new_tokens": 10, "repeats": 2}
@@ -22,7 +23,7 @@ SHORT = {"max_new_tokens": 10, "repeats": 2}
 def test_everything_is_measured_and_greedy_outputs_are_identical():
     """A set, a drafter, a temperature or a batch is missing from the result, or a text is not the plain one."""
     models, sets = tiny_models(("one", "two")), tiny_sets(left=3, right=2)
-    settings = EvaluationSettings(temperatures=(0.0, 1.0), batch_size=2, **SHORT)
+    settings = EvaluationSettings(temperatures=(0.0, 1.0), batch_size=2, max_new_tokens=6, repeats=1)
     names: list[str] = []
     evaluation = evaluate(models, sets, settings, advance=names.append)
     assert len(names) == num_turns(sets, settings) == 2 * (3 + 2 + 2 + 1)
@@ -111,7 +112,7 @@ def test_ways_take_turns(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"), [(KeyboardInterrupt(), "Ctrl-C"), (RuntimeError("out of memory"), "out of memory")]
+    ("error", "reason"), [slow(KeyboardInterrupt(), "Ctrl-C"), (RuntimeError("out of memory"), "out of memory")]
 )
 def test_an_early_end_keeps_what_was_measured(error, reason):
     """Hours of measuring are lost, or half a result looks like a whole one."""

@@ -15,6 +15,7 @@ from dspark_hf.generation.drafting.interface import DraftedBlock
 from tests.evaluation.examples import is_falling, random_rounds, tiny_models
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import ScriptedDrafter
+from tests.thinning import slow
 from tests.tiny import VOCAB_SIZE, tiny_target
 
 PROMPT = torch.tensor([[5, 9, 23, 8]])
@@ -90,8 +91,17 @@ def _rounds(target: torch.nn.Module, drafter: object, prompt: Tensor, threshold:
     return round_records(drafter.last_statistics)
 
 
-@pytest.mark.parametrize("kind", ["scripted", "untrained"])
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize(
+    ("threshold", "kind"),
+    [
+        (0.3, "scripted"),
+        (0.5, "scripted"),
+        (0.8, "scripted"),
+        slow(0.3, "untrained"),
+        slow(0.5, "untrained"),
+        (0.8, "untrained"),
+    ],
+)
 def test_every_round_is_what_a_real_run_does_from_its_anchor(kind, threshold):
     """The sweep tells of rounds that no run with that threshold would have."""
     target = tiny_target()

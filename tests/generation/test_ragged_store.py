@@ -12,9 +12,10 @@ from dspark_hf.generation.drafting.context import DeferredContext
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import EveryThirdRound
+from tests.thinning import slow
 from tests.tiny import FAMILIES, tiny_target
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, slow(1), slow(2))
 
 
 def _layers(cache):
@@ -113,7 +114,7 @@ def test_drafter_context_equals_one_from_scratch(scheduler, num_rows, seed, monk
             torch.testing.assert_close(kept_values[row, :, : tokens.shape[1]], values[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", slow("gemma4_text"), slow("gpt2")])
 @pytest.mark.parametrize("ids_repeat_the_past", [True, False])
 @pytest.mark.parametrize("first_with_drafter", [True, False])
 def test_second_turn_continues_from_the_returned_cache(family, ids_repeat_the_past, first_with_drafter):

@@ -234,7 +234,7 @@ def _confident_in_its_own_draft(block: DraftedBlock) -> DraftedBlock:
 @pytest.mark.parametrize(
     ("alter", "options"),
     [
-        (_most_likely, {}),
+        slow(_most_likely, {}),
         (_sharpened, {}),
         (_confident_in_its_own_draft, {"assistant_confidence_threshold": 0.3}),
     ],

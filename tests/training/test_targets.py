@@ -55,7 +55,7 @@ def _learns(trainer: DSparkTrainer) -> bool:
     return losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ("llama", "gpt2", "gemma3_text", "gemma4_text", "qwen3_moe")))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ("gpt2", "gemma4_text")))
 def test_families(family: str, tmp_path: Path) -> None:
     """A family whose head, embedding or layers are built otherwise could not be trained for."""
     target = tiny_target(family)
@@ -77,7 +77,11 @@ def test_the_language_part_of_a_vision_language_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"load_in_8bit": True, "llm_int8_threshold": 0.0}, {"load_in_4bit": True}], ids=["8 bits", "4 bits"]
+    "options",
+    [
+        pytest.param({"load_in_8bit": True, "llm_int8_threshold": 0.0}, id="8 bits", marks=pytest.mark.slow),
+        pytest.param({"load_in_4bit": True}, id="4 bits"),
+    ],
 )
 def test_quantised_targets(options: dict[str, Any], tmp_path: Path) -> None:
     """A target that only fits in 8 or 4 bits could not be trained for."""

@@ -46,7 +46,8 @@ SCHEDULERS: dict[str, tuple[Callable[[], Scheduler | None], set[int]]] = {
 }
 
 
-QUICK = ("fixed", "threshold", "asynchronous", "adaptive, cheap drafts", "default")
+# each of the others is one of these, or does less with these drafts
+QUICK = ("asynchronous", "adaptive, cheap drafts")
 
 
 def _costs() -> ListedCosts:

@@ -8,6 +8,7 @@ import torch
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 200
@@ -19,8 +20,14 @@ def _told() -> ClockedAdaptive:
     return ClockedAdaptive(ListedCosts([1 + 0.1 * index for index in range(8)], [0.3] * 8))
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize(("scheduler", "shares"), [(_told, TOLD), (lambda: "adaptive", OWN)], ids=["told", "own"])
+def _own() -> str:
+    return "adaptive"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shares", "num_rows"),
+    [(_told, TOLD, 3), (_own, OWN, 1), slow(_told, TOLD, 1), slow(_own, OWN, 3)],
+)
 def test_a_drafter_that_is_always_wrong_is_parked(scheduler, shares, num_rows):
     """A user with a useless drafter pays for it in every round."""
     target = tiny_target()

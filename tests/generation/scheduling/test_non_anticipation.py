@@ -32,6 +32,7 @@ from dspark_hf.generation.scheduling import (
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call
 from tests.generation.scheduling.retrospective import RetrospectiveScheduler
+from tests.thinning import mostly_slow
 
 NUM_CASES = 40
 MOST_ROUNDS = 25
@@ -57,6 +58,8 @@ SCHEDULERS: dict[str, Callable[[], Scheduler]] = {
 }
 # no block changes what they verify
 ALWAYS_THE_SAME = ("fixed", "adaptive, parked")
+# these read no block at all
+QUICK = SCHEDULERS.keys() - ALWAYS_THE_SAME
 
 
 def _random_block(draw: random.Random, num_drafts: int) -> DraftedBlock:
@@ -165,13 +168,13 @@ class _Circular(Scheduler, Schedule):
         return [limit * is_sure[row - 1] for row, limit in enumerate(batch.limits)]
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, QUICK))
 def test_a_draft_does_not_decide_about_itself(name):
     """What a draft leads to decides whether it is verified: sampled text no longer follows the target."""
     assert not _row_is_ruled_by_its_own_drafts(SCHEDULERS[name])
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, QUICK))
 def test_the_batch_is_decided_by_verified_drafts(name):
     """A draft that is not verified decides about other rows' drafts, and they about it."""
     assert not _batch_is_ruled_by_unverified_drafts(SCHEDULERS[name])

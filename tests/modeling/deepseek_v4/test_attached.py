@@ -17,6 +17,7 @@ from dspark_hf.modeling.formats import tensors as reading
 from dspark_hf.modeling.formats.tensors import iterate_tensors, read_index
 from tests.modeling.deepseek_v4.tiny import oracle_settings
 from tests.reference.deepseek_v4_drafter import draft
+from tests.thinning import slow
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def _prompts(num_rows: int) -> torch.Tensor:
     return torch.randint(200, (num_rows, 21), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [slow(1), 3])
 def test_use_dspark_changes_no_token(folder, num_rows):
     """Text with the checkpoint's own drafter is not the text without it."""
     model = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -117,7 +118,7 @@ def test_after_saving_under_our_own_names(folder, tmp_path):
         assert torch.equal(found, expected), name
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "fp8"])
+@pytest.mark.parametrize("cache_dtype", [slow(None), "fp8"])
 def test_rounds_its_keys_as_the_target_does(folder, cache_dtype):
     """The drafter of a target with an 8-bit cache keeps keys that it was not trained with, or text changes by them."""
     target = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32, cache_dtype=cache_dtype)

@@ -11,6 +11,7 @@ from dspark_hf.modeling.formats.deepseek_v4 import our_name, released_name
 from tests.closeness import assert_same_up_to_rounding, relative_difference
 from tests.modeling.deepseek_v4.tiny import VOCAB, oracle_settings, tiny_model
 from tests.reference.deepseek_v4_drafter import draft
+from tests.thinning import slow
 
 
 def _pair(seed: int, **fields):
@@ -119,7 +120,7 @@ def test_context_is_the_latest_window():
     assert max(parts.cache.lengths.host) <= 4 * target.config.sliding_window
 
 
-@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_rows", [1, slow(4)])
 def test_changes_no_token(num_rows):
     """Greedy text with the attached kind of drafter is not the text without it."""
     target, drafter = _pair(4)

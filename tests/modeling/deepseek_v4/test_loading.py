@@ -32,8 +32,15 @@ def _is_kept(model) -> bool:
     return any(isinstance(module, QuantizedWeight) for module in model.modules())
 
 
-@pytest.mark.parametrize("experts", ["fp4", "fp8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "experts"),
+    [
+        (torch.float32, "fp4"),
+        (torch.bfloat16, "fp8"),
+        slow(torch.float32, "fp8"),
+        slow(torch.bfloat16, "fp4"),
+    ],
+)
 def test_kept_weights_give_the_same_logits(checkpoints, experts, dtype):
     """A model that keeps its weights as stored says something else than one with the same weights dequantised."""
     kept = load(checkpoints[experts], dtype=dtype, keep_quantized=True)
@@ -102,7 +109,11 @@ def test_how_far_loading_is(checkpoints, monkeypatch, options):
     assert [bar.desc.strip(": ") for bar in bars] == titles
 
 
-@pytest.mark.parametrize("options", [{"cache_dtype": "fp8"}, {"indexer_dtype": "fp4"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_dtype": "fp8", "indexer_dtype": "fp4"}, slow({"cache_dtype": "fp8"}), slow({"indexer_dtype": "fp4"})],
+    ids=str,
+)
 def test_rounded_cache_in_the_released_dtype(checkpoints, options):
     """A bf16 model cannot have a cache of 8 or 4 bits, or reads something else from it than it wrote."""
     model, plain = load(checkpoints["fp4"], **options), load(checkpoints["fp4"])
@@ -149,7 +160,9 @@ def test_own_names_are_understood(checkpoints, tmp_path):
     assert_same_model(load(tmp_path), load(checkpoints["fp4"]))
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=["kept", "dequantized"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="kept"), pytest.param({"dtype": torch.float32}, id="dequantized")]
+)
 def test_disk(checkpoints, tmp_path, options):
     """Layers on disk compute something else, or the weights of another run."""
     expected = load(checkpoints["fp4"], **options)
@@ -171,7 +184,7 @@ def _size(model) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cpu", torch.device("cpu"), {"": "cpu"}])
+@pytest.mark.parametrize("device_map", ["auto", slow("cpu"), slow(torch.device("cpu")), {"": "cpu"}])
 def test_all_on_one_device(checkpoints, device_map):
     """A device map changes what a model says."""
     model = load(checkpoints["fp4"], device_map=device_map)
@@ -180,7 +193,7 @@ def test_all_on_one_device(checkpoints, device_map):
 
 
 @pytest.mark.parametrize(
-    ("is_all", "use_dspark"), [(False, True), (True, True), slow(False, False), slow(True, False)]
+    ("is_all", "use_dspark"), [slow(False, True), (True, True), slow(False, False), slow(True, False)]
 )
 def test_generation_from_disk(checkpoints, is_all, use_dspark):
     """A cache or a drafter cannot be used where layers, or the embedding too, are on disk."""

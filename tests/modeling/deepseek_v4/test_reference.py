@@ -41,6 +41,7 @@ from tests.reference.deepseek_v4 import (
     tapped_features,
 )
 from tests.reference.deepseek_v4_drafter import Draft, argmax, draft
+from tests.thinning import mostly_slow
 
 # fp32 against fp64, relative to the root mean square of what is compared: after five layers at most 2e-5 was seen on
 # several seeds, and a wrong setting makes a difference of 1e-2 at least (`test_comparison_sees_every_setting`)
@@ -166,7 +167,7 @@ def _native_outputs(native: DeepseekV4ForCausalLM, token_ids: Tensor) -> tuple[l
     return layers, logits
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, CASES.keys() - {"plain", "no_yarn"}))
 def test_three_models_agree(case):
     """The oracle or our model is no DeepSeek-V4: on the same weights Transformers' own computes something else."""
     length, fields = CASES[case]
@@ -225,6 +226,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_comparison_sees_every_setting():
     """A setting has no effect on the text that the models are compared on: a mistake in it would go unseen."""
     target = _target(14, **SMALL)

@@ -15,6 +15,7 @@ from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, FixedSched
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call, new_drafter
 from tests.generation.scheduling.machine import Machine, Text, write
+from tests.thinning import slow
 
 MAX_DRAFTS = 5
 
@@ -87,9 +88,19 @@ def test_a_useless_drafter_is_parked(name, learns, num_rows):
     assert text.share_drafted(1000) > 0
 
 
-@pytest.mark.parametrize(("learns", "num_rows"), [(True, 1), (False, 4)])
-@pytest.mark.parametrize("chance", [_good, _mixed])
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(
+    ("name", "chance", "learns", "num_rows"),
+    [
+        ("accelerator", _good, True, 1),
+        ("accelerator", _mixed, False, 4),
+        ("processor", _mixed, True, 1),
+        ("processor", _good, False, 4),
+        slow("accelerator", _mixed, True, 1),
+        slow("accelerator", _good, False, 4),
+        slow("processor", _good, True, 1),
+        slow("processor", _mixed, False, 4),
+    ],
+)
 def test_text_is_written_nearly_as_fast_as_can_be(name, chance, learns, num_rows):
     """A fixed number of drafts, or none, is faster than the default."""
     machine = MACHINES[name]()
