@@ -161,24 +161,28 @@ class Rounds:
         rows, batch = self._rows, self._batch()
         with self._recorded(batch) as record:
             anchors = rows.anchors()
-            offers = [] if self._lookups is None else self._lookups.offers(batch.rooms)
-            choice = self._schedule.choose(batch, offers) if offers else Choice(self._schedule.num_drafts(batch))
-            drafted = self._draft(anchors, choice.num_drafts)
-            if any(choice.num_looked_up):
-                record.num_looked_up = choice.num_looked_up
-                drafted = with_lookups(drafted, offers, choice.num_looked_up, anchors.device)
-            if drafted is not None:
-                record.num_drafted, record.confidence = drafted.num_modelled_drafts, drafted.confidence
-                record.num_verified = self._schedule.admit(drafted, choice.limit(batch))
+            drafted = self._propose(batch, anchors, record)
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
-            judged = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
-            scores, record.num_accepted, bonus = judged
+            scores, record.num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
             new_tokens = _accepted_tokens(tokens, record.num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
             self._keep(target_pass, num_kept)
             self._look_back(new_tokens, num_kept)
             self.drop_rows()
+
+    def _propose(self, batch: Batch, anchors: Tensor, record: RoundInProgress) -> DraftedBlock | None:
+        """Return the drafts of all rows, made or looked up, if any; record them and how many are to be verified."""
+        offers = [] if self._lookups is None else self._lookups.offers(batch.rooms)
+        choice = self._schedule.choose(batch, offers) if offers else Choice(self._schedule.num_drafts(batch))
+        drafted = self._draft(anchors, choice.num_drafts)
+        if any(choice.num_looked_up):
+            record.num_looked_up = choice.num_looked_up
+            drafted = with_lookups(drafted, offers, choice.num_looked_up, anchors.device)
+        if drafted is not None:
+            record.num_drafted, record.confidence = drafted.num_modelled_drafts, drafted.confidence
+            record.num_verified = self._schedule.admit(drafted, choice.limit(batch))
+        return drafted
 
     def drop_rows(self) -> None:
         """Take rows that are over out of the batch and the caches."""

@@ -221,15 +221,16 @@ def with_lookups(
     width = max(num_modelled, *num_looked_up)
     pairs = list(zip(offers, num_looked_up, strict=True))
     # rows are filled up with token 0, which their limits keep from being verified
-    found = torch.tensor([[*offer.token_ids[:count], *[0] * (width - count)] for offer, count in pairs])
-    chances = torch.tensor([[*offer.chances[:count], *[0.0] * (width - count)] for offer, count in pairs])
+    rows = [[*offer.token_ids[:count], *[0] * (width - count)] for offer, count in pairs]
+    survivals = [[*offer.chances[:count], *[0.0] * (width - count)] for offer, count in pairs]
+    place = device if drafted is None else drafted.token_ids.device
+    found, chances = torch.tensor(rows, device=place), torch.tensor(survivals, device=place)
     if drafted is None:
-        return DraftedBlock(found.to(device), None, chances, is_certain=None, num_modelled=0)
-    place = drafted.token_ids.device
+        return DraftedBlock(found, None, chances, is_certain=None, num_modelled=0)
     is_row = torch.tensor([count > 0 for count in num_looked_up], device=place)[:, None]
-    token_ids = torch.where(is_row, found.to(place), _widened(drafted.token_ids, width))
+    token_ids = torch.where(is_row, found, _widened(drafted.token_ids, width))
     confidence, margins = drafted.confidence, drafted.margins
-    chances = chances.to(place).where(is_row, torch.nan)
+    chances = chances.where(is_row, torch.nan)
     if confidence is not None:
         confidence = torch.where(is_row, chances, _widened(confidence, width))
     return replace(

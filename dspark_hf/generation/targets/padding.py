@@ -91,7 +91,7 @@ def run_packed(run: RunPacked, prompt_ids: Tensor, mask: Tensor, chunk_size: int
     order, num_new = pack_order(mask)
     packed, size = prompt_ids.gather(1, order), chunk_size or order.shape[1]
     last = torch.tensor(num_new, device=prompt_ids.device) - 1
-    passes, logits = [], [torch.empty(0)] * len(num_new)
+    passes, logits = [], [torch.empty(0, device="cpu")] * len(num_new)
     for start in range(0, order.shape[1], size):
         ids = packed[:, start : start + size]
         ending = [row for row, count in enumerate(num_new) if start < count <= start + ids.shape[1]]

@@ -96,7 +96,8 @@ class RecurrentStates:
             )
         counts = None
         if min(num_kept) < longest:
-            counts = torch.arange(longest) < torch.tensor(num_kept)[:, None]
+            device = states[0].device
+            counts = torch.arange(longest, device=device) < torch.tensor(num_kept, device=device)[:, None]
         for call, start, end in zip(
             watch.calls, recurrence.parts(watch.states), recurrence.parts(states), strict=True
         ):

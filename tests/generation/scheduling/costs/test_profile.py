@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -367,6 +368,8 @@ def test_measuring_leaves_other_threads_draws_alone(monkeypatch):
     drafter = _drafter(target)
     forward = type(target).forward
 
+    # it takes what the forward pass takes
+    @wraps(forward)
     def sample_meanwhile(*args: Any, **options: Any) -> Any:
         torch.rand(())
         return forward(*args, **options)
