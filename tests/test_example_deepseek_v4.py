@@ -80,7 +80,7 @@ def test_text_is_the_same_by_any_way(infer):
     [
         slow([]),
         slow(["--dtype", "bfloat16", "--device-map", "cpu"]),
-        ["--dtype", "float32", "--keep-quantized", "--cache-dtype", "fp8"],
+        slow(["--dtype", "float32", "--keep-quantized", "--cache-dtype", "fp8"]),
         ["--no-keep-quantized", "--cache-dtype", "fp8", "--indexer-dtype", "fp4", "--temperature", "0.7"],
     ],
     ids=" ".join,

@@ -31,7 +31,9 @@ def _silent(message: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("kind", [Ours, Native], ids=["ours", "native"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(Ours, id="ours", marks=pytest.mark.slow), pytest.param(Native, id="native")]
+)
 def test_contexts_are_filled_and_timed(kind):
     """A cache does not hold the context it is listed under, or differs by how it was filled."""
     way = kind(small_config(16, max_rollback=8))

@@ -11,6 +11,7 @@ from dspark_hf import DSparkAssistantModel, Request, generate_stream
 from tests.generation.frequencies import PROMPT, small_target, smallest_p_value, untrained_drafter
 from tests.generation.prompts import ragged_prompts
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 12
@@ -25,8 +26,20 @@ def _broken(target: Any, value: float, place: str = "markov_head.markov_w2.weigh
     return drafter
 
 
-@pytest.mark.parametrize("value", [INFINITE, -INFINITE, NO_NUMBER])
-@pytest.mark.parametrize("scheduler", ["adaptive", "fixed", "threshold"])
+@pytest.mark.parametrize(
+    ("scheduler", "value"),
+    [
+        ("adaptive", NO_NUMBER),
+        ("fixed", INFINITE),
+        ("threshold", -INFINITE),
+        slow("adaptive", INFINITE),
+        slow("adaptive", -INFINITE),
+        slow("fixed", -INFINITE),
+        slow("fixed", NO_NUMBER),
+        slow("threshold", INFINITE),
+        slow("threshold", NO_NUMBER),
+    ],
+)
 def test_sampling_goes_on(scheduler, value):
     """A drafter with one infinite weight ends a sampled call with words about a probability tensor."""
     target = tiny_target()

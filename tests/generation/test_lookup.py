@@ -34,6 +34,7 @@ from tests.generation.frequencies import (
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 40
@@ -82,7 +83,7 @@ _PROFILED = ("hardware_aware", "asynchronous")
 @pytest.mark.parametrize(
     ("scheduler", "num_rows"),
     [
-        pytest.param(name, rows, marks=[pytest.mark.slow] if name in _PROFILED and rows > 1 else [])
+        (pytest.param if (rows > 1) == (name in ("fixed", "adaptive")) else slow)(name, rows)
         for name in SCHEDULERS
         for rows in (1, 4)
     ],
@@ -201,7 +202,7 @@ def test_second_turn_over_a_kept_cache(drafts, num_rows):
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("drafts", SOURCES)
+@pytest.mark.parametrize("drafts", [slow("lookup"), "both"])
 def test_deepseek_v4(drafts):
     """A cache that takes few tokens back is asked to take back more, or rows of its own are mixed up."""
     target = tiny_model().eval()
@@ -255,7 +256,7 @@ class _Alternating(Schedule):
         return batch.cut(drafted.num_drafts)
 
 
-@pytest.mark.parametrize("drafts", SOURCES)
+@pytest.mark.parametrize("drafts", [slow("lookup"), "both"])
 @pytest.mark.parametrize("name", ["prefix-dependent", pytest.param("end of text", marks=pytest.mark.slow)])
 def test_sampled_text_keeps_the_distribution(drafts, name):
     """A draft that was looked up counts as drawn by the drafter, or a rejected one may come back as the bonus."""

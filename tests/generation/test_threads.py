@@ -20,6 +20,7 @@ from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.closeness import assert_same_up_to_rounding
 from tests.generation.prompts import ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NUM_THREADS = 3
@@ -81,7 +82,7 @@ def test_adapters_see_their_own_thread_s_passes():
         assert_same_up_to_rounding(states_of(adapter, others), theirs)
 
 
-@pytest.mark.parametrize("has_own_drafter", [True, False])
+@pytest.mark.parametrize("has_own_drafter", [slow(True), False])
 def test_texts_are_those_of_each_thread_alone(has_own_drafter, eager_switches):
     """Calls of `generate` in several threads fail, or write each other's text."""
     target = tiny_target()

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 @pytest.mark.parametrize(
     "points", [{(1, 128, 1): 0.1}, {(r, c, w): 0.1 * w for r in (1, 4) for c in (1, 9) for w in (1, 3)}]
 )
-@pytest.mark.parametrize("has_drafter", [False, True])
+@pytest.mark.parametrize("has_drafter", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_figure_is_drawn(points, has_drafter):
     """Costs cannot be drawn, with or without a drafter."""
     draft = CostCurves({(1, 128, 7): 0.1} if has_drafter else {})

@@ -33,6 +33,7 @@ from dspark_hf.generation.call.processors import ProcessorChain
 from dspark_hf.generation.call.sequences import Sequences
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 VOCAB_SIZE = 11
@@ -178,7 +179,7 @@ def test_nothing_is_asked_behind_an_end():
     assert scores[0, :, 0].tolist() == [-1, -1, 0, 0]
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [slow(1), 3])
 @pytest.mark.parametrize(
     "options",
     [

@@ -135,7 +135,7 @@ def target():
 
 
 # every kind of cache and of positions
-QUICK_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "gemma4_text", "gpt2")
+QUICK_FAMILIES = ("llama", "gemma3_text", "gemma4_text", "gpt2")
 
 
 @pytest.mark.parametrize(

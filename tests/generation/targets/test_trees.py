@@ -24,7 +24,11 @@ WIDTH = 18
 # GPT-2 has learned positions; Gemma 4 layers that share keys and values
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt2")
 # Gemma 2 caps its attention scores, which SDPA cannot
-CASES = [(family, "sdpa") for family in FAMILIES if family != "gemma2"]
+CASES = [
+    slow(family, "sdpa") if family in ("mistral", "qwen3") else (family, "sdpa")
+    for family in FAMILIES
+    if family != "gemma2"
+]
 CASES += [((family, "eager") if family in ("llama", "gemma2") else slow(family, "eager")) for family in FAMILIES]
 
 

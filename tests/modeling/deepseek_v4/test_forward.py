@@ -16,7 +16,8 @@ CHANGES = [
     slow({"rope_scaling": None}),
     slow({"cache_dtype": "fp8"}),
     slow({"indexer_dtype": "fp4"}),
-    {"indexer_dtype": "fp4", "cache_dtype": "fp8", "index_head_dim": 64, "index_topk": 3},
+    {"indexer_dtype": "fp4", "cache_dtype": "fp8"},
+    slow({"indexer_dtype": "fp4", "cache_dtype": "fp8", "index_head_dim": 64, "index_topk": 3}),
     {"norm_topk_prob": False, "swiglu_limit": 0.5},
     {"compress_ratios": [8, 4, 4, 8, 4], "num_hash_layers": 0, "index_topk": 3, "sliding_window": 5},
 ]

@@ -44,7 +44,7 @@ def test_a_drafter_changes_no_token(seed, num_rows):
     _check_greedy(seed, num_rows, 30)
 
 
-@pytest.mark.parametrize(("cache_dtype", "num_rows"), [("fp8", 4), (None, 1), slow("fp8", 1), slow(None, 4)])
+@pytest.mark.parametrize(("cache_dtype", "num_rows"), [("fp8", 4), slow(None, 1), slow("fp8", 1), slow(None, 4)])
 def test_a_drafter_changes_no_token_with_rounded_keys(num_rows, cache_dtype):
     """Keys that are rounded in the cache make a verify pass see other entries than plain decoding."""
     _check_greedy(

@@ -161,7 +161,11 @@ def test_own_names_are_understood(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [pytest.param({}, id="kept"), pytest.param({"dtype": torch.float32}, id="dequantized")]
+    "options",
+    [
+        pytest.param({}, id="kept", marks=pytest.mark.slow),
+        pytest.param({"dtype": torch.float32}, id="dequantized"),
+    ],
 )
 def test_disk(checkpoints, tmp_path, options):
     """Layers on disk compute something else, or the weights of another run."""

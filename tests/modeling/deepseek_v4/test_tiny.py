@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dspark_hf import DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
+from tests.thinning import mostly_slow
 
 BF16, F32, I64 = torch.bfloat16, torch.float32, torch.int64
 HIDDEN, HEADS, HEAD, LATENT, GROUPS, O_RANK, WIDTH, EXPERTS = 128, 4, 64, 64, 2, 32, 64, 8
@@ -227,7 +228,7 @@ def test_formats_hold_the_same_weights(folders):
         assert (found - wanted).norm() < step * wanted.norm()
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "plain"])
+@pytest.mark.parametrize("name", mostly_slow([*FORMATS, "plain"], ("fp4", "plain")))
 def test_target_loads_and_generates(folders, name):
     """The target's weights do not fit our model, or its logits are no numbers."""
     stored = {key: value for key, value in _read(folders[name]).items() if not key.startswith("mtp.")}

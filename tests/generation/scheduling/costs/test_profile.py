@@ -20,6 +20,7 @@ from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.generation.scheduling.costs.workload import StepTimer
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.prompts import ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 BLOCK_SIZE = 5
@@ -337,8 +338,10 @@ def test_absent_profiles_cost_a_look(measured, monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("name", ["hardware_aware", "asynchronous"])
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    [("hardware_aware", 3), ("asynchronous", 1), slow("hardware_aware", 1), slow("asynchronous", 3)],
+)
 def test_measuring_changes_no_text(name, num_rows, monkeypatch):
     """What is sampled depends on whether a profile was there, or greedy text is not that of plain `generate`."""
     target = tiny_target()
