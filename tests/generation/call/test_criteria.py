@@ -15,6 +15,7 @@ from transformers import MaxTimeCriteria, PreTrainedTokenizerFast, StoppingCrite
 
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 24
@@ -74,7 +75,7 @@ def script(target, inputs):
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 7, 12])
-@pytest.mark.parametrize("accuracy", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("accuracy", [slow(0.0), 0.8, 1.0])
 def test_eos(target, inputs, script, offset, accuracy):
     """Generation runs past an EOS inside an accepted block, or stops before it."""
     eos = int(script[-1, inputs["input_ids"].shape[1] + offset])

@@ -15,6 +15,7 @@ from tests.generation.drafters import ScriptedDrafter
 from tests.generation.frequencies import PROMPT, small_target, smallest_p_value, untrained_drafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 24
@@ -189,7 +190,7 @@ def test_constraint_with_a_memory():
 @pytest.mark.parametrize("ends", [[], list(range(20, 24)), list(range(20, 50))], ids=["none", "some", "many"])
 @pytest.mark.parametrize("stops", [None, [30, 24, 27]], ids=["", "criterion"])
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("returns_dict", [False, True])
+@pytest.mark.parametrize("returns_dict", [slow(False), True])
 def test_every_call_is_the_one_without_a_drafter(num_rows, ends, stops, returns_dict):
     """A processor is called in another order, once too often, or with other text than without a drafter."""
     diaries = []
