@@ -126,11 +126,18 @@ def _gguf(folder: Path) -> Path:
     for name, value in (
         *(("block_count", 1), ("context_length", 64), ("embedding_length", 32), ("feed_forward_length", 32)),
         *(("head_count", 2), ("head_count_kv", 2), ("layer_norm_rms_eps", 1e-5), ("vocab_size", 16)),
-        *(("rope_freq_base", 1e4), ("tokenizer_model", "gpt2"), ("token_types", [1] * 16), ("token_merges", ["a b"])),
+        *(
+            ("rope_freq_base", 1e4),
+            ("tokenizer_model", "gpt2"),
+            ("token_types", [1] * 16),
+            ("token_merges", ["a b", "a c"]),
+        ),
         *(("bos_token_id", 1), ("eos_token_id", 2), ("unk_token_id", 0)),
     ):
         getattr(writer, f"add_{name}")(value)
-    writer.add_token_list([b"<unk>", b"<s>", b"</s>", b"ab", *(one.encode() for one in string.ascii_lowercase[:12])])
+    writer.add_token_list(
+        [b"<unk>", b"<s>", b"</s>", b"ab", b"ac", *(one.encode() for one in string.ascii_lowercase[:11])]
+    )
     shapes = {"token_embd": (16, 32), "output": (16, 32), "output_norm": (32,)}
     shapes |= {f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
     shapes |= {f"blk.0.ffn_{part}": (32, 32) for part in ("gate", "up", "down")}

@@ -33,7 +33,7 @@ def fingerprint(target: TargetAdapter) -> str | None:
     weight = getattr(target.model.get_input_embeddings(), "weight", None)
     if weight is None or weight.is_meta or not weight.is_floating_point():
         return None
-    rows = torch.linspace(0, target.vocab_size - 1, _NUM_ROWS).long().to(weight.device)
+    rows = torch.linspace(0, target.vocab_size - 1, _NUM_ROWS, device="cpu").long().to(weight.device)
     with torch.no_grad():
         # what released weights are stored in, so that a target read as fp32 stays the same
         values = weight[rows].to(device="cpu", dtype=torch.bfloat16).contiguous()

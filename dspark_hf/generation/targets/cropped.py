@@ -89,6 +89,7 @@ class SingleRowTarget:
                 f"others from {type(owner).__name__}. Generate without `assistant_model`."
             )
         num_tokens = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
+        self._check_covered(past_length + num_tokens)
         target_pass = self._run_prompt(inputs, num_tokens, past_length)
         self._check_filled(past_length + num_tokens)
         self._finish_prefill()
@@ -106,6 +107,15 @@ class SingleRowTarget:
 
     def _trim(self) -> None:
         self._cache.crop(0)
+
+    def _check_covered(self, length: int) -> None:
+        mask = self._kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] > length:
+            # transformers 5.17: Phi-3 drops the cache, and yet reads only what the cache did not hold
+            raise ValueError(
+                f"`{CACHE_KEY}` must be left out here when a drafter assists: {type(self._model).__name__} drops it, "
+                f"and reads {length} of {mask.shape[1]} tokens. Leave it out."
+            )
 
     def _check_filled(self, length: int) -> None:
         held = int(self._cache.get_seq_length())

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 
 from dspark_hf import DSparkAssistantModel
@@ -74,7 +76,10 @@ def test_prompts_beyond_the_switch(kind, lengths):
     """A long prompt, after which the embedding stays as it is, is refused or not continued as without a drafter."""
     target = _target(kind)
     inputs = ragged_prompts(len(lengths), lengths=lengths)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    try:
+        plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    except UnboundLocalError:
+        pytest.skip("transformers 5.17 cannot decode embeddings that switch layer by layer")
     drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.7)
     assert torch.equal(target.generate(**inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter), plain)
     assert drafter.last_statistics.num_accepted > 0
@@ -123,5 +128,10 @@ def test_caches_that_phi3_computes_anew(past_length):
         if past_length:
             options[CACHE_KEY] = DynamicCache(config=target.config)
             target(inputs["input_ids"][:, :past_length], **{CACHE_KEY: options[CACHE_KEY]})
+        if assistant is not None and past_length and Version(transformers.__version__) < Version("5.24"):
+            # plain reads a part of the prompt only, and calls it the whole
+            with pytest.raises(ValueError, match="must be left out here when a drafter assists"):
+                target.generate(**inputs, **options, assistant_model=assistant)
+            return
         texts.append(target.generate(**inputs, **options, assistant_model=assistant))
     assert torch.equal(*texts)
