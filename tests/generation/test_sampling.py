@@ -82,7 +82,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 _REDUCED_CASES = ("top-k", "repetition penalty", "mixture", "confidence threshold", "end of text")
 _SLOW_REDUCED_CASES = ("top-k", "repetition penalty", "confidence threshold")
 # the mixture holds three of those left out, and the others reach the drafts the same way
-_QUICK_CASES = ("mixture", "one draft per round", "confidence threshold")
+_QUICK_CASES = ("mixture", "top-k", "min-p", "one draft per round", "confidence threshold")
 OPTION_CASES = [(pytest.param if name in _QUICK_CASES else slow)(name, "vanilla") for name in OPTIONS] + [
     (slow if name in _SLOW_REDUCED_CASES else pytest.param)(name, "reduced vocabulary, rnn") for name in _REDUCED_CASES
 ]
