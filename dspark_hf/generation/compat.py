@@ -44,11 +44,6 @@ def explicit_knob(generation_config: GenerationConfig, name: str) -> Any:
     return getattr(generation_config, name) if is_set(generation_config, name) else None
 
 
-def scheduler_of_call(generation_config: GenerationConfig) -> Any:
-    """Return what the user passed to `generate` as `scheduler=`, or None."""
-    return getattr(generation_config, SCHEDULER, None)
-
-
 def user_function(processor: Any) -> Any:
     """Return the `prefix_allowed_tokens_fn` of a `PrefixConstrainedLogitsProcessor`."""
     return processor._prefix_allowed_tokens_fn

@@ -81,14 +81,14 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
     for name, (lowest, highest) in _INTEGERS.items():
         value = fields[name]
         if not (value is None and name in _OPTIONAL):
-            is_right = _is_integer(value) and lowest <= value <= highest
+            is_right = is_integer(value) and lowest <= value <= highest
             require(is_right, name, f"be an integer in [{lowest}, {highest}]{_HINTS.get(name, '')}", value)
     for name in _FLAGS:
         is_right = isinstance(fields[name], bool) or (fields[name] is None and name in _OPTIONAL)
         require(is_right, name, "be true or false", fields[name])
     for name, allows_zero in _NUMBERS.items():
         value = fields[name]
-        is_right = _is_finite(value) and (value >= 0 if allows_zero else value > 0)
+        is_right = is_finite(value) and (value >= 0 if allows_zero else value > 0)
         require(is_right, name, f"be a finite number {'of at least 0' if allows_zero else 'above 0'}", value)
     for name, choices in _CHOICES.items():
         require(
@@ -100,9 +100,7 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
     for name in ("base_model_name_or_path", "target_fingerprint"):
         require(fields[name] is None or isinstance(fields[name], str), name, "be text or left out", fields[name])
     cap = fields["final_logit_softcapping"]
-    require(
-        cap is None or (_is_finite(cap) and cap >= 0), "final_logit_softcapping", "be None or a finite number", cap
-    )
+    require(cap is None or (is_finite(cap) and cap >= 0), "final_logit_softcapping", "be None or a finite number", cap)
     for name in ("rope_parameters", "backbone_config"):
         require(
             fields[name] is None or isinstance(fields[name], dict), name, "be a dictionary or left out", fields[name]
@@ -124,7 +122,7 @@ def _check_rope(parameters: dict[str, Any] | None) -> None:
     require(is_known, "rope_parameters", f"have a `rope_type` of {_ROPE_TYPES}", parameters)
     given = [name for name in ("rope_theta", *_ROPE_NUMBERS) if parameters.get(name) is not None]
     for name in (*_ROPE_NEEDS.get(kind, ()), *given):
-        is_right = _is_finite(parameters.get(name)) and parameters[name] > 0
+        is_right = is_finite(parameters.get(name)) and parameters[name] > 0
         require(is_right, "rope_parameters", f"have a finite `{name}` above 0", parameters)
     share = parameters.get("partial_rotary_factor")
     require(share is None or share <= 1, "rope_parameters", "have a `partial_rotary_factor` of at most 1", parameters)
@@ -135,7 +133,7 @@ def _check_ids(name: str, ids: Any) -> None:
         return
     is_sequence = isinstance(ids, (list, tuple, range))
     require(
-        is_sequence and all(_is_integer(layer_id) for layer_id in ids),
+        is_sequence and all(is_integer(layer_id) for layer_id in ids),
         name,
         "be a list of integers",
         ids,
@@ -148,32 +146,34 @@ def _check_temperatures(temperatures: Any, block_size: int) -> None:
     is_right = (
         isinstance(temperatures, (list, tuple))
         and len(temperatures) == block_size
-        and all(_is_finite(value) and value > 0 for value in temperatures)
+        and all(is_finite(value) and value > 0 for value in temperatures)
     )
     require(is_right, "sts_temperatures", f"be {block_size} positive numbers (block_size)", temperatures)
 
 
 def _check_vocabulary(fields: Mapping[str, Any]) -> None:
     size, mask, drafts = fields["vocab_size"], fields["mask_token_id"], fields["draft_vocab_size"]
-    require(_is_integer(mask) and 0 <= mask < size, "mask_token_id", f"lie in [0, {size - 1}]", mask)
-    is_right = drafts is None or (_is_integer(drafts) and 1 <= drafts <= size)
+    require(is_integer(mask) and 0 <= mask < size, "mask_token_id", f"lie in [0, {size - 1}]", mask)
+    is_right = drafts is None or (is_integer(drafts) and 1 <= drafts <= size)
     require(is_right, "draft_vocab_size", f"lie in [1, {size}]", drafts)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Return whether a field's value is a whole number."""
     # true and false are integers to Python
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Return whether a field's value is a number that is not absurdly large."""
     # of an integer too large for a float there is no finite one
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and abs(value) < 1e30 and math.isfinite(value)
 
 
-def require(holds: bool, name: str, rule: str, value: Any) -> None:
+def require(holds: bool, name: str, rule: str, value: Any, whose: str = "drafter") -> None:
     """Raise a `ValueError` that names a field, its rule and its value unless `holds`."""
     if not holds:
         shown = repr(value)
         shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
-        raise ValueError(f"`{name}` must {rule}, got {shown}. Correct it in the drafter's configuration.")
+        raise ValueError(f"`{name}` must {rule}, got {shown}. Correct it in the {whose}'s configuration.")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+from dspark_hf.modeling import configuration_checks
+from dspark_hf.modeling.configuration_checks import is_finite, is_integer
+
+require = partial(configuration_checks.require, whose="model")
 
 # far above every release, and low enough that a wrong number does not ask for terabytes or spin for hours
 _MOST_LAYERS = 1024
@@ -66,9 +71,9 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
         if fields[name] is not None:
             _check_integer(name, fields[name], bounds)
     for name in _POSITIVE:
-        require(_is_finite(fields[name]) and fields[name] > 0, name, "be a finite number above 0", fields[name])
+        require(is_finite(fields[name]) and fields[name] > 0, name, "be a finite number above 0", fields[name])
     for name in _NOT_NEGATIVE:
-        require(_is_finite(fields[name]) and fields[name] >= 0, name, "be a finite number, at least 0", fields[name])
+        require(is_finite(fields[name]) and fields[name] >= 0, name, "be a finite number, at least 0", fields[name])
     for name in _FLAGS:
         require(isinstance(fields[name], bool), name, "be true or false", fields[name])
     _check_integers("compress_ratios", fields["compress_ratios"], 0, _WIDEST, 2 * _MOST_LAYERS)
@@ -84,36 +89,17 @@ def check_rope_scaling(scaling: Any) -> None:
     require(kind == "yarn", "rope_scaling", "be of the type 'yarn', or None", scaling)
     for name in (*_YARN, *(name for name in _YARN_OPTIONAL if name in scaling)):
         value = scaling.get(name)
-        require(_is_finite(value) and value > 0, "rope_scaling", f"have a number above 0 as its {name!r}", scaling)
-
-
-def require(holds: bool, name: str, rule: str, value: Any) -> None:
-    """Raise a `ValueError` that names a field, its rule and its value unless `holds`."""
-    if not holds:
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
-        raise ValueError(f"`{name}` must {rule}, got {shown}. Correct it in the model's configuration.")
+        require(is_finite(value) and value > 0, "rope_scaling", f"have a number above 0 as its {name!r}", scaling)
 
 
 def _check_integer(name: str, value: Any, bounds: tuple[int, int]) -> None:
     lowest, highest = bounds
-    is_right = _is_integer(value) and lowest <= value <= highest
+    is_right = is_integer(value) and lowest <= value <= highest
     require(is_right, name, f"be an integer in [{lowest}, {highest}]", value)
 
 
 def _check_integers(name: str, values: Any, lowest: int, highest: int, most: int) -> None:
     if values is not None:
         is_right = isinstance(values, (list, tuple, range)) and len(values) <= most
-        is_right = is_right and all(_is_integer(value) and lowest <= value <= highest for value in values)
+        is_right = is_right and all(is_integer(value) and lowest <= value <= highest for value in values)
         require(is_right, name, f"be a list of at most {most} integers in [{lowest}, {highest}]", values)
-
-
-def _is_integer(value: Any) -> bool:
-    # true and false are integers to Python
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # an integer may be too large for a float
-    return is_number and abs(value) < 1e30 and math.isfinite(value)
