@@ -193,7 +193,8 @@ class CallRows:
             self._sequences.append(row, new_tokens[index][: counts[index]])
             if self._recorder.returns_dict:
                 self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
-            self.statistics.add_tokens(row, [i < num_accepted[index] for i in range(counts[index])])
+            source = "model" if record is None else record.drafts_of(index)[0]
+            self.statistics.add_tokens(row, counts[index], num_accepted[index], source)
         if self._streams:
             self._stream.flush(self._stopped_at if self._rules.pads_finished_rows else {})
         if record is not None:

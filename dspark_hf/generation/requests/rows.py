@@ -128,8 +128,11 @@ class RequestRow:
         scores = self.scores(drafted, logits[:, None])[:, 0]
         return fill_empty(scores, self._eos_token_ids)
 
-    def commit(self, tokens: Tensor, num_accepted: int, can_be_drawn: bool) -> int:
-        """Append `tokens` `(n,)` up to where the row stops. Returns how many that are: none once it has failed."""
+    def commit(self, tokens: Tensor, num_accepted: int, source: str, can_be_drawn: bool) -> int:
+        """Append `tokens` `(n,)`, accepted drafts of `source` first, up to where the row stops.
+
+        Returns how many that are: none once it has failed.
+        """
         if self.is_sampling and not can_be_drawn and self.error is None:
             self.error = ValueError("`logits_processor` must leave a token that can be sampled, got none.")
         if self.error is not None:
@@ -140,7 +143,7 @@ class RequestRow:
             count = stop or len(tokens)
             self.is_finished = stop is not None
             self.sequences.append(0, tokens[:count])
-            self.statistics.add_tokens(0, [i < num_accepted for i in range(count)])
+            self.statistics.add_tokens(0, count, num_accepted, source)
             self._stream.flush({})
         return count
 
@@ -243,9 +246,10 @@ class RequestRows:
         if any(row.is_sampling for row in self.rows):
             drawn = _can_be_drawn(scores).tolist()
         num_accepted = [0] * len(self.rows) if record is None else record.num_accepted
+        sources = ["model" if record is None else record.drafts_of(i)[0] for i in range(len(self.rows))]
         num_kept = [
             # what stands behind the first rejected draft was not drawn from
-            row.commit(new_tokens[i], num_accepted[i], all(drawn[i][: num_accepted[i] + 1]))
+            row.commit(new_tokens[i], num_accepted[i], sources[i], all(drawn[i][: num_accepted[i] + 1]))
             for i, row in enumerate(self.rows)
         ]
         if record is not None:
