@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 
 from dspark_hf.cli.calibrate import calibrate
+from dspark_hf.cli.chat import chat
 from dspark_hf.cli.command import PackageCommand
 from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import DRAFTERS, demo
 from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.export import export
+from dspark_hf.cli.generate import generate
 from dspark_hf.cli.profile import profile
 from dspark_hf.cli.tiny_v4 import tiny_v4
 from dspark_hf.cli.train import train
@@ -29,7 +31,7 @@ app = typer.Typer(
 )
 # without its drafters, as from an index, it has nothing to show by itself
 app.command(cls=PackageCommand, hidden=not DRAFTERS.is_dir())(demo)
-for command in (data, train, calibrate, profile, export):
+for command in (generate, chat, data, train, calibrate, profile, export):
     app.command(cls=PackageCommand)(command)
 # arithmetic on a configuration: no model, hence not the package
 app.command()(estimate)
