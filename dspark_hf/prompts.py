@@ -145,7 +145,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, template_options: Mapping[str,
     """Return the token ids of a prompt, `(T,)` int64, at least one.
 
     Messages go through the tokenizer's chat template, up to where the answer starts, which is told the
-    `template_options`; a tokenizer without one gets their text. Raw text gets the tokenizer's own special tokens; text that yields no token becomes the BOS token.
+    `template_options`; a tokenizer without one gets their text. Raw text gets the tokenizer's own special tokens; text
+    that yields no token becomes the BOS token.
 
     Raises:
         ValueError: if nothing is left to start from, or the template cannot write these messages.

@@ -47,8 +47,8 @@ class Parting:
         apart = "a tie" if self.num_steps == 0 else f"{self.num_steps:.0f} rounding steps of {self.step:g} apart"
         chosen = "" if self.is_between_best else "; the texts went on with others than these two"
         return (
-            f"They part after {self.index} tokens, where the target's two best were {first} ({self.logits[0]:.3f}) and "
-            f"{second} ({self.logits[1]:.3f}): {apart}{chosen}."
+            f"They part after {self.index} tokens, where the target's two best were {first} ({self.logits[0]:.3f}) "
+            f"and {second} ({self.logits[1]:.3f}): {apart}{chosen}."
         )
 
 

@@ -31,8 +31,8 @@ def read_template_options(tokenizer: Any, pairs: Sequence[str], thinking: bool |
     for key in options:
         if key not in names:
             raise ValueError(
-                f"`--template-option` must name something that the target's chat template asks for, got {key!r}, which "
-                "is not in it. Leave it out, or correct it."
+                f"`--template-option` must name something that the target's chat template asks for, got {key!r}, "
+                "which is not in it. Leave it out, or correct it."
             )
     if thinking is None:
         return options
