@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dspark_hf.cli.hints import say_next
+
 # part of the repository, not of the installed package
 DRAFTERS = Path(__file__).parents[2] / "drafters"
 
@@ -47,6 +49,7 @@ def demo(
     from dspark_hf.demo.packaged import UnavailableError
     from dspark_hf.loading import check_slip, read_drafter_config
 
+    console = Console()
     try:
         if drafter is not None:
             read_drafter_config(drafter)
@@ -64,7 +67,7 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        is_right = run_demo(options, Console())
+        is_right = run_demo(options, console)
     except UnavailableError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
@@ -72,3 +75,4 @@ def demo(
         raise typer.BadParameter(str(error)) from error
     if not is_right:
         raise typer.Exit(1)
+    say_next(console, "chat", *((target, "--drafter", str(drafter)) if target is not None else (model.value,)))

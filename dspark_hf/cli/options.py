@@ -30,6 +30,8 @@ class Attention(str, Enum):
 MODELS = "Models"
 PROMPT = "Prompt"
 WRITING = "Writing"
+FIT = "Fit"
+MEASURING = "Measuring"
 OUTPUT = "Output"
 
 # options of every command that answers somebody

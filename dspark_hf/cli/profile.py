@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from dspark_hf.cli.hints import say_next
 from dspark_hf.cli.options import Attention, Dtype
 from dspark_hf.console import progress_bar, say
 
@@ -99,6 +100,7 @@ def profile(
                 f"`--figure` must be a file that can be written, got {str(figure)!r}. Name another. ({error})"
             ) from error
         say(console, f"Figure: {figure}")
+    say_next(console, "chat", target, *(() if drafter is None else ("--drafter", drafter)))
 
 
 def _check_request(

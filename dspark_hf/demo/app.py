@@ -48,8 +48,8 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.num_prompts <= MOST_PROMPTS:
             raise ValueError(
-                f"`--num-prompts` must lie in [1, {MOST_PROMPTS}], got {self.num_prompts}. Lower it: there are no more "
-                "of each kind."
+                f"`--num-prompts` must lie in [1, {MOST_PROMPTS}], got {self.num_prompts}. Lower it: there are no "
+                "more of each kind."
             )
         if self.target is not None and self.drafter is None:
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -175,8 +176,10 @@ class Chat:
         self._say(f"Loaded: {len(self._conversation.turns) // 2} questions with their answers.")
 
     def _help(self, _: str) -> None:
+        table = Table.grid(padding=(0, 2))
         for name, (argument, meaning) in COMMANDS.items():
-            self._notes.print(Text(f"{name} {argument}".ljust(16) + meaning), highlight=False)
+            table.add_row(Text(f"{name} {argument}", style="bold"), Text(meaning))
+        self._notes.print(table)
         self._say("Ctrl-C stops an answer; Alt-Enter begins a new line; // begins a question with a slash.")
 
     def _fail(self, message: str) -> None:

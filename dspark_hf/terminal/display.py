@@ -48,6 +48,7 @@ class ReplyView:
         self._console = console
         self._note = note
         self._open = Text()
+        self._has_text = False
         self._shown = 0.0
         is_live = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(console=console, auto_refresh=False, transient=True) if is_live else None
@@ -64,13 +65,15 @@ class ReplyView:
         if self._live is not None:
             self._live.update(Text(), refresh=True)
             self._live.stop()
-            self._console.print(self._open)
-        else:
+            if self._has_text:
+                self._console.print(self._open)
+        elif self._has_text:
             self._write("\n")
 
     def show(self, piece: str, source: str) -> None:
         """Append a piece of text; the model's own words command no terminal."""
         text = printable(piece)
+        self._has_text = True
         if self._live is None and self._console.is_terminal:
             self._console.print(Text(text, style=STYLES[source]), end="", soft_wrap=True)
         elif self._live is None:

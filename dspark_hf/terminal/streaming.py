@@ -32,7 +32,10 @@ class TextPieces:
         piece = self.rest()
         if piece.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        self._start, self._open = self._open, len(self._ids)
+        if piece:
+            self._start = self._open
+        # a token without text, such as a special one, is no start: the space behind it belongs to the text before
+        self._open = len(self._ids)
         return piece
 
     def rest(self) -> str:

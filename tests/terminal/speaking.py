@@ -12,6 +12,7 @@ from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.terminal.replies import Speaker, Writing
 from tests.tiny import VOCAB_SIZE, tiny_target
 
+NEW_TOKENS = 16
 TEMPLATE = (
     "{% if enable_thinking %}w9 {% endif %}{% for message in messages %}{{ message['role'] }} "
     "{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w8{% endif %}"
@@ -22,7 +23,7 @@ def word_tokenizer(*, has_template: bool = True) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose words are `w4` to `w63`, and the roles of a chat."""
     words = {f"w{index}": index for index in range(VOCAB_SIZE)}
     words |= {"user": 5, "assistant": 6, "system": 7}
-    tokenizer = Tokenizer(models.WordLevel({word: index for word, index in words.items()}, unk_token="w3"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w3")
     if has_template:
@@ -38,4 +39,4 @@ def speaker(**writing: Any) -> Speaker:
         drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=5)
     # no clock decides, so that every run is the same
     drafter.scheduler = "fixed"
-    return Speaker(word_tokenizer(), target, drafter.eval(), Writing(**{"max_new_tokens": 24, **writing}))
+    return Speaker(word_tokenizer(), target, drafter.eval(), Writing(**{"max_new_tokens": NEW_TOKENS, **writing}))

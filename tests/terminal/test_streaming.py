@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dspark_hf.terminal.streaming import SourceStreamer, TextPieces
-from tests.terminal.speaking import speaker
+from tests.terminal.speaking import NEW_TOKENS, speaker, word_tokenizer
 
 TEXT = "naïve  漢字\n\t👩‍👩‍👧 x"
 
@@ -44,6 +44,13 @@ def test_pieces_make_the_text(kind):
     assert "".join(tokenizer.decode([token_id]) for token_id in token_ids) != whole
 
 
+def test_a_special_token_takes_no_space_away():
+    """Words around a special token, which is not shown, stick together."""
+    tokenizer = word_tokenizer()
+    pieces = TextPieces(tokenizer)
+    assert "".join(map(pieces.add, [0, 9, 0, 0, 10, 11])) == "w9 w10 w11"
+
+
 def test_half_a_character_at_the_end_is_shown():
     """A text that is cut within a character ends before it in the terminal, and not in the output."""
     tokenizer = _bytes_tokenizer()
@@ -63,7 +70,7 @@ def test_each_piece_has_its_source(is_assisted):
     one, shown = speaker(), []
     prompt = torch.tensor([9, 10, 11, 9, 10])
     reply = one.reply(prompt, lambda piece, source: shown.append((piece.strip(), source)), is_assisted=is_assisted)
-    plain = one.target.generate(prompt[None], max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
+    plain = one.target.generate(prompt[None], max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt) :].tolist()
     assert reply.token_ids == plain
     assert [piece for piece, _ in shown] == one.tokenizer.decode(plain).split()
     assert [source for _, source in shown] == reply.sources
