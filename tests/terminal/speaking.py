@@ -13,6 +13,7 @@ from dspark_hf.terminal.replies import Speaker, Writing
 from tests.tiny import VOCAB_SIZE, tiny_target
 
 NEW_TOKENS = 16
+_ROLES = {"user": 5, "assistant": 6, "system": 7}
 TEMPLATE = (
     "{% if enable_thinking %}w9 {% endif %}{% for message in messages %}{{ message['role'] }} "
     "{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w8{% endif %}"
@@ -21,8 +22,7 @@ TEMPLATE = (
 
 def word_tokenizer(*, has_template: bool = True) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose words are `w4` to `w63`, and the roles of a chat."""
-    words = {f"w{index}": index for index in range(VOCAB_SIZE)}
-    words |= {"user": 5, "assistant": 6, "system": 7}
+    words = {f"w{index}": index for index in range(VOCAB_SIZE) if index not in _ROLES.values()} | _ROLES
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w3")
