@@ -30,7 +30,7 @@ DEMO_PROMPTS = {
     "correction": (
         "Correct the spelling of this text and give the whole text back:\n\n"
         "The old lighthouse stands at the end of the harbour. Every evening the keeper climbs the narow stairs and "
-        "lights the lamp. Fishermen see the lamp from far away and find the way home. In winter the wind is so strong "
+        "lights the lamp. Fishermen see it from far away and find thier way home. In winter the wind is so strong "
         "that the keeper stays in the lighthouse for many days.",
         "Correct the grammar of this text and give the whole text back:\n\n"
         "Our library opens at nine in the morning and close at six in the evening. Members may borrow five books for "
