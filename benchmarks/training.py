@@ -77,12 +77,12 @@ def _trainer(target: Any, conversations: list[Conversation], layers: int, option
     )
     trainer = DSparkTrainer(drafter, target, arguments, conversations)
     _keep_states(trainer)
-    trainer.model.train()
     return trainer
 
 
 def _keep_states(trainer: DSparkTrainer) -> None:
-    compute, kept = trainer._states.get, {}  # type: ignore[var-annotated]
+    compute = trainer._states.get
+    kept: dict[Any, TargetStates] = {}
 
     def get(sequences: list[Tensor]) -> TargetStates:
         key = tuple(tuple(one.tolist()) for one in sequences)
@@ -96,11 +96,14 @@ def _keep_states(trainer: DSparkTrainer) -> None:
 def _round(trainer: DSparkTrainer) -> float:
     """Return the processor's seconds for a forward and a backward pass over every conversation."""
     start = process_time()
-    for index in range(len(trainer.train_dataset)):
+    dataset: Any = trainer.train_dataset
+    drafter: Any = trainer.model
+    drafter.train()
+    for index in range(len(dataset)):
         with trainer.accelerator.autocast():
-            loss = trainer.compute_loss(trainer.model, collate([trainer.train_dataset[index]]))
+            loss = trainer.compute_loss(drafter, collate([dataset[index]]))
         loss.backward()
-    trainer.model.zero_grad()
+    drafter.zero_grad()
     return process_time() - start
 
 

@@ -46,7 +46,7 @@ class TargetHead:
     cap: float | None = None
 
     def products(self, hidden_states: Tensor) -> Tensor:
-        """Return the products `(P, V)` of hidden states `(P, D)` with the head, in its dtype; `finish` makes logits."""
+        """Return the products `(P, V)` of hidden states `(P, D)` with the head's weight, in its dtype."""
         return hidden_states.to(self.weight.dtype) @ self.weight.T
 
     def finish(self, products: Tensor) -> Tensor:
