@@ -23,7 +23,7 @@ def open_asking(commands: Sequence[str], history: Path | None, say: Callable[[st
         history: file that remembers lines beyond this chat; None: this chat alone.
         say: told once if the terminal offers less than it could.
     """
-    if not sys.stdin.isatty():
+    if not is_interactive():
         return _read_pipe
     if find_spec("prompt_toolkit") is None:
         say('Without history and completion: pip install "dspark-hf[chat]" brings them.')
@@ -32,6 +32,11 @@ def open_asking(commands: Sequence[str], history: Path | None, say: Callable[[st
             import readline  # noqa: F401
         return lambda: input(_PROMPT)
     return _open_session(commands, history)
+
+
+def is_interactive() -> bool:
+    """Return whether somebody types and reads; a prompt sign has no place in a pipe."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _read_pipe() -> str:

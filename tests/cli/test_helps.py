@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dspark_hf.cli.main import app
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
 
 
+@cache
 def _help(command: str) -> str:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
     assert result.exit_code == 0

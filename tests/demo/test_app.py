@@ -27,7 +27,7 @@ def pair(tmp_path_factory):
 def _shown(pair, **options) -> tuple[str, bool]:
     target, drafter = map(str, pair)
     file = io.StringIO()
-    given = {"dtype": "fp32", "max_new_tokens": 8, "num_runs": 1, **options}
+    given = {"dtype": "fp32", "max_new_tokens": 5, "num_runs": 1, **options}
     is_right = run_demo(DemoOptions(target=target, drafter=drafter, **given), Console(file=file, width=80))
     return file.getvalue(), is_right
 

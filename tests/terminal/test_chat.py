@@ -134,7 +134,7 @@ def test_a_conversation_is_saved_and_goes_on(tmp_path):
     other = tmp_path / "other.json"
     for content in ("notes", "{}", '{"messages": [{"role": "user", "content": "w9"}]}'):
         other.write_text(content, encoding="utf-8")
-        notes = _talk("w9", f"/save {other}", f"/load {other}", "w10", one=one)[1]
+        notes = _talk(f"/save {other}", f"/load {other}", one=one)[1]
         assert " ".join(notes.split()).count("Name another.") == 2 and other.read_text(encoding="utf-8") == content
     assert "must be followed by a file's name" in _talk("/save")[1]
 
