@@ -33,28 +33,41 @@ class Asked:
         return self.model if self.model in PACKAGED and not Path(self.model).exists() else None
 
 
-def open_speaker(asked: Asked, writing: Writing, console: Console) -> Speaker:
-    """Return who answers; cheap checks come first.
+def open_tokenizer(asked: Asked, console: Console) -> tuple[str, Any]:
+    """Return the target's folder or hub name and its tokenizer, after all checks that need no weights.
 
     Raises:
-        ValueError: if a model cannot be read, or the drafter does not fit.
+        ValueError: if a model cannot be read.
         UnavailableError: if the packaged model is not installed.
     """
     # imported here, so that the help is instant
     from dspark_hf.console import quiet_transformers
     from dspark_hf.demo.packaged import converted_target
-    from dspark_hf.generation.targets.adapter import TargetAdapter
-    from dspark_hf.loading import check_slip, load_target, load_tokenizer, read_drafter_config
-    from dspark_hf.prompts import end_token_id, has_chat_template
-    from dspark_hf.terminal.replies import Speaker
+    from dspark_hf.loading import check_slip, load_tokenizer, read_drafter_config
 
     if asked.drafter is not None:
         read_drafter_config(asked.drafter)
     if asked.packaged is None:
         check_slip(asked.model, "MODEL")
+        return asked.model, load_tokenizer(asked.model, "MODEL")
+    with console.status("Looking for the model (the first time, its weights are converted) ..."), quiet_transformers():
+        folder = str(converted_target(asked.packaged))
+    return folder, load_tokenizer(folder, "MODEL")
+
+
+def open_speaker(asked: Asked, folder: str, tokenizer: Any, writing: Writing, console: Console) -> Speaker:
+    """Return who answers: the target of `folder` with its drafter.
+
+    Raises:
+        ValueError: if a model cannot be read, or the drafter does not fit.
+    """
+    from dspark_hf.console import quiet_transformers
+    from dspark_hf.generation.targets.adapter import TargetAdapter
+    from dspark_hf.loading import load_target
+    from dspark_hf.prompts import end_token_id, has_chat_template
+    from dspark_hf.terminal.replies import Speaker
+
     with console.status("Loading the models ..."), quiet_transformers():
-        folder = asked.model if asked.packaged is None else str(converted_target(asked.packaged))
-        tokenizer = load_tokenizer(folder, "MODEL")
         target = load_target(folder, dtype=asked.dtype, device=asked.device, option="MODEL")
         drafter = drafter_for(target, asked)
         drafter.check_target(TargetAdapter(target, drafter.target_layer_ids))

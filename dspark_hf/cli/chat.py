@@ -36,7 +36,7 @@ def chat(
 ) -> None:
     """Talk to a model, tokens coloured by who gave them. From a pipe, each line is a question."""
     # imported here, so that the help is instant
-    from dspark_hf.cli.answering import Asked, check_sampling, describe, open_speaker
+    from dspark_hf.cli.answering import Asked, check_sampling, describe, open_speaker, open_tokenizer
     from dspark_hf.console import quiet_transformers, say
     from dspark_hf.demo.packaged import UnavailableError
     from dspark_hf.prompts import has_chat_template
@@ -52,12 +52,14 @@ def chat(
     try:
         check_sampling(temperature, top_p, seed)
         asked = Asked(model, drafter, dtype.value, device)
-        speaker = open_speaker(asked, Writing(max_new_tokens, temperature, top_p, seed), errors)
-        template_options = read_template_options(speaker.tokenizer, template_option or (), thinking)
-        conversation = Conversation(speaker.tokenizer, system, template_options)
+        folder, tokenizer = open_tokenizer(asked, errors)
+        template_options = read_template_options(tokenizer, template_option or (), thinking)
+        conversation = Conversation(tokenizer, system, template_options)
         if load is not None:
             conversation.load(load)
-        if not has_chat_template(speaker.tokenizer):
+        writing = Writing(max_new_tokens, temperature, top_p, seed)
+        speaker = open_speaker(asked, folder, tokenizer, writing, errors)
+        if not has_chat_template(tokenizer):
             say(notes, "This target has no chat template: it continues the text of all turns.")
         ask = open_asking(list(COMMANDS), history, lambda text: say(notes, text))
         if console.is_terminal and not as_json:

@@ -36,7 +36,7 @@ def generate(
 ) -> None:
     """Answer a prompt, tokens coloured by who gave them; into a pipe goes the text alone."""
     # imported here, so that the help is instant
-    from dspark_hf.cli.answering import Asked, check_sampling, describe, open_speaker, read_prompt
+    from dspark_hf.cli.answering import Asked, check_sampling, describe, open_speaker, open_tokenizer, read_prompt
     from dspark_hf.console import quiet_transformers, say
     from dspark_hf.demo.packaged import UnavailableError
     from dspark_hf.prompts import Prompt, encode_prompt
@@ -53,14 +53,12 @@ def generate(
         check_sampling(temperature, top_p, seed)
         asked = Asked(model, drafter, dtype.value, device)
         text = read_prompt(prompt)
-        speaker = open_speaker(asked, Writing(max_new_tokens, temperature, top_p, seed), notes)
-        conversation = Conversation(
-            speaker.tokenizer, system, read_template_options(speaker.tokenizer, template_option or (), thinking)
-        )
-        if raw:
-            token_ids = encode_prompt(Prompt(text=text), speaker.tokenizer)
-        else:
-            token_ids = conversation.encode(text)
+        folder, tokenizer = open_tokenizer(asked, notes)
+        template_options = read_template_options(tokenizer, template_option or (), thinking)
+        conversation = Conversation(tokenizer, system, template_options)
+        token_ids = encode_prompt(Prompt(text=text), tokenizer) if raw else conversation.encode(text)
+        writing = Writing(max_new_tokens, temperature, top_p, seed)
+        speaker = open_speaker(asked, folder, tokenizer, writing, notes)
         if console.is_terminal and not as_json:
             say(notes, describe(speaker, asked))
             notes.print(legend(sources_of(speaker.drafter)))
