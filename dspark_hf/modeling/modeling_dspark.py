@@ -207,7 +207,7 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         else:
             options = _options_for_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, hub_options)
-            tensors = load_tensors(pretrained_model_name_or_path, **hub_options)
+            tensors = load_tensors(pretrained_model_name_or_path, fields, **hub_options)
             loaded = super().from_pretrained(None, *args, state_dict=tensors, **options)
             loaded[0].config.name_or_path = str(pretrained_model_name_or_path)
         drafter, info = loaded

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_hf.modeling.formats import packed
 from dspark_hf.modeling.formats.deepspec import DEEPSPEC
-from dspark_hf.modeling.formats.reading import Packaging, our_name
+from dspark_hf.modeling.formats.reading import Packaging, Shapes, our_name
 from dspark_hf.modeling.formats.specforge import DFLASH, LFM2, SPECFORGE
 from dspark_hf.modeling.formats.speculators import SPECULATORS
 from dspark_hf.modeling.formats.tensors import read_shapes, read_tensors
@@ -30,13 +31,17 @@ def translate(
     packaging: Packaging, name_or_path: str | os.PathLike, fields: dict[str, Any], **hub_options: Any
 ) -> Any:
     """Return `DSparkConfig`'s fields for a drafter; of its tensors only the shapes are read."""
-    shapes = read_shapes(name_or_path, **hub_options)
+    shapes: Shapes = read_shapes(name_or_path, **hub_options)
+    if packed.are_packed(shapes):
+        sizes = read_tensors(name_or_path, lambda name: name.endswith(packed.SIZES), **hub_options)
+        shapes = packed.plain_shapes(shapes, sizes)
     return packaging.translate(fields, {ours: shape for name, shape in shapes.items() if (ours := our_name(name))})
 
 
-def load_tensors(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str, Tensor]:
-    """Return the tensors of a drafter in a foreign packaging, under our names."""
-    tensors = {ours: x for name, x in read_tensors(name_or_path, **hub_options).items() if (ours := our_name(name))}
+def load_tensors(name_or_path: str | os.PathLike, fields: dict[str, Any], **hub_options: Any) -> dict[str, Tensor]:
+    """Return the tensors of a drafter in a foreign packaging, under our names; `fields` are its `config.json`'s."""
+    stored = packed.unpack(read_tensors(name_or_path, **hub_options), fields)
+    tensors = {ours: x for name, x in stored.items() if (ours := our_name(name))}
     ids = tensors.get("d2t")
     if ids is not None:
         tensors["d2t"] = ids.long()

@@ -172,15 +172,20 @@ def read_shapes(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str
     return {name: tuple(shape) for file in _any_files(name_or_path, hub_options) for name, shape in _shapes(file)}
 
 
-def read_tensors(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str, Tensor]:
+def read_tensors(
+    name_or_path: str | os.PathLike, is_wanted: Callable[[str], bool] = lambda name: True, **hub_options: Any
+) -> dict[str, Tensor]:
     """Return a checkpoint's tensors on the CPU, each as it is stored; of `.bin` files nothing but tensors is read.
+
+    `is_wanted` tells by their names which ones.
 
     Raises:
         ValueError: if there are no such files, or one of them is damaged.
     """
     tensors: dict[str, Tensor] = {}
     for file in _any_files(name_or_path, hub_options):
-        tensors.update(_unpickled(file) if file.suffix == ".bin" else _mapped(file))
+        held = _unpickled(file) if file.suffix == ".bin" else _mapped(file, is_wanted)
+        tensors.update({name: x for name, x in held.items() if is_wanted(name)})
     return tensors
 
 
@@ -203,9 +208,9 @@ def _shapes(file: Path) -> list[tuple[str, Sequence[int]]]:
         return [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (not a dict)
 
 
-def _mapped(file: Path) -> dict[str, Tensor]:
+def _mapped(file: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     with open_tensors(file) as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        return {name: tensors.get_tensor(name) for name in tensors.keys() if is_wanted(name)}  # noqa: SIM118 (not a dict)
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

@@ -214,7 +214,7 @@ def test_the_target_that_a_file_names_is_kept(tmp_path: Path) -> None:
     assert DSparkConfig.from_pretrained(tmp_path).base_model_name_or_path == "someone/a-target"
 
 
-_PACKED = {"layers.0.mlp.gate_proj.weight_packed": torch.zeros(3, dtype=torch.int32)}
+_PACKED = {"layers.0.mlp.gate_proj.qweight": torch.zeros(3, dtype=torch.int32)}
 _UNREADABLE: dict[str, tuple[Callable[[], tuple[dict[str, Any], dict[str, Tensor]]], str]] = {
     "no norm": (
         lambda: (FIELDS, {name: x for name, x in WEIGHTS.items() if name != "norm.weight"}),
@@ -224,12 +224,12 @@ _UNREADABLE: dict[str, tuple[Callable[[], tuple[dict[str, Any], dict[str, Tensor
         lambda: ({name: value for name, value in FIELDS.items() if name != "block_size"}, WEIGHTS),
         "must say `block_size` in its configuration, got a drafter in the layout of DeepSpec without",
     ),
-    "four bits": (
+    "four bits of GPTQ": (
         lambda: (
             FIELDS,
             {**{name: x for name, x in WEIGHTS.items() if name != "layers.0.mlp.gate_proj.weight"}, **_PACKED},
         ),
-        "must hold weights in floating point, got a drafter in the layout of DeepSpec with quantised ones",
+        "must hold weights in floating point, or in fewer bits as compressed-tensors writes them, got a drafter",
     ),
     "another number of taps": (
         lambda: ({**FIELDS, "target_layer_ids": [1, 3]}, WEIGHTS),
