@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspark_hf.modeling.formats import packed
+from dspark_hf.modeling.formats import gguf, packed
 from dspark_hf.modeling.formats.deepspec import DEEPSPEC
 from dspark_hf.modeling.formats.reading import Packaging, Shapes, our_name
 from dspark_hf.modeling.formats.specforge import DFLASH, LFM2, SPECFORGE
@@ -41,13 +42,21 @@ def translate(
 def load_tensors(name_or_path: str | os.PathLike, fields: dict[str, Any], **hub_options: Any) -> dict[str, Tensor]:
     """Return the tensors of a drafter in a foreign packaging, under our names; `fields` are its `config.json`'s."""
     stored = packed.unpack(read_tensors(name_or_path, **hub_options), fields)
-    tensors = {ours: x for name, x in stored.items() if (ours := our_name(name))}
+    return _with_marks({ours: x for name, x in stored.items() if (ours := our_name(name))})
+
+
+def load_gguf(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a drafter in a GGUF file, under our names."""
+    return _with_marks(gguf.read(file))
+
+
+def _with_marks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a drafter's tensors, with the marks of a reduced vocabulary: some leave out what follows from the ids."""
     ids = tensors.get("d2t")
     if ids is not None:
         tensors["d2t"] = ids.long()
         vocabulary = tensors.get("markov_head.markov_w1.weight")
         if "t2d" not in tensors and vocabulary is not None:
-            # some leave out what follows from the other
             marked = torch.zeros(len(vocabulary), dtype=torch.bool)
             chosen = tensors["d2t"] + torch.arange(len(ids))
             marked[chosen[(chosen >= 0) & (chosen < len(marked))]] = True

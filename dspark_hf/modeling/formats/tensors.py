@@ -94,7 +94,7 @@ def read_names(name_or_path: str | os.PathLike, **hub_options: Any) -> list[str]
     Raises:
         ValueError: if the index, or the only file, is damaged.
     """
-    options = _known(hub_options)
+    options = known_options(hub_options)
     index = cached_file(name_or_path, INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if index is not None:
         return list(_weight_map(Path(index)))
@@ -153,7 +153,7 @@ def _files(
     hub_options: dict[str, Any],
     names: tuple[str, str] = _NAMES[0],
 ) -> list[Path]:
-    options = _known(hub_options)
+    options = known_options(hub_options)
     index_name, single_name = names
     index = cached_file(name_or_path, index_name, _raise_exceptions_for_missing_entries=False, **options)
     if index is None:
@@ -232,7 +232,8 @@ def _damaged(file: Path, error: Exception) -> ValueError:
     )
 
 
-def _known(hub_options: Mapping[str, Any]) -> dict[str, Any]:
+def known_options(hub_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that say where a file is fetched from, and how."""
     return {name: value for name, value in hub_options.items() if name in HUB_OPTIONS and value is not None}
 
 
