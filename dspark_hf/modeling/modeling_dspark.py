@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from dspark_hf.generation.decoding import decode
+from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
-from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
-from dspark_hf.generation.scheduling.interface import Scheduler
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target, quantization
@@ -58,7 +57,7 @@ class BlockStates:
     confidence_logits: Tensor | None
 
 
-class DSparkAssistantModel(PreTrainedModel, Drafter):
+class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
     """Propose blocks of tokens for a target model, from the target's own hidden states.
 
     Pass it as `assistant_model` to `target.generate(...)`. The embedding and the output head are borrowed from the
@@ -315,20 +314,6 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
         """Return an empty context for `batch_size` sequences of `target`."""
         return _DSparkContext(self, target, batch_size)
-
-    def decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        scheduler: Scheduler | str | None = None,
-        drafts: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
-
-        Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
-        """
-        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Raise a `TypeError`: a drafter proposes, the target writes."""
