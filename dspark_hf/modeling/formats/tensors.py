@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
+
+from dspark_hf.damage import first_line, read_weight_map, weights_damage
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,10 +36,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# what a file begins with that Git LFS left in the place of a large one
-_POINTER = b"version https://git-lfs"
-# characters of a wrong value that an error shows
-_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -114,28 +111,16 @@ def open_tensors(file: Path) -> Iterator[Any]:
     try:
         opened = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise _not_whole(file, _what_is_wrong(file, error)) from error
+        raise _not_whole(file, weights_damage(file) or first_line(error)) from error
     with opened as tensors:
         yield tensors
 
 
 def _not_whole(file: Path, problem: str) -> ValueError:
     return ValueError(
-        f"`pretrained_model_name_or_path` must hold whole safetensors files, got {str(file)!r}, which {problem}. "
+        f"`pretrained_model_name_or_path` must hold whole files, got {str(file)!r}, which {problem}. "
         "Fetch that file again."
     )
-
-
-def _what_is_wrong(file: Path, error: Exception) -> str:
-    with file.open("rb") as stream:
-        start = stream.read(len(_POINTER)).lstrip()
-    if not start:
-        return "is empty"
-    if start == _POINTER:
-        return "is a pointer of Git LFS and not the file itself"
-    if start.startswith(b"<"):
-        return "is a web page and not the file itself"
-    return f"is damaged or cut off ({error})"
 
 
 def _dtype(stored: str, name: str, file: Path) -> torch.dtype:
@@ -225,10 +210,9 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    first_line = (str(error).splitlines() or [""])[0]
     return ValueError(
         f"`pretrained_model_name_or_path` must hold whole files of tensors, got {str(file)!r}, which cannot be read "
-        f"({type(error).__name__}: {first_line}). Fetch it anew."
+        f"({type(error).__name__}: {first_line(error)}). Fetch it anew."
     )
 
 
@@ -244,36 +228,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         ValueError: if it is no index, or names a file outside the checkpoint's folder.
     """
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must hold a JSON file as its index, got {str(index)!r} ({error}). Fetch "
-            "that file again."
-        ) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"`weight_map` must name the file of every tensor, got {_short(weight_map)} in {str(index)!r}. Fetch that "
-            "file again."
-        )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_inside(file):
-            raise ValueError(
-                f"`weight_map` must name files in the checkpoint's own folder, got {_short(file)} for {name} in "
-                f"{str(index)!r}. Do not trust this checkpoint, or correct the name."
-            )
-    return weight_map
-
-
-def _is_inside(file: str) -> bool:
-    # what Windows takes for a path counts everywhere
-    parts = [part for path in (PurePosixPath(file), PureWindowsPath(file)) for part in (path.anchor, *path.parts)]
-    return bool(file) and not any(PureWindowsPath(part).anchor or part == ".." for part in parts)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        return read_weight_map(index)
+    except ValueError as error:
+        raise _not_whole(index, str(error)) from error
 
 
 def iterate_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

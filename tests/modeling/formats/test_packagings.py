@@ -278,16 +278,16 @@ def test_what_is_not_read_is_named(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "`weight_map` must name the file of every tensor"),
-        ('{"weight_map": []}', "`weight_map` must name the file of every tensor"),
-        ("no json", "must hold a JSON file as its index"),
+        ("{}", "must hold whole files, got .*index.json', which holds no `weight_map`"),
+        ('{"weight_map": []}', "must hold whole files, got .*index.json', which holds no `weight_map`"),
+        ("no json", "must hold whole files, got .*index.json', which holds no JSON"),
         (
             '{"weight_map": {"fc.weight": "../model.safetensors"}}',
-            "must name files in the checkpoint's own folder",
+            "which names .*, which is no file in its folder",
         ),
         (
             '{"weight_map": {"fc.weight": "/etc/passwd"}}',
-            "must name files in the checkpoint's own folder",
+            "which names .*, which is no file in its folder",
         ),
     ],
 )
@@ -305,7 +305,7 @@ def test_damaged_tensors_are_named(name: str, tmp_path: Path) -> None:
     write(tmp_path, FIELDS, WEIGHTS)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"must hold whole (files of tensors|safetensors files), got .*{name}"):
+    with pytest.raises(ValueError, match=f"must hold whole files( of tensors)?, got .*{name}"):
         DSparkAssistantModel.from_pretrained(tmp_path)
 
 
