@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dspark_hf import DSparkAssistantModel, DSparkConfig
 from tests.modeling.deepspec_layout import (
@@ -173,6 +175,67 @@ def test_layers_may_slide(types: list[str], is_causal: bool, tmp_path: Path) -> 
     oracle.windows = dict.fromkeys(sliding, 4)
     oracle.causal_layers = tuple(sliding) if is_causal else ()
     _check(tmp_path, oracle, WEIGHTS)
+
+
+_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+_LLAMA3 = {**_YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# a file's own fields, and what a Qwen 3 layer is trained with under them
+_ROTATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "YaRN": ({"rope_parameters": {**_YARN, "beta_fast": 16.0}}, {**_YARN, "beta_fast": 16.0}),
+    "YaRN with its own factor": (
+        {"rope_parameters": {**_YARN, "attention_factor": 1.5}},
+        {**_YARN, "attention_factor": 1.5},
+    ),
+    "YaRN in early Transformers' words": (
+        {
+            "rope_parameters": None,
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+        _YARN,
+    ),
+    "YaRN whose first length is the longest": (
+        {"rope_parameters": {name: x for name, x in _YARN.items() if name != "original_max_position_embeddings"}},
+        {**_YARN, "original_max_position_embeddings": 512},
+    ),
+    "Llama 3's": ({"rope_parameters": _LLAMA3}, _LLAMA3),
+    "linear": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    ),
+    "a share that a Qwen 3 layer does not read": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}},
+        {"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "full attention's, of several": (
+        {"rope_parameters": {"full_attention": _YARN}},
+        _YARN,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ["DeepSpec", "SpecForge", "speculators"])
+@pytest.mark.parametrize("name", _ROTATIONS)
+def test_rotations_are_those_it_was_trained_with(name: str, layout: str, tmp_path: Path) -> None:
+    """A drafter would turn otherwise than in training: right text, few drafts accepted, no word."""
+    given, trained = _ROTATIONS[name]
+    if layout == "speculators":
+        if "full_attention" in (given.get("rope_parameters") or {}):
+            pytest.skip("its Qwen 3 layers know one rotation")
+        layers = {key: value for key, value in given.items() if value is not None}
+        fields = speculators_fields(layers=layers)
+        if given.get("rope_parameters") is None:
+            del fields["transformer_layer_config"]["rope_parameters"]
+    else:
+        fields = {**(FIELDS if layout == "DeepSpec" else specforge_fields()), **given}
+    drafter = DSparkAssistantModel.from_pretrained(write(tmp_path, fields, without_vocabulary(WEIGHTS)))
+    theirs = Qwen3RotaryEmbedding(
+        Qwen3Config(head_dim=8, num_attention_heads=4, max_position_embeddings=512, rope_parameters=dict(trained))
+    )
+    positions = torch.tensor([[0, 1, 5, 63, 64, 500]])
+    expected = theirs(torch.zeros(1), positions)
+    for ours, other in zip(drafter.rotary_emb(positions, torch.float32), expected, strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-6)
 
 
 def test_lfm2_turns_neighbours(tmp_path: Path) -> None:
