@@ -225,8 +225,8 @@ def _check_pace(num_blocks: int, num_done: int, num_prompts: int, min_reached: i
     wanted = f"about {math.ceil(num_prompts * min_reached / expected)}" if num_blocks else "other"
     raise ValueError(
         f"`prompts` must lead to at least {min_reached} blocks in every other answer (`min_reached`), got "
-        f"{num_blocks} blocks in the first {num_done} answers, so about {expected:.0f} of all {num_prompts} prompts. Give {wanted} "
-        "prompts, raise `max_new_tokens`, or lower `min_reached` at the cost of noise."
+        f"{num_blocks} blocks in the first {num_done} answers, so about {expected:.0f} of all {num_prompts} prompts. "
+        f"Give {wanted} prompts, raise `max_new_tokens`, or lower `min_reached` at the cost of noise."
     )
 
 
