@@ -72,6 +72,8 @@ def describe_unread(fields: dict[str, Any]) -> str | None:
     architectures = fields.get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     names.append(str(fields.get("model_type")))
+    if fields.get("model_type") == "mistral_large4" or any(name.startswith("MistralLarge4") for name in names):
+        return "the DSpark module inside a Mistral checkpoint (`mtp_dspark.*`)"
     marked = [name for name in names if any(mark in name.lower() for mark in _MARKS)]
     if not marked or fields.get("model_type") == "dspark":
         return None

@@ -322,6 +322,10 @@ _UNREADABLE: dict[str, tuple[Callable[[], tuple[dict[str, Any], dict[str, Tensor
         lambda: ({"model_type": "nemotron_h", "architectures": ["NemotronHDSparkModel"]}, WEIGHTS),
         r"a DSpark drafter in Nemotron's layout \(NemotronHDSparkModel\), which is not read yet",
     ),
+    "Mistral": (
+        lambda: ({"model_type": "mistral_large4", "architectures": ["MistralLarge4ForCausalLM"]}, WEIGHTS),
+        r"the DSpark module inside a Mistral checkpoint \(`mtp_dspark.\*`\), which is not read yet",
+    ),
     "a rotation that depends on the length": (
         lambda: ({**FIELDS, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, WEIGHTS),
         "`rope_parameters` must have a `rope_type` of",
