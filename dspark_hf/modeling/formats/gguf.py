@@ -120,7 +120,7 @@ def translate(file: Path) -> dict[str, Any]:
             "rms_norm_eps": _need(fields, "attention.layer_norm_rms_epsilon"),
             "head_dim": fields.get("attention.key_length"),
             "max_position_embeddings": fields.get("context_length"),
-            "vocab_size": fields.get("vocab_size") or len(_value(reader, "tokenizer.ggml.tokens") or ()),
+            "vocab_size": fields.get("vocab_size") or _num_tokens(reader),
             "dtype": _dtype(reader),
             "bos_token_id": _value(reader, "tokenizer.ggml.bos_token_id"),
             "eos_token_id": _value(reader, "tokenizer.ggml.eos_token_id"),
@@ -197,7 +197,16 @@ def _described(reader: Any) -> dict[str, Any]:
 
 def _value(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
-    return None if field is None else field.contents()
+    try:
+        return None if field is None else field.contents()
+    except (UnicodeDecodeError, IndexError) as error:
+        raise _unreadable(f"say `{name}` in words", f"a damaged one ({type(error).__name__})") from error
+
+
+def _num_tokens(reader: Any) -> int:
+    # the words themselves are many, and nobody's concern here
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    return 0 if tokens is None else len(tokens.data)
 
 
 def _need(fields: Mapping[str, Any], name: str) -> Any:

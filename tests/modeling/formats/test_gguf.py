@@ -206,6 +206,10 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     extra = {**WEIGHTS, "selector_hidden.weight": torch.ones(2, 2)}
     with pytest.raises(ValueError, match="must hold a drafter's tensors alone, got .*'selector_hidden.weight'"):
         DSparkAssistantModel.from_pretrained(_write(tmp_path / "second.gguf", extra))
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(path.read_bytes().replace(b"llama", b"l\xffama", 1))
+    with pytest.raises(ValueError, match="must say `general.architecture` in words, got .*a damaged one"):
+        DSparkAssistantModel.from_pretrained(damaged)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match="must hold a whole GGUF file, got .*cut.gguf"):
