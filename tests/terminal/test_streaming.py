@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dspark_hf.terminal.streaming import SourceStreamer, TextPieces
+from dspark_hf.pieces import TextPieces
+from dspark_hf.terminal.streaming import SourceStreamer
 from tests.terminal.speaking import NEW_TOKENS, speaker, word_tokenizer
 
 TEXT = "naïve  漢字\n\t👩‍👩‍👧 x"
