@@ -18,6 +18,8 @@ from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
+__all__ = ["load_drafter", "load_target", "load_tokenizer", "read_drafter_config"]
+
 DTYPES: Mapping[str, torch.dtype | str] = {
     "auto": "auto",
     "fp32": torch.float32,

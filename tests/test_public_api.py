@@ -41,7 +41,12 @@ def test_public_names():
         ("data", ("DataOptions", "collect")),
         ("generation.scheduling", ("AdaptiveScheduler", "Scheduler", "ThresholdScheduler", "reset_learned_state")),
         ("generation.drafting", ("DraftContext", "DraftedBlock", "Drafter")),
+        ("loading", ("load_drafter", "load_target", "load_tokenizer")),
+        ("prompts", ("Prompt", "encode_prompt", "read_prompts")),
+        ("modeling.formats", ("export",)),
+        ("modeling.deepseek_v4", ("write_tiny_checkpoint",)),
         ("modeling.deepseek_v4.chat", ("encode_messages", "parse_response", "set_chat_template")),
+        ("modeling.deepseek_v4.estimation", ("EstimationSettings", "make_report")),
     ],
 )
 def test_folders_offer_their_names(folder, names):
