@@ -22,6 +22,8 @@ MAX_BYTES = {"smollm2-135m-instruct": 25_000_000, "gemma3-270m": 15_000_000}
 def test_shipped_drafters_load_and_are_small(name: str) -> None:
     """The demo fails, or a clone grows beyond what it may."""
     folder = DRAFTERS / name
+    if not (folder / "config.json").is_file():
+        pytest.skip("a source archive holds no weights")
     drafter, info = DSparkAssistantModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert drafter.block_size == 7
