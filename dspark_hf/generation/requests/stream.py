@@ -239,6 +239,7 @@ class RequestStream(Iterator[FinishedRequest]):
         if wrong:
             raise ValueError(f"`options` of a request must leave out {wrong}. Arguments of the stream hold for all.")
         streamer, tokenizer = options.pop("streamer", None), options.pop("tokenizer", None)
+        sampling = options.pop("sampling", None)
         if tokenizer is not None and options.get("stop_strings") is not None:
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
@@ -268,7 +269,7 @@ class RequestStream(Iterator[FinishedRequest]):
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
         _check_options(input_ids, config)
         speculation = read_options(
-            config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY]
+            config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY], sampling
         )
         target = RaggedTarget(self._adapter, input_ids, config, prepared, widest=speculation.most_drafts + 1)
         if target.has_token_types:
@@ -287,6 +288,7 @@ class RequestStream(Iterator[FinishedRequest]):
             streamer=streamer,
             num_drafts=speculation.num_drafts,
             num_looked_up=speculation.num_looked_up,
+            is_invariant=speculation.is_invariant,
             prompt=prompt_tokens(input_ids, prepared.get("attention_mask"))[0],
         )
         return row, target
