@@ -60,9 +60,9 @@ def decode(
     """Generate with a drafter: the same output as plain `generate`, in fewer passes of the target.
 
     The arguments are those that `generate` hands to its decoding methods, and the scheduler, who drafts and how
-    samples are accepted, which on the way through `assistant_model=` come with the generation configuration. Greedy output is token-identical where
-    the target's arithmetic does not depend on the number of tokens per pass (fp32); sampled output follows the
-    target's distribution exactly.
+    samples are accepted, which on the way through `assistant_model=` come with the generation configuration. Greedy
+    output is token-identical where the target's arithmetic does not depend on the number of tokens per pass (fp32);
+    sampled output follows the target's distribution exactly.
 
     Returns the token ids `(B, length)`, or a `DSparkGenerateOutput` with `return_dict_in_generate=True`.
 

@@ -2,9 +2,10 @@
 
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Three more methods are wrapped
-because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=`, `drafts=` and
-`sampling=` among them, which `generate` does not know, that an assistant was passed to a mode that ignores it, and a streamer
-beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse it.
+because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=`, `drafts=`
+and `sampling=` among them, which `generate` does not know, that an assistant was passed to a mode that ignores it, and
+a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse
+it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 
-
 # A head over more tokens than this corrects the best of them alone, so many of them, unless its configuration says
 # otherwise. Below, choosing them costs as much as correcting all (benchmarks/sampling.py).
 LARGE_HEAD = 32_768

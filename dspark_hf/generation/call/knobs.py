@@ -86,11 +86,13 @@ def read_options(
     drafts: str | None = None,
     cache: Any = None,
     sampling: str | None = None,
+    *,
+    is_stream: bool = False,
 ) -> SpeculationOptions:
     """Return the run-time knobs of a call, else those that the drafter comes with.
 
-    `scheduler`, `drafts` and `sampling` are what `custom_generate` was called with. Lookups are no longer than the `cache` can
-    take back, if it is given.
+    `scheduler`, `drafts` and `sampling` are what `custom_generate` was called with. Lookups are no longer than the
+    `cache` can take back, if it is given. With `is_stream`, requests that come and go share the passes.
 
     Raises:
         ValueError: if more drafts are asked for than the drafter was trained to propose, or of a source that there is
@@ -117,11 +119,17 @@ def read_options(
     if threshold is not None:
         _check_threshold(threshold)
     is_tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
-    chosen = choose_scheduler(scheduling.get("scheduler"), threshold, is_tensor_parallel=is_tensor_parallel)
     source = _first(levels, ("drafts",)).get("drafts", drafter.drafts)
     _check_source(source, drafter)
     rule = _first(levels, ("sampling",)).get("sampling", SAMPLING_RULES[0])
     _check_rule(rule)
+    chosen = choose_scheduler(
+        scheduling.get("scheduler"),
+        threshold,
+        is_tensor_parallel=is_tensor_parallel,
+        # requests that come and go follow the clock anyway
+        must_repeat=bool(generation_config.do_sample) and rule == SAMPLING_RULES[0] and not is_stream,
+    )
     longest_lookup = min(num_drafts or drafter.longest_lookup, _longest_lookup(drafter, model, cache))
     return SpeculationOptions(
         0 if source == "lookup" else num_drafts or drafter.block_size,

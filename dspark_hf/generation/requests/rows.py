@@ -262,7 +262,7 @@ class RequestRows:
         return self.rows[index].is_end(token_id)
 
     def with_noise(self, scores: Tensor, ahead: int, token_ids: Tensor | None = None) -> Tensor:
-        """Return `scores` `(b, W, V)` with noise for rows that draw by it, from `ahead` tokens behind their text on."""
+        """Return `scores` `(b, W, V)` with noise where rows draw by it, from `ahead` tokens behind their text on."""
         if not any(row.is_sampling and row.takes_the_best for row in self.rows):
             return scores
         ids = [

@@ -103,7 +103,7 @@ class RequestStream(Iterator[FinishedRequest]):
         drafter = None if drafter is None else unwrap(drafter)
         self.statistics = SpeculationStatistics()
         drafter = NoDrafter() if drafter is None else drafter
-        options = read_options(target.generation_config, drafter, target, scheduler, drafts)
+        options = read_options(target.generation_config, drafter, target, scheduler, drafts, is_stream=True)
         self._adapter = TargetAdapter(target, options.target_layer_ids(drafter))
         drafter.check_target(self._adapter)
         target = self._adapter.model
