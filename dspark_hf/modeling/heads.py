@@ -56,6 +56,9 @@ class MarkovHead(nn.Module):
 
     def project_to(self, latent: Tensor, places: Tensor) -> Tensor:
         """Return the bias `(B, k)` on the logits at `places` `(B, k)` alone, for a latent `(B, R)`."""
+        if type(self.markov_w2) is not nn.Linear:
+            # quantised or wrapped: its rows cannot be had one by one
+            return self.project(latent).gather(-1, places)
         return torch.bmm(self.markov_w2.weight[places], latent[..., None]).squeeze(-1)
 
     def latents(self, prev_ids: Tensor, hidden_states: Tensor, state: Tensor | None = None) -> Tensor:

@@ -20,8 +20,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         ThresholdScheduler,
         HardwareAwareScheduler,
         AsynchronousScheduler,
-        AdaptiveScheduler,
         CountedScheduler,
+        AdaptiveScheduler,
     )
 }
 # these decide by the clock
