@@ -8,6 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# begins as PyTorch's own error in plain `generate` does
+NO_DISTRIBUTION = (
+    "probability tensor contains either `inf`, `nan` or nothing at all. Target and `logits_processor` must leave a "
+    "distribution to draw from: look for overflows, in fp16 above all."
+)
+
 
 def draw(weights: Tensor, *, checks: bool = True) -> Tensor:
     """Return the index `(B,)` of one token for each row of `weights` `(B, n)`, with chances in proportion to them.
@@ -28,7 +34,7 @@ def draw(weights: Tensor, *, checks: bool = True) -> Tensor:
     sums = weights.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     if checks and not bool(((total > 0) & total.isfinite()).all()):
-        raise RuntimeError("`weights` must be a distribution, got a sum that is zero, infinite or not a number.")
+        raise RuntimeError(NO_DISTRIBUTION)
     # below one even after rounding: the token found is one whose weight is not zero
     uniform = torch.rand(len(weights), 1, dtype=torch.float64).clamp_max_(1 - 2**-40)
     return torch.searchsorted(sums, uniform * total, right=True).squeeze(-1)

@@ -20,6 +20,7 @@ from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.drawing import NO_DISTRIBUTION
 from dspark_hf.generation.noise import KeyedNoise
 from dspark_hf.generation.ragged_store import fill_gaps
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo
@@ -208,6 +209,8 @@ class CallRows:
 
         Returns how many tokens each row got.
         """
+        if self._noise is not None:
+            _check_drawn(scores, [0] * len(scores) if record is None else record.num_accepted)
         counts = [len(tokens) if self._is_live(row) else 0 for row, tokens in zip(self._rows, new_tokens, strict=True)]
         if self._recorder.returns_dict:
             for index, row in enumerate(self._rows):
@@ -277,3 +280,11 @@ class CallRows:
         if not self._recorder.returns_dict:
             return sequences
         return self._recorder.build(sequences, cache, self.statistics)
+
+
+def _check_drawn(scores: Tensor, num_accepted: Sequence[int]) -> None:
+    """Raise the error of plain sampling where tokens were drawn from scores `(b, W, V)` that are no distribution."""
+    can_be_drawn = torch.isfinite(scores.amax(-1)).tolist()
+    # what stands behind the first rejected draft was not drawn from
+    if not all(all(row[: count + 1]) for row, count in zip(can_be_drawn, num_accepted, strict=True)):
+        raise RuntimeError(NO_DISTRIBUTION)
