@@ -67,7 +67,7 @@ class DSparkConfig(PreTrainedConfig):
             them; all others share one row. Drafts are proposable, so only anchors can be others. Needs
             `draft_vocab_size`; makes drafters for large vocabularies many times smaller.
         markov_top_k: how many tokens of a slot the Markov head corrects, those with the best base logits; no others
-            are proposed then. 0 means all of them; `None` means 64 where more than 32,768 can be proposed, else all.
+            are proposed then. 0 means all of them; `None` means 512 where more than 32,768 can be proposed, else all.
         enable_confidence_head: whether a confidence head predicts each draft's acceptance (Eq. 7).
         confidence_head_with_markov: whether that head also reads the previous token's Markov embedding.
         confidence_head_bias: whether that head has a bias.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 
 # A head over more tokens than this corrects the best of them alone, so many of them, unless its configuration says
-# otherwise. Below, choosing them costs as much as correcting all (benchmarks/sampling.py).
+# otherwise. Below, choosing them costs as much as correcting all (benchmarks/sampling.py); fewer than these cost
+# accepted drafts (benchmarks/forced_acceptance.py).
 LARGE_HEAD = 32_768
-DEFAULT_MARKOV_TOP_K = 64
+DEFAULT_MARKOV_TOP_K = 512
 
 
 class MarkovHead(nn.Module):
