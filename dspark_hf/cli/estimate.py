@@ -1,7 +1,5 @@
 """`dspark-hf estimate`: memory and FLOPs of a DeepSeek-V4 model from its configuration alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

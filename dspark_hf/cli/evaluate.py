@@ -1,7 +1,5 @@
 """`dspark-hf eval`: drafters on prompt files, measured and written down."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
