@@ -8,6 +8,7 @@ import torch
 
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
+from tests.fresh import FreshInterpreter
 
 torch.set_num_threads(1)
 
@@ -20,6 +21,14 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def nothing_learnt() -> None:
     reset_learned_state()
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshInterpreter]:
+    """An interpreter that has not imported the package."""
+    interpreter = FreshInterpreter(tmp_path_factory.mktemp("fresh"))
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(autouse=True)
