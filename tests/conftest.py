@@ -1,5 +1,6 @@
 """One thread, one seed, no stored profile and nothing learnt for every test."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 from tests.fresh import FreshInterpreter
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported: PyTorch and Transformers are a million objects.
+
+    It would look through all of them whenever a run of the trainer begins, half a second each time, and now and then
+    anywhere else.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
