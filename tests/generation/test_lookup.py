@@ -37,10 +37,10 @@ from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 from tests.thinning import slow
 from tests.tiny import tiny_target
 
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SOURCES = ("lookup", "both")
-NUM_SAMPLES = 3000
+NUM_SAMPLES = 2000
 
 
 def _repeating_target(family: str = "llama", **fields: Any) -> Any:
