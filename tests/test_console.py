@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dspark_hf.cli.command import PackageCommand
 from dspark_hf.console import printable, say
-from dspark_hf.demo.display import piece_printer
+from dspark_hf.demo.printing import piece_printer
 
 COMMANDS = [
     pytest.param("\x1b]0;title\x07", id="title"),

@@ -28,7 +28,7 @@ def evaluate(
         list[float] | None, typer.Option(min=0, help="0 is greedy (the default); may be given several times.")
     ] = None,
     num_drafts: Annotated[int | None, typer.Option(min=1, help="Drafts per round; default: the block size.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Answers per prompt and way; speeds are medians.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Answers per prompt and variant; speeds are medians.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Also measure speed with this many rows per call.")] = 1,
     scheduler: Annotated[
         list[str] | None,
@@ -47,9 +47,9 @@ def evaluate(
 ) -> None:
     """Measure drafters on prompt files: accepted length, speed, reliability; after Ctrl-C the same command goes on."""
     # imported here, so that the help is instant
-    from dspark_hf.evaluation.display import print_evaluation
     from dspark_hf.evaluation.run import EvaluationRequest, run_request
     from dspark_hf.evaluation.settings import DEFAULT_SCHEDULERS, EvaluationSettings
+    from dspark_hf.evaluation.terminal import print_evaluation
     from dspark_hf.evaluation.writing import write_evaluation
 
     console = Console()

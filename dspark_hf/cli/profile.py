@@ -50,7 +50,7 @@ def profile(
     from dspark_hf.generation.scheduling.costs.workload import StepTimer
     from dspark_hf.generation.targets.adapter import TargetAdapter
     from dspark_hf.loading import load_target
-    from dspark_hf.profiling.display import print_costs
+    from dspark_hf.profiling.cost_tables import print_costs
     from dspark_hf.profiling.plots import draw_costs
 
     console = Console()

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dspark_hf.console import quiet_transformers, say
 from dspark_hf.demo.comparison import Answer, Comparison, answer, encode_prompt
-from dspark_hf.demo.display import DRAFT_STYLE, piece_printer, print_results
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+from dspark_hf.demo.printing import DRAFT_STYLE, piece_printer, print_results
 from dspark_hf.demo.prompts import DEMO_PROMPTS
 from dspark_hf.demo.streaming import TimedStreamer
 from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
