@@ -92,7 +92,7 @@ def test_the_target_alone(folder, profiles, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rows", "1,x"), "`--rows` must be positive integers with commas between, got '1,x'. Try 1,2,4."),
+        (("--rows", "1,x"), "`--rows` must be positive integers separated by commas, got '1,x'. Try 1,2,4."),
         (("--widths", "0"), "`--widths` must be positive integers"),
         (
             ("--contexts", "600"),
