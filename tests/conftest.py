@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dspark_hf import figures
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
 from tests.fresh import FreshInterpreter
@@ -22,6 +23,14 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Draw few pixels: nobody looks at the figures of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_RESOLUTION", 50)
+        yield
 
 
 @pytest.fixture(autouse=True)

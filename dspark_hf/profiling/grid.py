@@ -15,7 +15,7 @@ _NUM_DRAFTS = 7
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes to measure, each in ascending order: rows, widths, context lengths, drafts (none without a drafter)."""
+    """What to measure, each in ascending order: rows, widths, context lengths, drafts (none without a drafter)."""
 
     rows: tuple[int, ...]
     widths: tuple[int, ...]

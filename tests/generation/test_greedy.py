@@ -36,7 +36,9 @@ def test_output_is_token_identical(family, attention, num_rows):
     target = tiny_target(family, attn_implementation=attention)
     inputs = ragged_prompts(num_rows)
     plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    for kind in ("untrained", "right", "wrong", "often right"):
+    # how a round ends does not depend on the family: one without and one with sliding layers see all of it
+    kinds = ("untrained", "right", "wrong", "often right") if family in ("llama", "gemma3_text") else ("often right",)
+    for kind in kinds:
         drafter = _drafter(kind, target, plain, inputs)
         assisted = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter)
         assert torch.equal(assisted, plain), kind
