@@ -37,7 +37,7 @@ from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 from tests.thinning import slow
 from tests.tiny import tiny_target
 
-NEW_TOKENS = 32
+NEW_TOKENS = 40
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SOURCES = ("lookup", "both")
 NUM_SAMPLES = 2000
