@@ -141,7 +141,7 @@ QUICK_FAMILIES = ("llama", "gemma3_text", "gemma4_text", "gpt2")
 @pytest.mark.parametrize(
     ("family", "max_rows", "kind"),
     [(pytest.param if family in QUICK_FAMILIES else slow)(family, 3, "scripted") for family in FAMILIES]
-    + [("gemma3_text", 1, "scripted"), ("gemma3_text", 3, "untrained"), ("mistral", 4, "untrained")],
+    + [("gemma3_text", 1, "scripted"), ("gemma3_text", 3, "untrained"), slow("mistral", 4, "untrained")],
 )
 def test_text_is_that_of_each_request_alone(family, max_rows, kind):
     """A request that joins, or leaves, changes the text of itself or of others."""

@@ -30,7 +30,7 @@ from tests.thinning import slow
     [
         ("5GB", "fp8"),
         ("100KB", "fp4"),
-        ("5GB", "bf16"),
+        slow("5GB", "bf16"),
         slow("5GB", "fp4"),
         slow("100KB", "fp8"),
         slow("100KB", "bf16"),
