@@ -23,7 +23,7 @@ MODEL = "deepseek-ai/DeepSeek-V4-Flash"
 
 # what the installed script does, then what it has loaded
 SCRIPT = """
-import sys
+import gc, sys
 from dspark_hf_cli import main
 try:
     main()
@@ -31,6 +31,7 @@ finally:
     package = sys.modules["dspark_hf"]
     print("loaded:", *(name for name in ("torch", "transformers") if name in sys.modules))
     print("complete:", hasattr(package, "DSparkConfig"))
+    print("collects garbage:", gc.isenabled())
 """
 
 
@@ -62,11 +63,12 @@ def test_what_does_not_wait_for_pytorch(arguments, expected):
 
 
 def test_a_command_finds_the_whole_package(fresh, tmp_path):
-    """The package is left half imported, so that models are not registered and `generate` is not extended."""
+    """The package is left half imported, so that models are not registered, or a long run never frees its garbage."""
     result = fresh.run(SCRIPT, "tiny-v4", "--out", str(tmp_path / "tiny"))
     assert result.returncode == 0, result.stderr
     assert "loaded: torch transformers\n" in result.stdout
     assert "complete: True" in result.stdout
+    assert "collects garbage: True" in result.stdout
 
 
 def test_every_command_loads_the_package_but_the_light_ones():
