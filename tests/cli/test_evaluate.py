@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on(folder, monkeypatch):
     calls.clear()
     code, output = _run(folder, *arguments)
     assert code == 0, output
-    assert len(calls) == 1 and "Going on after 1 turns" in output
+    assert len(calls) == 1 and "Going on after 1 trials" in output
     fields = json.loads((folder / "stopped" / "evaluation.json").read_text(encoding="utf-8"))
     prompt = fields["sets"][0]["drafters"][0]["prompts"][0]
     assert prompt["plain_seconds"] == [first["answers"]["plain"][0]["seconds"]]
