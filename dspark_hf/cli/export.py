@@ -1,7 +1,5 @@
 """`dspark-hf export`: a drafter in the layout of another project."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated

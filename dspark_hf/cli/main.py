@@ -3,8 +3,6 @@
 No file of `dspark_hf.cli` imports PyTorch, Transformers or what needs them outside of a function: see `dspark_hf_cli`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

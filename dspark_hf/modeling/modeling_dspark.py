@@ -562,6 +562,7 @@ class _DSparkContext(DraftContext):
         self._target = target
         self._head = drafter.draft_head(target)
         self._ids = drafter.draft_token_ids
+        self._num_slots = drafter.config.num_slots
         self._windows = [drafter.config.window_of(layer) for layer in range(len(drafter.layers))]
         # what no layer sees any more is forgotten
         window = None if None in self._windows else drafter.config.context_window
@@ -588,7 +589,7 @@ class _DSparkContext(DraftContext):
             for states in drafter.run_blocks(
                 anchors[:, None],
                 positions[:, None],
-                drafter.config.num_slots,
+                self._num_slots,
                 context,
                 [masks[window] for window in self._windows],
                 self._target,

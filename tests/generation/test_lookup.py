@@ -41,7 +41,7 @@ from tests.tiny import tiny_target
 NEW_TOKENS = 40
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SOURCES = ("lookup", "both")
-NUM_SAMPLES = 3000
+NUM_SAMPLES = 2000
 
 
 def _repeating_target(family: str = "llama", **fields: Any) -> Any:
