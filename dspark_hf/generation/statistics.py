@@ -79,8 +79,9 @@ class SpeculationStatistics:
         num_committed: tokens of the rounds' output: accepted drafts and the target's own, up to each row's end. The
             prefill's token is not among them.
         by_source: the last three, of the drafter's drafts under `"model"`, of those looked up under `"lookup"`.
-        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k.
-        accepted_by_position: number of rounds in which draft k was accepted.
+        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k, of
+            the drafter's drafts alone.
+        accepted_by_position: number of these rounds in which draft k was accepted.
         draft_seconds: time in the drafter.
         verify_seconds: time in the target, the prefill left out.
         prefill_seconds: time in the prefill.
@@ -176,6 +177,9 @@ class SpeculationStatistics:
             counts.num_drafted += num_drafted
             counts.num_verified += num_verified
             counts.num_accepted += min(num_accepted, num_committed)
+        if source != "model":
+            # positions tell of the drafter, and a draft that was looked up has none in its block
+            return
         missing = num_verified - len(self.verified_by_position)
         self.verified_by_position.extend([0] * missing)
         self.accepted_by_position.extend([0] * missing)
