@@ -15,7 +15,7 @@ from benchmarks.loading import Packaged
 from benchmarks.loads import make_load, random_prompts
 from benchmarks.recordings import CONTEXT, Clock, Draft, Text, Written, fewer_right, record, replay
 from benchmarks.simulation import random_target
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DSparkAssistantModel, LookupAssistant
 from dspark_hf.generation.scheduling import CallInfo, FixedScheduler
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -129,3 +129,24 @@ def test_a_page_is_written(target, tmp_path, monkeypatch):
     # seven drafts cost most, and nothing is accepted
     three, five, seven = (float(cell) for cell in hopeless.split("|")[2:5])
     assert 1 > three > five > seven
+
+
+def test_replayed_lookups_are_those_of_generate(target, drafter):
+    """What is simulated looks up other tokens than `generate` does, or reads the text too early or too late."""
+    prompts = [torch.cat([prompt, prompt]) for prompt in PROMPTS[:1]]
+    [text] = record(target, drafter, prompts, LENGTH)
+    assistant = LookupAssistant()
+    target.generate(
+        prompts[0][None],
+        max_new_tokens=LENGTH,
+        assistant_model=assistant,
+        scheduler="fixed",
+        pad_token_id=0,
+        **GREEDY,
+    )
+    schedule = FixedScheduler().start(CallInfo(TargetAdapter(target, []), assistant, 1, 15))
+    clock = Clock(_costs(), 0.0, random.Random(0))
+    written = replay(schedule, [text], LENGTH, clock, 0, longest_lookup=15)
+    real = [round_.num_verified[0] for round_ in assistant.last_statistics.rounds]
+    assert any(real)
+    assert [verified for _, verified in written.rounds] == real
