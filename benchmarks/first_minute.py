@@ -4,8 +4,8 @@
 
 Drafts behind every position of greedy texts are recorded once for each set and kept in the folder, and so are the
 costs of passes and drafts; all ways then replay these, with noise. **Times are simulated**, what is drafted, accepted
-and learnt is not. Sets: questions, chat, code to complete and to edit, text to copy, random tokens, and the questions once
-more with a drafter that is always wrong and does not look it.
+and learnt is not. Sets: questions, chat, code to complete and to edit, text to copy, random tokens, and the questions
+once more with a drafter that is always wrong and does not look it.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def test_a_stream_tells_its_scheduler():
 
 
 def test_positions_tell_of_the_drafter_alone():
-    """Drafts that were looked up count as the drafter's, and its acceptance by position has more places than a block."""
+    """Drafts that were looked up count as the drafter's: its acceptance by position is not its own."""
     statistics = SpeculationStatistics()
     statistics.add_round(2, 2, 1, 2)
     statistics.add_round(9, 9, 9, 10, "lookup")

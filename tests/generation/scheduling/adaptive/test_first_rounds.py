@@ -1,4 +1,4 @@
-"""The default in its first rounds, where nothing was measured yet: it drafts, goes no great steps, and errs briefly."""
+"""The default in its first rounds, when nothing was measured yet: it drafts, takes no great steps, errs briefly."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import pytest
 
 from dspark_hf.generation.drafting.lookup import Offer
-from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, Choice, Schedule
+from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, Schedule
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
+from dspark_hf.generation.scheduling.interface import Choice
 from dspark_hf.generation.statistics import RoundInProgress
 from tests.generation.scheduling.fakes import new_call, new_drafter
 from tests.generation.scheduling.machine import Machine, write
