@@ -385,5 +385,5 @@ def test_costs_decide_whether_to_look_up(price, is_worth_it):
     output = target.generate(**inputs, **GREEDY, assistant_model=assistant, scheduler=scheduler)
     assert torch.equal(output, target.generate(**inputs, **GREEDY))
     looked_up = [one for one in assistant.last_statistics.rounds if any(one.num_looked_up)]
-    # tried once all the same
-    assert (len(looked_up) > 5) if is_worth_it else (len(looked_up) <= 1)
+    # tried all the same, ever more rarely
+    assert (len(looked_up) > 5) if is_worth_it else (len(looked_up) <= 3)

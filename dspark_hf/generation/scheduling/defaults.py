@@ -33,6 +33,9 @@ MOST_SURPRISE = 1.25
 # --- when to give up drafting and when to try again (adaptive/parking.py)
 # Parked rounds before the first trial. Plain choice: early trials cost about a sixteenth.
 FIRST_TRIAL_GAP = 16
+# Good offers that are passed over before one is looked up all the same, the first time. Plain choice: nearly half the
+# drafts of a good offer are right, so a trial costs less than a drafter's.
+FIRST_LOOKUP_GAP = 4
 # Parked rounds between two trials at most. Plain choice: a trial loses about one plain step, and
 # all of them stay below 2% of a long run.
 LONGEST_TRIAL_GAP = 256

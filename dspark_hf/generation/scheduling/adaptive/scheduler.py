@@ -90,6 +90,8 @@ class _Adaptive(Schedule):
             is_busy = not parking.is_plain_step_due()
             self._mode = _Mode.drafting if is_busy else _Mode.comparing
             self.parked_because = None
+            if is_busy and not self._is_worth_its_time(batch, plan):
+                self._mode = _Mode.plain
         elif parking.is_trial_due():
             self._mode = _Mode.trial
         else:
@@ -97,11 +99,29 @@ class _Adaptive(Schedule):
             self.parked_because = self.parked_because or self._explain(batch, plan, has_lost=parking.is_parked)
         return 0 if self._mode in (_Mode.plain, _Mode.comparing) else min(plan.num_drafts, self._most_drafts(batch))
 
+    def _is_worth_its_time(self, batch: Batch, plan: Plan) -> bool:
+        """Return whether drafts add more tokens than their time is worth where much comes from elsewhere.
+
+        Beside lookups that give many tokens at once, what drafting adds may be more than plain decoding gives, and yet
+        less than the same time brings in other rounds.
+        """
+        rate = self._rate.value
+        if rate <= plan.rate:
+            return True
+        count = plan.num_drafts
+        passes = self._seconds_of_passes(batch, count)
+        drafting = self._costs.draft_seconds(batch.num_rows, count, batch.context_length)
+        worth, tokens = 0.0, 0.0
+        for level in range(1, count + 1):
+            tokens += batch.num_live * self._gains[level - 1]
+            worth = max(worth, tokens - rate * (drafting + passes[level] - passes[0]))
+        return worth > 0
+
     def _required_gain(self, batch: Batch) -> float:
         """Return from which speed on drafting is worth it, plain decoding being 1: less while costs are in doubt."""
         if not isinstance(self._costs, OnlineCosts):
             return REQUIRED_GAIN
-        return REQUIRED_GAIN / (1 + DOUBT / (1 + self._costs.num_drafted(batch.num_rows)))
+        return REQUIRED_GAIN / (1 + DOUBT * 0.5 ** self._costs.num_drafted(batch.num_rows))
 
     def _most_drafts(self, batch: Batch) -> int:
         """Return how far a pass may go: if widths are dear here, no great step is made to find out."""
@@ -147,10 +167,12 @@ class _Adaptive(Schedule):
         # rows that wait have no room
         are_live = [limit > 0 for limit in batch.limits]
         choice = choose_sources(offers, plan, are_live, passes, max(rates))
-        if choice is not None:
-            self._lookup_trials = Trials()
-        elif plan is None and self._lookup_trials.is_due(max(offer.expected(len(passes)) for offer in offers)):
-            # wide passes may cost less than what narrow ones let expect
+        # wide passes may cost less than narrow ones, or a disturbed one, let expect
+        taken = choice.num_looked_up if choice else (0,) * rows
+        passed_over = max(
+            offer.expected(len(passes)) - offer.expected(count) for offer, count in zip(offers, taken, strict=True)
+        )
+        if self._lookup_trials.is_due(passed_over):
             choice = Choice(0, tuple(len(offer.token_ids) for offer in offers))
         return choice or Choice(num_drafts)
 

@@ -10,7 +10,6 @@ from dspark_hf.generation.drafting.lookup import Offer
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, Schedule
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.interface import Choice
-from dspark_hf.generation.statistics import RoundInProgress
 from tests.generation.scheduling.fakes import new_call, new_drafter
 from tests.generation.scheduling.machine import Machine, write
 
@@ -69,9 +68,8 @@ def _look_up(schedule: Schedule, machine: Machine) -> Choice:
     """Let a row that is offered sure drafts take a round, and return what it chose."""
     batch = Batch((MAX_DRAFTS,), 1, 10, (LONGEST,))
     choice = schedule.choose(batch, [SURE])
-    [count] = choice.num_looked_up
-    record = RoundInProgress(num_verified=[count], num_accepted=[count], num_looked_up=choice.num_looked_up)
-    outcome = machine.outcome(choice.limit(batch), 0, record.num_verified, record.num_accepted)
+    verified = [sum(choice.num_looked_up)]
+    outcome = machine.outcome(choice.limit(batch), 0, verified, verified)
     schedule.observe(outcome)
     schedule.compare(outcome)
     return choice
@@ -94,16 +92,37 @@ def test_trials_wait_for_a_round_without_offers():
     schedule, machine = _start(), Machine()
     write(schedule, machine, _wrong, 200, max_drafts=MAX_DRAFTS)
     assert schedule.parked_because is not None
-    for _ in range(400):
+    batch = Batch((MAX_DRAFTS,), 1, 10, (LONGEST,))
+    while not schedule.choose(batch, [NOTHING]).num_drafts:
+        schedule.observe(machine.outcome(batch, 0, [0], [0]))
+    # a trial is due
+    for _ in range(3):
         choice = _look_up(schedule, machine)
         assert choice.num_drafts == 0
-    # as soon as there is none
+        assert any(choice.num_looked_up)
+    assert schedule.choose(batch, [NOTHING]).num_drafts
+
+
+def test_a_drafter_is_not_asked_where_time_is_worth_more():
+    """Beside lookups that give a dozen tokens at once, a drafter is run for half a token in a third of a step."""
+    machine = Machine(0.02, 0.0005, 0.004, 0.0005)
+    schedule = AdaptiveScheduler(costs=machine).start(new_call(max_drafts=MAX_DRAFTS))
+    write(schedule, machine, lambda margin: 0.5, 120, max_drafts=MAX_DRAFTS)
     batch = Batch((MAX_DRAFTS,), 1, 10, (LONGEST,))
-    found = []
-    for _ in range(300):
-        choice = schedule.choose(batch, [NOTHING])
-        found.append(choice.num_drafts)
-        schedule.observe(machine.outcome(batch, 0, [0], [0]))
-        if choice.num_drafts:
-            break
-    assert found[-1]
+    # alone it pays
+    assert schedule.choose(batch, [NOTHING]).num_drafts > 0
+    for _ in range(60):
+        _look_up(schedule, machine)
+    assert schedule.choose(batch, [NOTHING]).num_drafts == 0
+
+
+def test_a_good_offer_is_not_cut_short_for_good():
+    """A few disturbed rounds make wide passes look dear, and no text is looked up further than two tokens again."""
+    schedule, machine = _start(), Machine()
+    for _ in range(10):
+        # whatever is wide is slow
+        machine.token_slope = 0.05
+        _look_up(schedule, machine)
+    machine.token_slope = 0.0005
+    counts = [sum(_look_up(schedule, machine).num_looked_up) for _ in range(60)]
+    assert sum(count == LONGEST for count in counts) > 30
