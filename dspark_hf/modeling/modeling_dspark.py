@@ -301,6 +301,11 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         return chosen or None
 
     @property
+    def accept_rates(self) -> list[float] | None:
+        """How often each draft is accepted if those before it are, as evaluated; None if it was not."""
+        return self.config.accept_rates
+
+    @property
     def target_layer_ids(self) -> list[int]:
         """Target layers whose outputs the drafter reads."""
         return self.config.target_layer_ids

@@ -171,7 +171,7 @@ def _head_fields(config: DSparkConfig) -> dict[str, Any]:
 
 def _own_fields(config: DSparkConfig) -> dict[str, Any]:
     # read again by us; others pass over what they do not know
-    names = ("sts_temperatures", "base_model_name_or_path", "target_fingerprint", "num_target_layers")
+    names = ("sts_temperatures", "accept_rates", "base_model_name_or_path", "target_fingerprint", "num_target_layers")
     return {name: getattr(config, name) for name in names}
 
 
