@@ -35,6 +35,7 @@ BELOW: dict[str, set[str]] = {
     "data": {"generation", "modeling", "training", "loading"},
     "training": {"generation", "modeling", "loading"},
     "demo": {"generation", "modeling", "loading", ""},
+    "doctor": {"generation", "modeling", "profiling", "loading"},
     "cli": {
         "generation",
         "profiling",
@@ -44,13 +45,14 @@ BELOW: dict[str, set[str]] = {
         "data",
         "training",
         "demo",
+        "doctor",
         "loading",
         "",
     },
 }
 # top-level files with a place of their own: the public names, the command line as a program, and models from folders
 # or the hub
-TOP = {"__init__": {"generation", "modeling"}, "__main__": {"cli"}, "loading": {"modeling"}}
+TOP = {"__init__": {"generation", "modeling", "doctor"}, "__main__": {"cli"}, "loading": {"modeling"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

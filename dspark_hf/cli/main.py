@@ -13,6 +13,7 @@ from dspark_hf.cli.calibrate import calibrate
 from dspark_hf.cli.command import PackageCommand
 from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import DRAFTERS, demo
+from dspark_hf.cli.doctor import doctor
 from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.export import export
@@ -35,6 +36,7 @@ for command in (data, train, calibrate, profile, export):
 app.command()(estimate)
 app.command(cls=PackageCommand)(tiny_v4)
 app.command("eval", cls=PackageCommand)(evaluate)
+app.command(cls=PackageCommand)(doctor)
 
 
 @app.command()
