@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,7 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dspark_hf.console import printable
-from dspark_hf.doctor.results import Costs, Diagnosis, Trial
+
+if TYPE_CHECKING:
+    # they show themselves with what is here
+    from dspark_hf.doctor.results import Costs, Diagnosis, Trial
 
 _MARKS = {True: ("ok", "green"), False: ("no", "red"), None: ("?", "dim")}
 

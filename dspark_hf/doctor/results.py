@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
+from dspark_hf.doctor.display import parts
+
 # what can be the matter, and the exit status of `dspark-hf doctor`; 1 and 2 are those of errors and of wrong options
 EXIT_STATUS: Mapping[str, int] = {
     "fits": 0,
@@ -146,7 +148,4 @@ class Diagnosis:
         return fields
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # imported here: what shows it knows it
-        from dspark_hf.doctor.display import parts
-
         yield from parts(self, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -191,7 +192,7 @@ def test_costs_and_what_to_set_are_told(target: Any) -> None:
 def test_a_diagnosis_is_shown_and_written(target: Any) -> None:
     """The display fails, or JSON holds what JSON cannot."""
     found = _diagnose(target, world.make_drafter(target), tokenizer=world.make_tokenizer())
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=StringIO())
     console.print(found)
     shown = console.export_text()
     assert found.verdict.sentence.split(":")[0] in shown and "as configured" in shown

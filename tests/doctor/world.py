@@ -76,7 +76,7 @@ def make_drafter(target: PreTrainedModel, name: str | None = "drafter", **fields
 def make_tokenizer(*, is_reversed: bool = False) -> PreTrainedTokenizerFast:
     """Return a tokenizer of words w4, w5, ..., whose ids may be in the reverse order.
 
-    Its chat template starts as all texts do, and with `enable_thinking` ends as the target's second kind of text begins.
+    Its chat template starts as all texts do, and with `enable_thinking` the second kind of text follows.
     """
     ids = list(range(VOCAB_SIZE))
     if is_reversed:

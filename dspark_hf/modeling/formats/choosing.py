@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_hf.modeling.formats.contradictions import warn_of_contradictions
 from dspark_hf.modeling.formats.deepspec import DEEPSPEC
 from dspark_hf.modeling.formats.reading import Packaging, our_name
 from dspark_hf.modeling.formats.specforge import DFLASH, LFM2, SPECFORGE
@@ -31,7 +32,11 @@ def translate(
 ) -> Any:
     """Return `DSparkConfig`'s fields for a drafter; of its tensors only the shapes are read."""
     shapes = read_shapes(name_or_path, **hub_options)
-    return packaging.translate(fields, {ours: shape for name, shape in shapes.items() if (ours := our_name(name))})
+    translated = packaging.translate(
+        fields, {ours: shape for name, shape in shapes.items() if (ours := our_name(name))}
+    )
+    warn_of_contradictions(str(name_or_path), fields, translated)
+    return translated
 
 
 def load_tensors(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str, Tensor]:
