@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dspark_hf.doctor.results import Costs, Diagnosis, Trial
 
 _MARKS = {True: ("ok", "green"), False: ("no", "red"), None: ("?", "dim")}
+# what did no harm in a pair that fits
+_HARMLESS = ("!", "yellow")
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
@@ -58,7 +60,8 @@ def _table(headings: Sequence[str], num_labels: int) -> Table:
 def _checks(diagnosis: Diagnosis) -> Table:
     table = _table(("", "", "found"), 3)
     for check in diagnosis.checks:
-        mark, style = _MARKS[check.is_right]
+        is_harmless = check.is_right is False and diagnosis.verdict.cause == "fits"
+        mark, style = _HARMLESS if is_harmless else _MARKS[check.is_right]
         table.add_row(Text(mark, style=style), check.name, Text(printable(check.found)))
     return table
 

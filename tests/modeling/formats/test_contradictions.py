@@ -41,7 +41,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
         ({**DEEPSPEC, "enable_confidence_head": False}, "`enable_confidence_head` is False"),
         (
             speculators_fields(base_model_name_or_path="else/another"),
-            "names the target 'else/another', `speculators_config.verifier.name_or_path` names the target 'someone/a-t",
+            "names the target 'else/another', `speculators_config.verifier.name_or_path` names the target 'someone",
         ),
     ],
     ids=["two places", "two sections", "rank", "vocabulary", "heads", "names"],
