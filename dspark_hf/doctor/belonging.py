@@ -102,9 +102,8 @@ def _check_target_weights(target: TargetAdapter) -> Check:
 def _matrices(target: TargetAdapter) -> Iterator[Tensor]:
     layer = target.layers[target.num_layers // 2]
     for module in layer.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and weight.is_floating_point() and not weight.is_meta:
-            yield weight
+        if isinstance(module, nn.Linear) and module.weight.is_floating_point() and not module.weight.is_meta:
+            yield module.weight
 
 
 def _bits_of(weight: Tensor) -> int | None:

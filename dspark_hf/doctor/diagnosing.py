@@ -130,16 +130,16 @@ def _diagnose(
     measures_costs: bool,
     say: Callable[[str], None],
 ) -> Diagnosis:
-    names = {"target": _name(target), "drafter": _name(drafter)}
+    names = (_name(target), _name(drafter))
     try:
         adapter = TargetAdapter(check_servable(target))
     except ValueError as error:
-        return Diagnosis(**names, verdict=Verdict("refused", str(error)), checks=())
+        return Diagnosis(*names, verdict=Verdict("refused", str(error)), checks=())
     say("Comparing names, sizes and weights")
     checks = check_belonging(adapter, drafter, tokenizer, drafter_tokenizer)
     verdict = judge_checks(checks)
     if verdict is not None:
-        return Diagnosis(**names, verdict=verdict, checks=tuple(checks))
+        return Diagnosis(*names, verdict=verdict, checks=tuple(checks))
     say("Letting the target write")
     mask_ids = mask_candidates(adapter, tokenizer)
     layer_ids = _layers_of_interest(drafter, adapter, mask_ids)
@@ -153,7 +153,8 @@ def _diagnose(
     thinking, preferred = _try_thinking(target, drafter, tokenizer, prompts, found, layer_ids, adapter, max_new_tokens)
     say("Writing with the drafter")
     is_identical = _is_identical(target, drafter, texts, max_new_tokens)
-    costs, advice = None, ()
+    costs: Costs | None = None
+    advice: tuple[str, ...] = ()
     if measures_costs:
         say("Timing passes and drafts")
         costs, advice = _costs(target, drafter, found.configured)
@@ -170,7 +171,7 @@ def _diagnose(
         # what is to be mended first has another acceptance
         advice = ()
     return Diagnosis(
-        **names,
+        *names,
         verdict=verdict,
         checks=(*checks, _check_text(is_identical, target.dtype)),
         trials=tuple(found.trials),

@@ -49,7 +49,7 @@ def walking(count: int, generator: torch.Generator, length: int = _LENGTH) -> Te
     return torch.cat([torch.full((count, 1), START), walked], dim=1)
 
 
-def prompts(count: int = 4, seed: int = 9) -> list[Tensor]:
+def prompts(count: int = 2, seed: int = 9) -> list[Tensor]:
     """Return prompts of the first kind, `(10,)` each."""
     return list(repeating(count, torch.Generator().manual_seed(seed), 10))
 
