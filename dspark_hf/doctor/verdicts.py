@@ -53,6 +53,9 @@ def judge(
         return Verdict(
             "text", "The greedy text differs with the drafter in fp32, which must not be: please report it."
         )
+    if _DRAFTER_WEIGHTS in wrong:
+        # whatever is accepted, or better, is so by chance
+        return Verdict("untrained", f"The drafter is not trained: {wrong[_DRAFTER_WEIGHTS]}; {accepted}.")
     if best.settings:
         return _misread(configured, best)
     if prefers_thinking is not None:
@@ -89,8 +92,6 @@ def _misread(configured: Trial, best: Trial) -> Verdict:
 
 
 def _useless(wrong: Mapping[str, str], accepted: str) -> Verdict:
-    if _DRAFTER_WEIGHTS in wrong:
-        return Verdict("untrained", f"The drafter is not trained: {wrong[_DRAFTER_WEIGHTS]}.")
     if "tokenizer" in wrong:
         return _foreign_tokenizer(wrong, accepted)
     if "fingerprint" in wrong or "name" in wrong or "sizes" in wrong:
