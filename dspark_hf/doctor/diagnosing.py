@@ -30,7 +30,7 @@ from dspark_hf.prompts import Prompt
 # prompts of the switched mode, and texts that are written again with the drafter
 _NUM_OTHER_MODE, _NUM_COMPARED = 2, 1
 # blocks of which the acceptance is known well enough
-_NUM_BLOCKS = 64
+_NUM_BLOCKS = 128
 _CONTEXT = 128
 _LEAST_ERRORS = 4.0
 

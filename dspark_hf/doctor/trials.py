@@ -22,7 +22,7 @@ from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 # accepted drafts a block by which a reading has to be better, in numbers and in standard errors: blocks of one text
 # overlap, and a dozen readings are compared
-_LEAST_GAIN, _LEAST_ERRORS = 0.25, 4.0
+_LEAST_GAIN, _LEAST_ERRORS = 0.25, 3.0
 # things that may be mistaken at once
 _MOST_CHANGES = 3
 # tokens that are tried as the mask
