@@ -19,6 +19,7 @@ SHARED = {
     "journal",
     "lazy",
     "moved",
+    "pieces",
     "prompts",
     "provenance",
     "version",
@@ -34,7 +35,9 @@ BELOW: dict[str, set[str]] = {
     "calibration": {"generation", "modeling", "loading"},
     "data": {"generation", "modeling", "training", "loading"},
     "training": {"generation", "modeling", "loading"},
-    "demo": {"generation", "modeling", "loading", ""},
+    # how answers look in a terminal, whoever answers
+    "terminal": {"generation"},
+    "demo": {"generation", "modeling", "terminal", "loading", ""},
     "doctor": {"generation", "modeling", "profiling", "loading"},
     "cli": {
         "generation",
@@ -44,6 +47,7 @@ BELOW: dict[str, set[str]] = {
         "evaluation",
         "data",
         "training",
+        "terminal",
         "demo",
         "doctor",
         "loading",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dspark_hf.cli.hints import say_next
 from dspark_hf.modeling.deepseek_v4.estimation.formats import CacheFormat, WeightFormat
 
 
@@ -51,3 +52,4 @@ def estimate(
                 f"`--output` must be a file that can be written, got {str(output)!r}. Name another. ({error})"
             ) from error
         console.print(f"Written: {output}", soft_wrap=True, markup=False)
+    say_next(console, "tiny-v4", "--output", "tiny")

@@ -1,40 +1,37 @@
-"""What the demo writes to the terminal."""
+"""What the demo writes to the terminal below the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from dspark_hf.console import print_table, printable
+from dspark_hf.console import print_table
 from dspark_hf.demo.comparison import Comparison, Summary, summarize
+from dspark_hf.terminal.display import STYLES
 
-DRAFT_STYLE = "bold green"
 _BAR_WIDTH = 30
 
 
-def piece_printer(console: Console) -> Callable[[str, bool], None]:
-    """Return a function that appends a piece of text to the line, in green if it was a draft.
+def print_results(
+    console: Console, comparisons: Sequence[Comparison], partings: Sequence[str], *, is_exact: bool
+) -> None:
+    """Print the gain of each kind and of all, the drafter's acceptance by position, where texts part, and a verdict.
 
-    The text is the model's own: a terminal shows it, and obeys nothing in it.
+    `partings` has a sentence for each comparison whose texts part, and an empty one for the others.
     """
-
-    def show(piece: str, is_draft: bool) -> None:
-        console.print(Text(printable(piece), style=DRAFT_STYLE if is_draft else ""), end="", soft_wrap=True)
-
-    return show
-
-
-def print_results(console: Console, comparisons: Sequence[Comparison], *, is_exact: bool) -> None:
-    """Print the table, the acceptance by position, and what they say."""
     total = summarize(comparisons)
-    headings = ("prompt", "identical", "tau", "passes\nplain", "\nDSpark", "tokens/s\nplain", "\nDSpark", "\nratio")
-    rows = [(str(number), *_cells(summarize([one]))) for number, one in enumerate(comparisons, start=1)]
-    title = "The same answers, with and without a drafter"
-    print_table(console, title, headings, [*rows, ("all", *_cells(total))])
+    headings = ("prompts", "same\ntext", "tau", "passes\nplain", "\nDSpark", "tokens/s\nplain", "\nDSpark", "\ngain")
+    kinds = dict.fromkeys(comparison.kind for comparison in comparisons)
+    rows = [(kind, *_cells(summarize([one for one in comparisons if one.kind == kind]))) for kind in kinds]
+    title = "The same answers, with and without drafts"
+    print_table(console, title, headings, [*rows, ("all", *_cells(total))], num_labels=1)
     console.print("tau: tokens per round, the target's own token included. Times: medians.")
     _print_accept_rates(console, total)
+    for comparison, parting in zip(comparisons, partings, strict=True):
+        if parting:
+            console.print(Text(f"\n{comparison.kind}: {parting}"))
     console.print(_verdict(total, is_exact=is_exact))
 
 
@@ -51,10 +48,14 @@ def _cells(summary: Summary) -> list[str]:
 
 
 def _print_accept_rates(console: Console, total: Summary) -> None:
-    console.print("\nAcceptance by position, given that the drafts before were accepted:")
+    console.print("\nThe drafter's drafts by position: share accepted, given that those before were:")
     for position, rate in enumerate(total.accept_rates, start=1):
         bar = "█" * round(rate * _BAR_WIDTH)
-        console.print(f"  draft {position}  {rate:4.0%}  ", Text(bar, style=DRAFT_STYLE), sep="")
+        console.print(f"  draft {position}  {rate:4.0%}  ", Text(bar, style=STYLES["model"]), sep="")
+    if total.num_looked_up:
+        console.print(
+            f"Besides, {total.num_looked_up} drafts were looked up in the text: {total.lookup_rate:.0%} held."
+        )
 
 
 def _verdict(total: Summary, *, is_exact: bool) -> str:

@@ -111,22 +111,22 @@ def _draft_blocks(
         target,
     )
     hidden_states, unnormed, state = drafter.drafting_slots(normed[0], unnormed[0], anchors)
-    ids = drafter.draft_token_ids
-
-    def best(slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, None]:
-        chosen = logits.argmax(-1)
-        return chosen if ids is None else ids[chosen], None
-
     drafts, _, previous_ids = sample_block(
         drafter.draft_head(target)(hidden_states),
         hidden_states,
         anchors,
-        best,
+        _best,
         markov_head=drafter.markov_head,
-        expand_logits=lambda logits: logits,
+        vocab_size=config.vocab_size,
+        proposable_ids=drafter.draft_token_ids,
+        markov_top_k=drafter.markov_top_k,
         state=state,
     )
     logits = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
     if logits is not None and config.sts_temperatures is not None:
         logits = logits / torch.tensor(config.sts_temperatures, device=logits.device)
     return drafts, None if logits is None else logits.sigmoid()
+
+
+def _best(slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, None]:
+    return logits.argmax(-1), None

@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig
 
 from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
-from dspark_hf.modeling.formats import choosing, remote_code
+from dspark_hf.modeling.formats import choosing, gguf, remote_code
 from dspark_hf.modeling.formats import deepseek_v4 as drafter_names
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 
 # the Pipeline looks a class up by these names among those of Transformers: an Auto class leads back to ours
+_LOADING = (gguf.OPTION, "trust_remote_code", "_from_auto", "_from_pipeline", "_commit_hash")
 _ARCHITECTURES = ("DSparkAssistantModel", "AutoModelForCausalLM")
 
 
@@ -66,6 +67,8 @@ class DSparkConfig(PreTrainedConfig):
         markov_over_draft_vocab: whether the Markov head tells previous tokens apart only where the drafter can propose
             them; all others share one row. Drafts are proposable, so only anchors can be others. Needs
             `draft_vocab_size`; makes drafters for large vocabularies many times smaller.
+        markov_top_k: how many tokens of a slot the Markov head corrects, those with the best base logits; no others
+            are proposed then. 0 means all of them; `None` means 512 where more than 32,768 can be proposed, else all.
         enable_confidence_head: whether a confidence head predicts each draft's acceptance (Eq. 7).
         confidence_head_with_markov: whether that head also reads the previous token's Markov embedding.
         confidence_head_bias: whether that head has a bias.
@@ -126,6 +129,7 @@ class DSparkConfig(PreTrainedConfig):
         markov_rank: int = 256,
         markov_head_type: str = "vanilla",
         markov_over_draft_vocab: bool = False,
+        markov_top_k: int | None = None,
         enable_confidence_head: bool = True,
         confidence_head_with_markov: bool = True,
         confidence_head_bias: bool = True,
@@ -172,6 +176,7 @@ class DSparkConfig(PreTrainedConfig):
         self.markov_rank = markov_rank
         self.markov_head_type = markov_head_type
         self.markov_over_draft_vocab = markov_over_draft_vocab
+        self.markov_top_k = markov_top_k
         self.enable_confidence_head = enable_confidence_head
         self.confidence_head_with_markov = confidence_head_with_markov and markov_rank > 0
         self.confidence_head_bias = confidence_head_bias
@@ -208,11 +213,15 @@ class DSparkConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the fields of a drafter folder or hub name, in our own layout or a foreign one.
+        """Return the fields of a drafter folder, hub name or GGUF file, in our own layout or a foreign one.
 
         Raises:
             ValueError: if there is no DSpark drafter.
         """
+        file = gguf.find_file(pretrained_model_name_or_path, kwargs)
+        if file is not None:
+            unused = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *_LOADING)}
+            return {**gguf.translate(file), "architectures": list(_ARCHITECTURES)}, unused
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         packaging = choosing.find_packaging(fields)
         if packaging is not None:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from dspark_hf.generation.decoding import decode
+from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
-from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
-from dspark_hf.generation.scheduling.interface import Scheduler
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target, quantization
@@ -29,12 +28,13 @@ from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.checkpoints.dspark_module import load_module
 from dspark_hf.modeling.deepseek_v4.layer import init_weights
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
-from dspark_hf.modeling.formats.choosing import find_packaging, load_tensors
+from dspark_hf.modeling.formats import gguf
+from dspark_hf.modeling.formats.choosing import find_packaging, load_gguf, load_tensors
 from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
 from dspark_hf.modeling.formats.recommendation import read_recommendation
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
-from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
+from dspark_hf.modeling.heads import DEFAULT_MARKOV_TOP_K, LARGE_HEAD, ConfidenceHead, build_markov_head
 from dspark_hf.modeling.provenance import Acquaintance
 from dspark_hf.modeling.rotary import RotaryEmbedding
 from dspark_hf.modeling.saved_folder import complete_folder, upload_card
@@ -57,7 +57,7 @@ class BlockStates:
     confidence_logits: Tensor | None
 
 
-class DSparkAssistantModel(PreTrainedModel, Drafter):
+class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
     """Propose blocks of tokens for a target model, from the target's own hidden states.
 
     Pass it as `assistant_model` to `target.generate(...)`. The embedding and the output head are borrowed from the
@@ -182,6 +182,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     ) -> Any:
         """Load a drafter from a folder or a hub name: our own layout, a foreign one, or DeepSeek-V4.
 
+        Of a GGUF file, name the path itself, or with `gguf_file` the file inside a folder or hub name.
+
         Of foreign folders configurations and tensors are read; code that they bring is never run. With a
         `BitsAndBytesConfig` that says nothing of it, the heads stay as they are: they are small, and decide what is
         drafted.
@@ -194,7 +196,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         fields: dict[str, Any] = {}
+        file = None
         if pretrained_model_name_or_path is not None:
+            file = gguf.find_file(pretrained_model_name_or_path, kwargs)
+        if file is not None:
+            kwargs.pop(gguf.OPTION, None)
+            pretrained_model_name_or_path = file
+        elif pretrained_model_name_or_path is not None:
             fields, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
         if is_released(fields):
             config = cls.config_class.from_dict(drafter_fields(fields))
@@ -203,11 +211,14 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             kwargs["quantization_config"] = quantization.leave_out_heads(kwargs["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        if find_packaging(fields) is None:
+        if file is None and find_packaging(fields) is None:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         else:
             options = _options_for_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, hub_options)
-            tensors = load_tensors(pretrained_model_name_or_path, **hub_options)
+            if file is not None:
+                tensors = load_gguf(file)
+            else:
+                tensors = load_tensors(pretrained_model_name_or_path, fields, **hub_options)
             loaded = super().from_pretrained(None, *args, state_dict=tensors, **options)
             loaded[0].config.name_or_path = str(pretrained_model_name_or_path)
         drafter, info = loaded
@@ -219,7 +230,9 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                     "weights and its configuration do not belong together: save the drafter anew."
                 )
         drafter.check_draft_token_ids()
-        drafter.generation_config = read_recommendation(pretrained_model_name_or_path, hub_options)
+        # a GGUF file stands alone
+        folder = pretrained_model_name_or_path if file is None else None
+        drafter.generation_config = read_recommendation(folder, hub_options)
         return (drafter, info) if wants_info else drafter
 
     def save_pretrained(
@@ -279,6 +292,15 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         return self.config.block_size
 
     @property
+    def markov_top_k(self) -> int | None:
+        """Tokens of a slot that the Markov head corrects, or None for all: what the configuration says."""
+        chosen = self.config.markov_top_k
+        if chosen is None:
+            is_large = self.config.num_draft_logits > LARGE_HEAD
+            chosen = DEFAULT_MARKOV_TOP_K if is_large else 0
+        return chosen or None
+
+    @property
     def target_layer_ids(self) -> list[int]:
         """Target layers whose outputs the drafter reads."""
         return self.config.target_layer_ids
@@ -301,20 +323,6 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
         """Return an empty context for `batch_size` sequences of `target`."""
         return _DSparkContext(self, target, batch_size)
-
-    def decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        scheduler: Scheduler | str | None = None,
-        drafts: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
-
-        Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
-        """
-        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Raise a `TypeError`: a drafter proposes, the target writes."""
@@ -594,20 +602,15 @@ class _DSparkContext(DraftContext):
             anchors,
             sampler,
             markov_head=drafter.markov_head,
-            expand_logits=self._expand,
+            vocab_size=drafter.config.vocab_size,
+            proposable_ids=self._ids,
+            markov_top_k=drafter.markov_top_k,
             state=state,
         )
         logits = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
         if logits is not None and self._temperatures is not None:
             logits = logits / self._temperatures[:num_drafts]
         return DraftedBlock(token_ids, probs, None if logits is None else logits.sigmoid())
-
-    def _expand(self, logits: Tensor) -> Tensor:
-        if self._ids is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self._drafter.config.vocab_size), float("-inf"))
-        full[..., self._ids] = logits
-        return full
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)

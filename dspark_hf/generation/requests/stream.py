@@ -103,7 +103,7 @@ class RequestStream(Iterator[FinishedRequest]):
         drafter = None if drafter is None else unwrap(drafter)
         self.statistics = SpeculationStatistics()
         drafter = NoDrafter() if drafter is None else drafter
-        options = read_options(target.generation_config, drafter, target, scheduler, drafts)
+        options = read_options(target.generation_config, drafter, target, scheduler, drafts, is_stream=True)
         self._adapter = TargetAdapter(target, options.target_layer_ids(drafter))
         drafter.check_target(self._adapter)
         target = self._adapter.model
@@ -198,8 +198,7 @@ class RequestStream(Iterator[FinishedRequest]):
             if not isinstance(error, Exception):
                 raise
             return
-        for row in newcomer.take_left():
-            self._report_row(row)
+        self._report_left(newcomer)
         if self._batch is None:
             self._batch = newcomer if newcomer.rows else None
         elif newcomer.rows:
@@ -239,6 +238,7 @@ class RequestStream(Iterator[FinishedRequest]):
         if wrong:
             raise ValueError(f"`options` of a request must leave out {wrong}. Arguments of the stream hold for all.")
         streamer, tokenizer = options.pop("streamer", None), options.pop("tokenizer", None)
+        sampling = options.pop("sampling", None)
         if tokenizer is not None and options.get("stop_strings") is not None:
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
@@ -268,7 +268,7 @@ class RequestStream(Iterator[FinishedRequest]):
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
         _check_options(input_ids, config)
         speculation = read_options(
-            config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY]
+            config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY], sampling
         )
         target = RaggedTarget(self._adapter, input_ids, config, prepared, widest=speculation.most_drafts + 1)
         if target.has_token_types:
@@ -287,6 +287,7 @@ class RequestStream(Iterator[FinishedRequest]):
             streamer=streamer,
             num_drafts=speculation.num_drafts,
             num_looked_up=speculation.num_looked_up,
+            is_invariant=speculation.is_invariant,
             prompt=prompt_tokens(input_ids, prepared.get("attention_mask"))[0],
         )
         return row, target
@@ -294,10 +295,14 @@ class RequestStream(Iterator[FinishedRequest]):
     def _collect(self) -> None:
         """Report the rows that have left the batch."""
         if self._batch is not None:
-            for row in self._batch.take_left():
-                self._report_row(row)
+            self._report_left(self._batch)
             if not self._batch.rows:
                 self._batch = None
+
+    def _report_left(self, batch: RequestBatch) -> None:
+        for row in batch.take_left():
+            self._drafter.review(self._adapter, row.statistics)
+            self._report_row(row)
 
     def _report_row(self, row: RequestRow, error: BaseException | None = None) -> None:
         error = row.error or (None if row.is_finished else error)
