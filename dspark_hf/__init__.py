@@ -1,5 +1,7 @@
 """DSpark speculative decoding for Transformers: a faster `generate()` with the same output."""
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dspark_hf.generation.call.outputs import DSparkGenerateOutput
@@ -8,6 +10,7 @@ from dspark_hf.generation.lookup_assistant import LookupAssistant
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
 from dspark_hf.generation.requests.stream import generate_stream
 from dspark_hf.generation.statistics import SpeculationStatistics
+from dspark_hf.lazy import lazy_names
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM, DeepseekV4DSparkModel
@@ -15,6 +18,9 @@ from dspark_hf.modeling.formats.auto import register_packagings
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.moved import install_old_names
 from dspark_hf.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from dspark_hf.doctor.diagnosing import diagnose
 
 __all__ = [
     "DSparkAssistantModel",
@@ -28,10 +34,14 @@ __all__ = [
     "Request",
     "RequestQueue",
     "SpeculationStatistics",
+    "diagnose",
     "generate_stream",
     "install",
     "uninstall",
 ]
+
+# what is asked for once in a while
+__getattr__ = lazy_names(__name__, {"diagnose": "doctor.diagnosing"})
 
 AutoConfig.register(DSparkConfig.model_type, DSparkConfig, exist_ok=True)
 AutoModel.register(DSparkConfig, DSparkAssistantModel, exist_ok=True)

@@ -38,6 +38,7 @@ BELOW: dict[str, set[str]] = {
     # how answers look in a terminal, whoever answers
     "terminal": {"generation"},
     "demo": {"generation", "modeling", "terminal", "loading", ""},
+    "doctor": {"generation", "modeling", "profiling", "loading"},
     "cli": {
         "generation",
         "profiling",
@@ -48,13 +49,14 @@ BELOW: dict[str, set[str]] = {
         "training",
         "terminal",
         "demo",
+        "doctor",
         "loading",
         "",
     },
 }
 # top-level files with a place of their own: the public names, the command line as a program, and models from folders
 # or the hub
-TOP = {"__init__": {"generation", "modeling"}, "__main__": {"cli"}, "loading": {"modeling"}}
+TOP = {"__init__": {"generation", "modeling", "doctor"}, "__main__": {"cli"}, "loading": {"modeling"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
