@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from dspark_hf.generation.call.names import serve_names
 from dspark_hf.generation.call.outputs import DSparkGenerateOutput
 from dspark_hf.generation.integration import install, install_unless_refused, uninstall
 from dspark_hf.generation.lookup_assistant import LookupAssistant
@@ -14,6 +15,7 @@ from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM,
 from dspark_hf.modeling.formats.auto import register_packagings
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.moved import install_old_names
+from dspark_hf.registry.finding import assistant_named, load_drafter_for, register_drafter
 from dspark_hf.version import __version__ as __version__
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "SpeculationStatistics",
     "generate_stream",
     "install",
+    "load_drafter_for",
+    "register_drafter",
     "uninstall",
 ]
 
@@ -41,4 +45,5 @@ AutoModel.register(DeepseekV4DSparkConfig, DeepseekV4DSparkModel, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekV4DSparkConfig, DeepseekV4DSparkForCausalLM, exist_ok=True)
 register_packagings()
 install_old_names()
+serve_names(assistant_named)
 install_unless_refused()

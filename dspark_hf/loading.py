@@ -16,6 +16,8 @@ from dspark_hf.damage import index_files, read_object, weights_damage
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
+from dspark_hf.modeling.formats.choosing import find_packaging
+from dspark_hf.modeling.formats.deepseek_v4 import is_released
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 DTYPES: Mapping[str, torch.dtype | str] = {
@@ -29,6 +31,7 @@ _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TARGET = "the folder or hub name of a causal language model"
 _DRAFTER = "the folder or hub name of a DSpark drafter"
+_ASSISTANT = "the folder or hub name of a drafter, or of another causal language model"
 
 
 def check_dtype(dtype: str) -> None:
@@ -83,6 +86,31 @@ def load_drafter(drafter: str, option: str = "--drafter", **options: Any) -> DSp
     """
     with _named(option, _DRAFTER, drafter):
         return DSparkAssistantModel.from_pretrained(drafter, **options).eval()
+
+
+def load_assistant(name: str, option: str, **options: Any) -> Any:
+    """Return the drafter of a folder or hub name, or any other causal language model, in evaluation mode.
+
+    `options` go to `from_pretrained`.
+
+    Raises:
+        ValueError: if it cannot be read; the message names `option`.
+    """
+    model_class: Any = DSparkAssistantModel if is_drafter(name, option) else AutoModelForCausalLM
+    with _named(option, _ASSISTANT, name):
+        return model_class.from_pretrained(name, **options).eval()
+
+
+def is_drafter(name: str, option: str) -> bool:
+    """Return whether a folder or hub name holds a DSpark drafter, in a layout that is read.
+
+    Raises:
+        ValueError: if its configuration cannot be read; the message names `option`.
+    """
+    with _named(option, _ASSISTANT, name):
+        fields, _ = PreTrainedConfig.get_config_dict(name)
+        is_ours = fields.get("model_type") == DSparkConfig.model_type or is_released(fields)
+        return is_ours or find_packaging(fields) is not None
 
 
 def load_target(

@@ -26,6 +26,8 @@ def test_public_names():
         "SpeculationStatistics",
         "generate_stream",
         "install",
+        "load_drafter_for",
+        "register_drafter",
         "uninstall",
     ]
     assert all(hasattr(dspark_hf, name) for name in dspark_hf.__all__)
