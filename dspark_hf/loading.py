@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from dspark_hf.damage import index_files, read_object, weights_damage
+from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
@@ -64,6 +65,7 @@ def load_tokenizer(target: str) -> Any:
     Raises:
         ValueError: if it cannot be read.
     """
+    target = local_name(target)
     with _named("--target", _TARGET, target):
         return AutoTokenizer.from_pretrained(target)
 
@@ -74,6 +76,7 @@ def read_drafter_config(drafter: str, option: str = "--drafter") -> DSparkConfig
     Raises:
         ValueError: if it cannot be read, or is none of a DSpark drafter; the message names `option`.
     """
+    drafter = local_name(drafter)
     with _named(option, _DRAFTER, drafter):
         return DSparkConfig.from_pretrained(drafter)
 
@@ -84,6 +87,7 @@ def load_drafter(drafter: str, option: str = "--drafter", **options: Any) -> DSp
     Raises:
         ValueError: if it cannot be read, or is no DSpark drafter; the message names `option`.
     """
+    drafter = local_name(drafter)
     with _named(option, _DRAFTER, drafter):
         return DSparkAssistantModel.from_pretrained(drafter, **options).eval()
 
@@ -96,6 +100,7 @@ def load_assistant(name: str, option: str, **options: Any) -> Any:
     Raises:
         ValueError: if it cannot be read; the message names `option`.
     """
+    name = local_name(name)
     model_class: Any = DSparkAssistantModel if is_drafter(name, option) else AutoModelForCausalLM
     with _named(option, _ASSISTANT, name):
         return model_class.from_pretrained(name, **options).eval()
@@ -107,6 +112,7 @@ def is_drafter(name: str, option: str) -> bool:
     Raises:
         ValueError: if its configuration cannot be read; the message names `option`.
     """
+    name = local_name(name)
     with _named(option, _ASSISTANT, name):
         fields, _ = PreTrainedConfig.get_config_dict(name)
         is_ours = fields.get("model_type") == DSparkConfig.model_type or is_released(fields)
@@ -132,6 +138,7 @@ def load_target(
         ValueError: if the dtype, the device, the attention implementation or the target is not there.
     """
     check_dtype(dtype)
+    target = local_name(target)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": find_device(device)}}
     if attention != "auto":
         options["attn_implementation"] = attention

@@ -16,6 +16,7 @@ SHARED = {
     "damage",
     "figures",
     "files",
+    "hubs",
     "journal",
     "lazy",
     "moved",

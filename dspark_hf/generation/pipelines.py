@@ -33,7 +33,7 @@ def _wrap(module: ModuleType) -> None:
 
 
 def _unwrap(module: ModuleType) -> None:
-    method = getattr(module, _SEAM, None)
+    method: Any = getattr(module, _SEAM, None)
     if getattr(method, "is_dspark", False):
         setattr(module, _SEAM, method.__wrapped__)
 

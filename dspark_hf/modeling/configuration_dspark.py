@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats import choosing, remote_code
@@ -213,6 +214,7 @@ class DSparkConfig(PreTrainedConfig):
         Raises:
             ValueError: if there is no DSpark drafter.
         """
+        pretrained_model_name_or_path = local_name(pretrained_model_name_or_path)
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         packaging = choosing.find_packaging(fields)
         if packaging is not None:

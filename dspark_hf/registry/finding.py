@@ -16,6 +16,7 @@ from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.lookup_assistant import LookupAssistant
 from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.generation.wrappers import unwrap
+from dspark_hf.hubs import is_elsewhere
 from dspark_hf.loading import is_drafter, load_assistant, read_drafter_config
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
 from dspark_hf.modeling.provenance import target_fields
@@ -82,8 +83,7 @@ def _nothing_known(target: PreTrainedModel) -> str:
 
 
 def _load_entry(entry: DrafterEntry, target: PreTrainedModel) -> Drafter:
-    is_here = os.path.isdir(entry.drafter) or isinstance(try_to_load_from_cache(entry.drafter, "config.json"), str)
-    if not is_here:
+    if not _is_here(entry.drafter):
         _LOGGER.warning_once(
             f"`assistant_model`: fetching the drafter {entry.drafter!r} for {entry.target} (named in {entry.origin})."
         )
@@ -99,6 +99,12 @@ def _load_entry(entry: DrafterEntry, target: PreTrainedModel) -> Drafter:
             f"pass `assistant_model=dspark_hf.LookupAssistant()`. ({error})"
         ) from error
     return drafter
+
+
+def _is_here(name: str) -> bool:
+    if os.path.isdir(name):
+        return True
+    return not is_elsewhere(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def assistant_named(name: str, target: PreTrainedModel, *, only_drafters: bool = False) -> Any:
