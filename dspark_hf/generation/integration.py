@@ -13,22 +13,23 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
-from dspark_hf.generation.call.checks import check_mode
-from dspark_hf.generation.call.knobs import choose_knobs
 from dspark_hf.generation.call.names import find_assistant
 from dspark_hf.generation.compat import DRAFTS, EXPLICIT, SCHEDULER, SEAM, is_installed
-from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.pipelines import install_in_pipelines, uninstall_from_pipelines
-from dspark_hf.generation.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation import GenerationMode
+
+# `import dspark_hf` brings this file: what only a call of `generate` needs is imported in one
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
@@ -108,6 +109,8 @@ def _route(original: Any) -> Any:
     def assisted_decoding(self: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
         if not isinstance(kwargs.get("assistant_model"), Drafter):
             return original(self, input_ids, **kwargs)
+        from dspark_hf.generation.decoding import decode
+
         return decode(self, input_ids, drafter=kwargs.pop("assistant_model"), **kwargs)
 
     # mypy knows no attributes of functions
@@ -120,6 +123,8 @@ def _remember_knobs(original: Any) -> Any:
     def prepare_generation_config(
         self: PreTrainedModel, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> Any:
+        from dspark_hf.generation.call.knobs import choose_knobs
+
         chosen = choose_knobs(kwargs, generation_config, getattr(self, "generation_config", None))
         # generate takes what it does not know for an input of the model, and refuses it
         ours = {kept: kwargs.pop(name, None) for name, kept in _OURS.items()}
@@ -155,6 +160,9 @@ def _check_mode(original: Any) -> Any:
         generation_config: GenerationConfig,
         generation_mode_kwargs: dict[str, Any],
     ) -> Any:
+        from dspark_hf.generation.call.checks import check_mode
+        from dspark_hf.generation.wrappers import unwrap
+
         assistant = generation_mode_kwargs.get("assistant_model")
         if isinstance(assistant, str):
             assistant = find_assistant(assistant, self)

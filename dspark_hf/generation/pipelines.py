@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from dspark_hf.generation.call.names import find_assistant
 from dspark_hf.lazy import when_imported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MODULE = "transformers.pipelines.base"
 _SEAM = "load_assistant_model"

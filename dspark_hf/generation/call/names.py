@@ -5,9 +5,10 @@ The decoding loop knows no model classes, so nothing is loaded here.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class AssistantFinder(Protocol):

@@ -135,7 +135,8 @@ class StandaloneContext:
         features = drafter.hidden_norm(drafter.fc(states))
         positions = torch.arange(start, start + states.shape[1], device=drafter.device)[None]
         rotary = drafter.rotary_emb(positions, features.dtype)
-        for i, (layer, window) in enumerate(zip(drafter.layers, drafter.config.windows, strict=True)):
+        layers: Any = drafter.layers
+        for i, (layer, window) in enumerate(zip(layers, drafter.config.windows, strict=True)):
             pair = tuple(one.transpose(1, 2) for one in layer.keys_and_values(features, rotary))
             if i < len(self._read):
                 pair = tuple(torch.cat([old, new], dim=2) for old, new in zip(self._read[i], pair, strict=True))
@@ -227,7 +228,7 @@ def load(name: Any, model: Any) -> StandaloneDrafter:
     if name not in loaded:
         drafter = StandaloneDrafter(FIELDS)
         # the confidence head decides how much is drafted, which is always all here
-        weights = load_file(cached_file(name, "model.safetensors"))
+        weights = load_file(str(cached_file(name, "model.safetensors")))
         weights = {key: x for key, x in weights.items() if not key.startswith("confidence_head.")}
         drafter.load_state_dict(weights)
         loaded[name] = drafter.eval()
