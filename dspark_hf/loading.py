@@ -12,11 +12,12 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from dspark_hf.damage import index_files, read_object, weights_damage
+from dspark_hf.damage import first_line, index_files, read_object, weights_damage
 from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
+from dspark_hf.modeling.formats import gguf
 from dspark_hf.modeling.formats.choosing import find_packaging
 from dspark_hf.modeling.formats.deepseek_v4 import is_released
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
@@ -114,6 +115,8 @@ def is_drafter(name: str, option: str) -> bool:
     """
     name = local_name(name)
     with _named(option, _ASSISTANT, name):
+        if gguf.find_file(name, {}) is not None:
+            return True
         fields, _ = PreTrainedConfig.get_config_dict(name)
         is_ours = fields.get("model_type") == DSparkConfig.model_type or is_released(fields)
         return is_ours or find_packaging(fields) is not None
@@ -244,8 +247,3 @@ def _damaged(option: str, file: Path, damage: str) -> ValueError:
     return ValueError(
         f"`{option}` must be a folder of whole files, got {str(file)!r}, which {damage}. Fetch it again."
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]

@@ -20,6 +20,7 @@ SHARED = {
     "journal",
     "lazy",
     "moved",
+    "pieces",
     "prompts",
     "provenance",
     "version",
