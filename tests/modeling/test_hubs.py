@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants, hf_api
+from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
@@ -68,7 +68,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, d
     # what HF_ENDPOINT and HF_HUB_CACHE set before the first import
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hf_api.api, "endpoint", address)
+    # clients that were made before have an address of their own, and are kept
+    everywhere = property(lambda client: address, lambda client, value: None)
+    monkeypatch.setattr(HfApi, "endpoint", everywhere, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_none")
