@@ -37,7 +37,9 @@ BELOW: dict[str, set[str]] = {
     "calibration": {"generation", "modeling", "loading"},
     "data": {"generation", "modeling", "training", "loading"},
     "training": {"generation", "modeling", "loading"},
-    "demo": {"generation", "modeling", "loading", ""},
+    # how answers look in a terminal, whoever answers
+    "terminal": {"generation"},
+    "demo": {"generation", "modeling", "terminal", "loading", ""},
     "cli": {
         "generation",
         "profiling",
@@ -46,6 +48,7 @@ BELOW: dict[str, set[str]] = {
         "evaluation",
         "data",
         "training",
+        "terminal",
         "demo",
         "loading",
         "",

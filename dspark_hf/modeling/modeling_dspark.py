@@ -36,7 +36,7 @@ from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
 from dspark_hf.modeling.formats.recommendation import read_recommendation
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP, write_custom_generate
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
-from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
+from dspark_hf.modeling.heads import DEFAULT_MARKOV_TOP_K, LARGE_HEAD, ConfidenceHead, build_markov_head
 from dspark_hf.modeling.provenance import Acquaintance
 from dspark_hf.modeling.rotary import RotaryEmbedding
 from dspark_hf.modeling.saved_folder import complete_folder, upload_card
@@ -308,6 +308,15 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         return self.config.block_size
 
     @property
+    def markov_top_k(self) -> int | None:
+        """Tokens of a slot that the Markov head corrects, or None for all: what the configuration says."""
+        chosen = self.config.markov_top_k
+        if chosen is None:
+            is_large = self.config.num_draft_logits > LARGE_HEAD
+            chosen = DEFAULT_MARKOV_TOP_K if is_large else 0
+        return chosen or None
+
+    @property
     def target_layer_ids(self) -> list[int]:
         """Target layers whose outputs the drafter reads."""
         return self.config.target_layer_ids
@@ -542,6 +551,7 @@ class _DSparkContext(DraftContext):
         self._target = target
         self._head = drafter.draft_head(target)
         self._ids = drafter.draft_token_ids
+        self._num_slots = drafter.config.num_slots
         self._windows = [drafter.config.window_of(layer) for layer in range(len(drafter.layers))]
         # what no layer sees any more is forgotten
         window = None if None in self._windows else drafter.config.context_window
@@ -568,7 +578,7 @@ class _DSparkContext(DraftContext):
             for states in drafter.run_blocks(
                 anchors[:, None],
                 positions[:, None],
-                drafter.config.num_slots,
+                self._num_slots,
                 context,
                 [masks[window] for window in self._windows],
                 self._target,
@@ -582,20 +592,15 @@ class _DSparkContext(DraftContext):
             anchors,
             sampler,
             markov_head=drafter.markov_head,
-            expand_logits=self._expand,
+            vocab_size=drafter.config.vocab_size,
+            proposable_ids=self._ids,
+            markov_top_k=drafter.markov_top_k,
             state=state,
         )
         logits = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
         if logits is not None and self._temperatures is not None:
             logits = logits / self._temperatures[:num_drafts]
         return DraftedBlock(token_ids, probs, None if logits is None else logits.sigmoid())
-
-    def _expand(self, logits: Tensor) -> Tensor:
-        if self._ids is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self._drafter.config.vocab_size), float("-inf"))
-        full[..., self._ids] = logits
-        return full
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)

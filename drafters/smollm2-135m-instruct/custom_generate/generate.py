@@ -1,6 +1,6 @@
 """Generate with this repository's drafter; `pip install dspark-hf` does the work.
 
-    target.generate(**inputs, custom_generate="FOLDER_OR_REPOSITORY", trust_remote_code=True)
+target.generate(**inputs, custom_generate="FOLDER_OR_REPOSITORY", trust_remote_code=True)
 """
 
 import sys

@@ -25,7 +25,7 @@ from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 _PARTS = (layers, adapter, chain, rotary, backbone, draft_head, heads, standalone_loop)
 _OPENING = '''"""Generate with this repository's DSpark drafter, on PyTorch and Transformers alone (Apache-2.0).
 
-    target.generate(**inputs, custom_generate="FOLDER_OR_REPOSITORY", trust_remote_code=True)
+target.generate(**inputs, custom_generate="FOLDER_OR_REPOSITORY", trust_remote_code=True)
 
 Written by `dspark-hf export --to custom_generate`: do not edit. One text at a time, greedy or sampled, with the same
 tokens or distribution as without. `pip install dspark-hf` brings batches, streams and schedulers for the same weights.
@@ -39,6 +39,12 @@ _UNWRAP = '''
 def unwrap(model):
     """Return the model as it is."""
     return model
+
+
+class CandidateSampler:
+    """What no sampler here is: one that draws among some tokens only."""
+
+    takes_candidates = False
 '''
 _EMPTY_FIELDS = "FIELDS: dict[str, Any] = {}"
 

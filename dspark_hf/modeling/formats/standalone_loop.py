@@ -168,17 +168,12 @@ class StandaloneContext:
             anchor,
             sampler,
             markov_head=drafter.markov_head,
-            expand_logits=self._expand,
+            vocab_size=config.vocab_size,
+            proposable_ids=self._ids,
+            markov_top_k=getattr(config, "markov_top_k", None),
             state=state,
         )
         return token_ids.to(anchor_id.device), None if probs is None else probs.to(anchor_id.device)
-
-    def _expand(self, logits: Tensor) -> Tensor:
-        if self._ids is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self._drafter.config.vocab_size), float("-inf"))
-        full[..., self._ids] = logits
-        return full
 
 
 def generate(
