@@ -170,7 +170,7 @@ class StandaloneContext:
             markov_head=drafter.markov_head,
             vocab_size=config.vocab_size,
             proposable_ids=self._ids,
-            markov_top_k=getattr(config, "markov_top_k", None),
+            markov_top_k=config.markov_top_k or None,
             state=state,
         )
         return token_ids.to(anchor_id.device), None if probs is None else probs.to(anchor_id.device)
