@@ -16,6 +16,7 @@ SHARED = {
     "damage",
     "figures",
     "files",
+    "hubs",
     "journal",
     "lazy",
     "moved",
@@ -30,6 +31,7 @@ BELOW: dict[str, set[str]] = {
     # what a person looks at of the costs that `generation` learns
     "profiling": {"generation"},
     "modeling": {"generation"},
+    "registry": {"generation", "modeling", "loading"},
     # only the metrics, see below
     "evaluation": {"generation", "modeling", "calibration", "loading"},
     "calibration": {"generation", "modeling", "loading"},
@@ -56,7 +58,7 @@ BELOW: dict[str, set[str]] = {
 }
 # top-level files with a place of their own: the public names, the command line as a program, and models from folders
 # or the hub
-TOP = {"__init__": {"generation", "modeling", "doctor"}, "__main__": {"cli"}, "loading": {"modeling"}}
+TOP = {"__init__": {"generation", "modeling", "registry", "doctor"}, "__main__": {"cli"}, "loading": {"modeling"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

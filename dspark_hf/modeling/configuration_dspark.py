@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats import choosing, gguf, remote_code
@@ -222,6 +223,7 @@ class DSparkConfig(PreTrainedConfig):
         Raises:
             ValueError: if there is no DSpark drafter.
         """
+        pretrained_model_name_or_path = local_name(pretrained_model_name_or_path)
         file = gguf.find_file(pretrained_model_name_or_path, kwargs)
         if file is not None:
             unused = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *_LOADING)}
