@@ -21,7 +21,7 @@ from dspark_hf.generation.call.checks import check_request
 from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.call.outputs import DSparkGenerateOutput
 from dspark_hf.generation.call.rows import CallRows
-from dspark_hf.generation.compat import CACHE_KEY, was_given_by_user
+from dspark_hf.generation.compat import CACHE_KEY, is_static, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Lookups, with_lookups
@@ -83,6 +83,7 @@ def decode(
             num_drafts=options.num_drafts,
             num_looked_up=options.num_looked_up,
             returns_cache=was_given_by_user(model_kwargs[CACHE_KEY]),
+            has_fixed_size=is_static(model_kwargs[CACHE_KEY]),
         )
         # there from the start, so that a streamer can ask where a token came from
         drafter.last_statistics = rows.statistics

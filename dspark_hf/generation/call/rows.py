@@ -39,6 +39,7 @@ class CallRows:
         num_drafts: the drafter's drafts per round at most.
         num_looked_up: drafts that a row may look up at most.
         returns_cache: whether the cache is the user's, who will go on with it.
+        has_fixed_size: whether the batch keeps its rows to the end.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CallRows:
         num_drafts: int,
         num_looked_up: int = 0,
         returns_cache: bool,
+        has_fixed_size: bool = False,
     ):
         self.statistics = SpeculationStatistics()
         self.statistics.start_rows(len(input_ids))
@@ -70,6 +72,7 @@ class CallRows:
         self._stream = OrderedStream(streamer, self._sequences)
         self._recorder = OutputRecorder(generation_config, len(input_ids))
         self._returns_cache = self._recorder.returns_dict or returns_cache
+        self._has_fixed_size = has_fixed_size
         # rows in the order in which the caches hold them
         self._rows = list(range(len(input_ids)))
         self._stopped_at: dict[int, int] = {}
@@ -236,7 +239,7 @@ class CallRows:
     def leave(self) -> list[int]:
         """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""
         # not where their cache is to be returned, or they may have to write on
-        if self._returns_cache or not self._rules.pads_finished_rows:
+        if self._returns_cache or self._has_fixed_size or not self._rules.pads_finished_rows:
             return []
         staying = fill_gaps([index for index, row in enumerate(self._rows) if row not in self._stopped_at])
         if not staying or len(staying) == len(self._rows):

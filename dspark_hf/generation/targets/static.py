@@ -1,0 +1,132 @@
+"""Rows over a cache of one size, in passes of few widths, which are compiled where plain `generate` compiles its own.
+
+B batch, W tokens of a verify pass, V vocab, D hidden, M tapped layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from dspark_hf.generation.compat import compiled_call, run_compiled
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.compiled_taps import can_tap_outputs
+from dspark_hf.generation.targets.interface import TargetPass
+from dspark_hf.generation.targets.ragged import RaggedTarget
+from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.targets.static_cache import StaticRaggedCache
+
+# slots of a row are a multiple of these: kernels work in tiles, and calls of about the same length share a graph
+_SLOTS_AT_ONCE = 64
+
+
+def pass_widths(widest: int) -> list[int]:
+    """Return the widths of verify passes, up to the `widest`: few, since each is compiled for itself.
+
+    Example:
+
+        >>> pass_widths(8), pass_widths(6)
+        ([1, 2, 4, 8], [1, 2, 4, 6])
+    """
+    doubled = [2**power for power in range(widest.bit_length()) if 2**power < widest]
+    return [*doubled, widest]
+
+
+class StaticTarget(RaggedTarget):
+    """Run the target on rows at their own lengths, whose cache is made once.
+
+    A verify pass is filled up to one of a few widths, with tokens behind every row's drafts that nothing sees and that
+    are never kept. It runs through the model's own compiled call where plain `generate` would compile.
+
+    Args:
+        adapter: the target, entered by the caller.
+        input_ids: the prompts `(B, P)`.
+        generation_config: the prepared generation configuration.
+        model_kwargs: what `generate` prepared for the forward pass, an empty static cache among it.
+        widest: tokens a row of the widest verify pass.
+
+    Raises:
+        ValueError: if the target or an input cannot be handled row by row.
+    """
+
+    takes_trees = False
+
+    def __init__(
+        self,
+        adapter: TargetAdapter,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *,
+        widest: int,
+    ):
+        self._widths = pass_widths(widest)
+        self._compiled = compiled_call(adapter.model, model_kwargs, generation_config)
+        try:
+            super().__init__(adapter, input_ids, generation_config, model_kwargs, widest=widest)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} A static cache is served as several rows are: leave out `cache_implementation` for one row."
+            ) from error
+        if self._compiled is not None and not can_tap_outputs(adapter):
+            self._compiled = None
+
+    def _new_cache(
+        self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int
+    ) -> RaggedCache:
+        # longer than plain `generate` needs: drafts of the last round reach beyond the end
+        longest = max(generation_config.max_length or 0, *(layer.get_max_length() for layer in given.layers))
+        num_slots = -(-(longest + widest) // _SLOTS_AT_ONCE) * _SLOTS_AT_ONCE
+        return StaticRaggedCache(
+            self._adapter.model, batch_size, given, num_slots=num_slots, sees_all=self._compiled is not None
+        )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether verify passes are compiled."""
+        return self._compiled is not None
+
+    def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
+        """Process every row's anchor and drafts `(B, W)`; `parents` `(W,)`, if given, must describe a chain."""
+        width = token_ids.shape[1]
+        padded = next(one for one in self._widths if one >= width)
+        target_pass = super().verify(nn.functional.pad(token_ids, (0, padded - width)), parents)
+        target_pass.logits = target_pass.logits[:, :width]
+        target_pass.num_tokens = [width] * len(token_ids)
+        return target_pass
+
+    def _run(
+        self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, *, are_drafts: bool = False
+    ) -> TargetPass:
+        # prompts have any length: compiled, each would be compiled anew
+        if self._compiled is None or not are_drafts:
+            return super()._run(token_ids, num_tokens, kept_logits, are_drafts=are_drafts)
+        positions, inputs = self._inputs(token_ids, num_tokens, are_drafts=True)
+        arguments = self._arguments(token_ids, self.cache, inputs, kept_logits)
+        arguments["output_hidden_states"] = True if self._adapter.layer_ids else arguments["output_hidden_states"]
+        _fix_shapes(arguments)
+        # hooks would become part of the graph, which plain `generate` may share
+        with self._adapter.untapped():
+            outputs = run_compiled(self._compiled, **arguments)
+        hidden_states = outputs.get("hidden_states")
+        return TargetPass(
+            # a graph that is replayed writes over what it gave before
+            logits=outputs.logits.clone(),
+            context_hidden_states=self._adapter.select_context(hidden_states, positions),
+            positions=positions,
+            num_tokens=num_tokens,
+            hidden_states=tuple(state.clone() for state in hidden_states) if self._wants_hidden_states else None,
+        )
+
+
+def _fix_shapes(arguments: dict[str, Any]) -> None:
+    """Let every shape but the number of rows be a constant of the graph: there are few widths, and one length."""
+    for value in arguments.values():
+        for tensor in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(tensor, Tensor):
+                # the tokens of a pass come first where there are no rows
+                for axis in range(min(1, tensor.ndim - 1), tensor.ndim):
+                    torch._dynamo.mark_static(tensor, axis)
