@@ -21,6 +21,7 @@ from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.ragged_store import fill_gaps
+from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -180,20 +181,22 @@ class CallRows:
         return torch.softmax(scores.float(), dim=-1) if self._is_sampling else None
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: NewTokens, record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
         Returns how many tokens each row got.
         """
-        counts = [len(tokens) if self._is_live(row) else 0 for row, tokens in zip(self._rows, new_tokens, strict=True)]
+        pairs = zip(self._rows, new_tokens.ids, strict=True)
+        counts = [len(ids) if self._is_live(row) else 0 for row, ids in pairs]
         if self._recorder.returns_dict:
             for index, row in enumerate(self._rows):
                 self._recorder.add(row, index, counts[index], target_pass, scores, is_prefill=record is None)
         counts = self._cut(counts, new_tokens)
         num_accepted = [0] * len(counts) if record is None else record.num_accepted
         for index, row in enumerate(self._rows):
-            self._sequences.append(row, new_tokens[index][: counts[index]])
+            if counts[index]:
+                self._sequences.append(row, new_tokens.tensors[index][: counts[index]])
             if self._recorder.returns_dict:
                 self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
             self.statistics.add_tokens(row, [i < num_accepted[index] for i in range(counts[index])])
@@ -203,7 +206,7 @@ class CallRows:
             self._count(record, counts)
         return counts
 
-    def _cut(self, counts: list[int], new_tokens: list[Tensor]) -> list[int]:
+    def _cut(self, counts: list[int], new_tokens: NewTokens) -> list[int]:
         """Return how many of the `new_tokens` each row gets, and remember where rows stop."""
         stops = self._rules.first_stops(self._rows, new_tokens, self._scores_until)
         for index, row in enumerate(self._rows):

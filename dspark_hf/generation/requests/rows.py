@@ -19,6 +19,7 @@ from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.ragged_store import fill_gaps
+from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.requests.request import Request
 from dspark_hf.generation.scheduling.interface import Batch
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
@@ -128,15 +129,15 @@ class RequestRow:
         scores = self.scores(drafted, logits[:, None])[:, 0]
         return fill_empty(scores, self._eos_token_ids)
 
-    def commit(self, tokens: Tensor, num_accepted: int, can_be_drawn: bool) -> int:
-        """Append `tokens` `(n,)` up to where the row stops. Returns how many that are: none once it has failed."""
+    def commit(self, ids: list[int], tokens: Tensor, num_accepted: int, can_be_drawn: bool) -> int:
+        """Append `tokens` `(n,)`, whose `ids` are known, up to where the row stops. Returns how many that are: none once it has failed."""
         if self.is_sampling and not can_be_drawn and self.error is None:
             self.error = ValueError("`logits_processor` must leave a token that can be sampled, got none.")
         if self.error is not None:
             return 0
         count = 0
         with self._guarded():
-            (stop,) = self._rules.first_stops([0], [tokens], lambda length: None)
+            (stop,) = self._rules.first_stops([0], NewTokens([ids], [tokens]), lambda length: None)
             count = stop or len(tokens)
             self.is_finished = stop is not None
             self.sequences.append(0, tokens[:count])
@@ -231,7 +232,7 @@ class RequestRows:
         return torch.where(is_drawn[..., None], torch.softmax(scores.float(), dim=-1), best)
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: NewTokens, record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
@@ -245,7 +246,9 @@ class RequestRows:
         num_accepted = [0] * len(self.rows) if record is None else record.num_accepted
         num_kept = [
             # what stands behind the first rejected draft was not drawn from
-            row.commit(new_tokens[i], num_accepted[i], all(drawn[i][: num_accepted[i] + 1]))
+            row.commit(
+                new_tokens.ids[i], new_tokens.tensors[i], num_accepted[i], all(drawn[i][: num_accepted[i] + 1])
+            )
             for i, row in enumerate(self.rows)
         ]
         if record is not None:

@@ -1,0 +1,211 @@
+"""A static cache with a drafter: the text of plain `generate`, in passes that are compiled once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig, StaticCache
+
+from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.static import StaticTarget, pass_widths
+from dspark_hf.generation.targets.static_cache import StaticLayer
+from tests.closeness import assert_same_up_to_rounding
+from tests.generation.drafters import ScriptedDrafter
+from tests.generation.prompts import num_padded, ragged_prompts
+from tests.generation.waits import counted_waits
+from tests.thinning import slow
+from tests.tiny import tiny_target
+
+NEW_TOKENS = 24
+STATIC: dict[str, Any] = {"cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
+QUICK = [("llama", 1), ("qwen3", 3), ("gemma3_text", 1), ("gemma3_text", 3), ("mistral", 3)]
+CASES = [("llama", 3), ("qwen3", 1), ("gemma2", 3), ("gemma4_text", 1), ("gemma4_text", 3), ("mistral", 1), ("gpt2", 3)]
+
+
+def _compiled(backend: str) -> CompileConfig:
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    # as Transformers' own tests do on a CPU
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize(("family", "num_rows"), [*QUICK, *(slow(*case) for case in CASES)])
+def test_text_is_plain_static_generates(family, num_rows):
+    """A drafter changes the text that is written over a static cache, or the call is refused."""
+    target, inputs = tiny_target(family), ragged_prompts(num_rows)
+    plain = target.generate(**inputs, **STATIC, max_new_tokens=NEW_TOKENS)
+    for accuracy in (0.7, 0.0):
+        drafter = ScriptedDrafter(target, plain, num_padded(inputs), accuracy)
+        assisted = target.generate(**inputs, **STATIC, max_new_tokens=NEW_TOKENS, assistant_model=drafter)
+        assert torch.equal(assisted, plain)
+    assert drafter.last_statistics.num_target_passes == NEW_TOKENS
+    # rows that end early stay in the batch
+    ends = {**STATIC, "max_new_tokens": NEW_TOKENS, "eos_token_id": [int(plain[0, -9])]}
+    plain = target.generate(**inputs, **ends)
+    assert torch.equal(target.generate(**inputs, **ends, assistant_model=drafter), plain)
+
+
+def test_lookups_are_wider_than_drafts():
+    """What is looked up does not fit into a pass, or the last of it not into the cache."""
+    target = tiny_target("llama")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12] * 4])
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    plain = target.generate(ids, **STATIC, max_new_tokens=40)
+    assert torch.equal(target.generate(ids, **STATIC, max_new_tokens=40, assistant_model=drafter), plain)
+    assert drafter.last_statistics.by_source["lookup"].num_verified
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_samples_are_those_of_a_dynamic_cache(num_rows):
+    """Sampled text follows another distribution over a static cache: the same noise gives other tokens."""
+    target, inputs = tiny_target("gemma3_text"), ragged_prompts(num_rows)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    texts = []
+    for implementation in (None, "static"):
+        torch.manual_seed(3)
+        options = {"do_sample": True, "cache_implementation": implementation, "scheduler": "fixed"}
+        texts.append(target.generate(**inputs, **options, max_new_tokens=NEW_TOKENS, assistant_model=drafter))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_returned_cache_is_plain_generates(family):
+    """A static cache comes back without the text, or with a rejected draft in it."""
+    target, inputs = tiny_target(family), ragged_prompts(3)
+    options = {**STATIC, "max_new_tokens": NEW_TOKENS, "return_dict_in_generate": True}
+    plain = target.generate(**inputs, **options)
+    drafter = ScriptedDrafter(target, plain.sequences, num_padded(inputs), 0.7)
+    ours = target.generate(**inputs, **options, assistant_model=drafter)
+    assert torch.equal(ours.sequences, plain.sequences)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW_TOKENS - 1), value=1).bool()
+    for one, other in zip(ours[CACHE_KEY].layers, plain[CACHE_KEY].layers, strict=True):
+        assert type(one) is type(other)
+        assert int(one.get_seq_length()) == int(other.get_seq_length()) == mask.shape[1]
+        held = mask[:, -other.get_max_length() :]
+        for states, expected in ((one.keys, other.keys), (one.values, other.values)):
+            pair = (x[:, :, : held.shape[1]].transpose(1, 2)[held] for x in (states, expected))
+            assert_same_up_to_rounding(*pair)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_state_is_that_of_a_fresh_prefill(family):
+    """A rejected draft, or the filling of a pass, leaves a trace in what the target remembers."""
+    target, inputs = tiny_target(family), ragged_prompts(3)
+    generator = torch.Generator().manual_seed(0)
+    config, ids, texts = target.generation_config, inputs["input_ids"], []
+    config.max_length = 60
+    with torch.no_grad(), TargetAdapter(target, [0]) as adapter:
+        kwargs = {CACHE_KEY: StaticCache(config=target.config, max_cache_len=60)}
+        kwargs["attention_mask"] = inputs["attention_mask"]
+        state = StaticTarget(adapter, ids, config, kwargs, widest=6)
+        state.prefill()
+        for row, mask in zip(ids, inputs["attention_mask"], strict=True):
+            texts.append(row[mask.bool()].tolist())
+        where = [layer.store.keys.data_ptr() for layer in state.cache.layers]
+        for width in (1, 3, 6, 5, 2, 6, 4):
+            tokens = torch.randint(2, 60, (3, width), generator=generator)
+            kept = torch.randint(0, width + 1, (3,), generator=generator).tolist()
+            target_pass = state.verify(tokens)
+            assert target_pass.logits.shape[1] == width
+            for row, count in enumerate(kept):
+                alone = torch.tensor([texts[row] + tokens[row].tolist()])
+                expected = target(alone).logits[0, -width:]
+                assert_same_up_to_rounding(target_pass.logits[row], expected)
+                texts[row] += tokens[row, :count].tolist()
+            state.keep([range(count) for count in kept])
+        assert [layer.store.keys.data_ptr() for layer in state.cache.layers] == where
+
+
+def test_widths_are_few():
+    """Passes have as many widths as there are numbers of drafts, and each is compiled."""
+    assert [pass_widths(widest) for widest in (1, 2, 6, 8, 16)] == [
+        [1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8], [1, 2, 4, 8, 16]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_one_wait_a_round(num_rows, do_sample):
+    """The host waits for the device more than once a round, and kernels cannot be queued ahead."""
+    target, inputs = tiny_target("llama"), ragged_prompts(num_rows)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    options = {**STATIC, "do_sample": do_sample, "assistant_model": drafter, "scheduler": "fixed", "eos_token_id": 63}
+    counts = []
+    for new_tokens in (6, NEW_TOKENS):
+        torch.manual_seed(0)
+        with counted_waits() as waits:
+            target.generate(**inputs, **options, max_new_tokens=new_tokens)
+        counts.append((waits.count, drafter.last_statistics.num_target_passes))
+    (fewer, early), (more, late) = counts
+    assert late > early + 3
+    assert more - fewer == late - early
+
+
+def _graphs(target: Any, inputs: Any, drafter: Any, backend: str, **options: Any) -> tuple[Any, int]:
+    """Return the text, and how many graphs were compiled for it."""
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    options = {**STATIC, **options, "compile_config": _compiled(backend)}
+    text = target.generate(**inputs, **options, assistant_model=drafter)
+    return text, torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+
+BACKENDS = [("llama", 3, "aot_eager"), slow("gemma3_text", 3, "eager"), slow("qwen3", 1, "inductor")]
+
+
+@pytest.mark.parametrize(("family", "num_rows", "backend"), BACKENDS)
+def test_a_width_is_compiled_once(family, num_rows, backend, monkeypatch):
+    """Passes are not compiled, or compiled again as the text grows, or a graph reads another text's cache."""
+    torch._dynamo.reset()
+    made = []
+    make = StaticLayer.lazy_initialization
+    monkeypatch.setattr(StaticLayer, "lazy_initialization", lambda *args: made.append(1) or make(*args))
+    target, inputs = tiny_target(family, num_hidden_layers=2), ragged_prompts(num_rows)
+    plain = target.generate(**inputs, **STATIC, max_new_tokens=40)
+    drafter = ScriptedDrafter(target, plain, num_padded(inputs), 1.0)
+    text, num_graphs = _graphs(target, inputs, drafter, backend, max_new_tokens=40, num_assistant_tokens=3)
+    assert torch.equal(text, plain)
+    # of four tokens all, and the last round's rest
+    assert num_graphs <= 2
+    assert len(made) == len(StaticCache(config=target.config, max_cache_len=9).layers)
+    drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.5)
+    text, num_graphs = _graphs(target, inputs, drafter, backend, max_new_tokens=29, num_assistant_tokens=3)
+    assert torch.equal(text, plain[:, : text.shape[1]])
+    assert num_graphs <= 1
+    torch._dynamo.reset()
+
+
+REFUSED = [
+    ("llama", {"cache_implementation": "offloaded_static"}, "`cache_implementation` must keep its layers"),
+    ("qwen3_next", {}, "`cache_implementation` must be a dynamic cache for this target"),
+    ("llama", {"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions` must be False"),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "message"), REFUSED[:1] + REFUSED[2:])
+def test_what_is_refused(family, options, message):
+    """What a static cache cannot serve exactly ends in other text, or deep inside a pass."""
+    target = tiny_target(family, attn_implementation="eager")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    with pytest.raises(ValueError, match=message):
+        target.generate(**ragged_prompts(1), **{**STATIC, **options}, max_new_tokens=4, assistant_model=drafter)
+
+
+def test_a_static_cache_of_the_users():
+    """An empty static cache is refused, or comes back empty; one that holds a text, or is too small, is used up."""
+    target, inputs = tiny_target("llama"), ragged_prompts(1)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    cache = StaticCache(config=target.config, max_cache_len=20)
+    options = {"max_new_tokens": 8, "do_sample": False, CACHE_KEY: cache}
+    plain = target.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert torch.equal(target.generate(**inputs, **options, assistant_model=drafter), plain)
+    assert int(cache.get_seq_length()) == plain.shape[1] - 1
+    with pytest.raises(ValueError, match="must be empty or a dynamic cache"):
+        target.generate(plain, **options, assistant_model=drafter)
+    options |= {CACHE_KEY: StaticCache(config=target.config, max_cache_len=12)}
+    with pytest.raises(ValueError, match=r"must have room for `max_length` - 1 = 18 tokens"):
+        target.generate(**inputs, **options, assistant_model=drafter)
