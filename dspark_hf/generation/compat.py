@@ -163,8 +163,15 @@ def compiled_call(
     return None if call == model.__call__ else call
 
 
-def run_compiled(call: Callable[..., Any], **inputs: Any) -> Any:
+def run_compiled(call: Callable[..., Any], *args: Any, **inputs: Any) -> Any:
     """Run a compiled pass whose earlier outputs are no longer needed."""
     # CUDA graphs then know that they may write over them
     torch.compiler.cudagraph_mark_step_begin()
-    return call(**inputs)
+    return call(*args, **inputs)
+
+
+def compile_options(model: PreTrainedModel, generation_config: GenerationConfig) -> dict[str, Any]:
+    """Return the keywords of `torch.compile` with which `get_compiled_call` compiles."""
+    config = generation_config.compile_config or model._default_compile_config()
+    options: dict[str, Any] = config.to_dict()
+    return options

@@ -33,6 +33,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
 from dspark_hf.generation.targets.padding import prompt_tokens
+from dspark_hf.generation.targets.static import StaticTarget
 from dspark_hf.generation.verification import verify, verify_greedy
 
 
@@ -90,6 +91,8 @@ def decode(
         widest = options.most_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
         context = options.start_context(drafter, adapter, len(input_ids))
+        if isinstance(target, StaticTarget) and target.size.compile_options is not None:
+            context.fix_size(target.size)
         schedule = options.scheduler.start(rows.describe(adapter, drafter))
         lookups = None
         if options.num_looked_up:
@@ -320,9 +323,7 @@ def _verified_tokens(anchors: Tensor, drafted: DraftedBlock | None, num_drafts: 
     return torch.cat([anchors[:, None], drafted.token_ids[:, :num_drafts].to(anchors.device)], dim=1)
 
 
-def _accepted_tokens(
-    tokens: Tensor, num_accepted: Tensor | list[int], bonus: Tensor
-) -> tuple[list[int], NewTokens]:
+def _accepted_tokens(tokens: Tensor, num_accepted: Tensor | list[int], bonus: Tensor) -> tuple[list[int], NewTokens]:
     """Return how many drafts each row accepts of the verified `tokens` `(b, W)`, and these with its bonus token."""
     counts = torch.as_tensor(num_accepted, device=bonus.device)[:, None]
     places = torch.arange(tokens.shape[1], device=bonus.device)

@@ -19,8 +19,8 @@ from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.ragged_store import fill_gaps
-from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.scheduling.interface import Batch
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.interface import TargetPass
@@ -130,7 +130,10 @@ class RequestRow:
         return fill_empty(scores, self._eos_token_ids)
 
     def commit(self, ids: list[int], tokens: Tensor, num_accepted: int, can_be_drawn: bool) -> int:
-        """Append `tokens` `(n,)`, whose `ids` are known, up to where the row stops. Returns how many that are: none once it has failed."""
+        """Append `tokens` `(n,)`, known as `ids`, up to where the row stops.
+
+        Returns how many that are: none once it has failed.
+        """
         if self.is_sampling and not can_be_drawn and self.error is None:
             self.error = ValueError("`logits_processor` must leave a token that can be sampled, got none.")
         if self.error is not None:
@@ -246,9 +249,7 @@ class RequestRows:
         num_accepted = [0] * len(self.rows) if record is None else record.num_accepted
         num_kept = [
             # what stands behind the first rejected draft was not drawn from
-            row.commit(
-                new_tokens.ids[i], new_tokens.tensors[i], num_accepted[i], all(drawn[i][: num_accepted[i] + 1])
-            )
+            row.commit(new_tokens.ids[i], new_tokens.tensors[i], num_accepted[i], all(drawn[i][: num_accepted[i] + 1]))
             for i, row in enumerate(self.rows)
         ]
         if record is not None:

@@ -92,9 +92,7 @@ class RaggedTarget:
         self._width = 0
         self._tree: Tree | None = None
 
-    def _new_cache(
-        self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int
-    ) -> RaggedCache:
+    def _new_cache(self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int) -> RaggedCache:
         return RaggedCache(self._adapter.model, batch_size, given)
 
     def _set_token_types(self, given: Tensor | None) -> None:
@@ -186,9 +184,7 @@ class RaggedTarget:
             hidden_states=outputs.get("hidden_states"),
         )
 
-    def _inputs(
-        self, token_ids: Tensor, num_tokens: list[int], *, are_drafts: bool
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _inputs(self, token_ids: Tensor, num_tokens: list[int], *, are_drafts: bool) -> tuple[Tensor, dict[str, Any]]:
         positions, inputs = self.cache.pass_inputs(
             num_tokens, token_ids.shape[1], token_ids.device, self._tree, are_drafts=are_drafts
         )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dspark_hf.generation.compat import compiled_call, run_compiled
+from dspark_hf.generation.compat import compile_options, compiled_call, run_compiled
+from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.compiled_taps import can_tap_outputs
 from dspark_hf.generation.targets.interface import TargetPass
@@ -63,7 +63,7 @@ class StaticTarget(RaggedTarget):
         *,
         widest: int,
     ):
-        self._widths = pass_widths(widest)
+        self._widths, self._config = pass_widths(widest), generation_config
         self._compiled = compiled_call(adapter.model, model_kwargs, generation_config)
         try:
             super().__init__(adapter, input_ids, generation_config, model_kwargs, widest=widest)
@@ -74,20 +74,19 @@ class StaticTarget(RaggedTarget):
         if self._compiled is not None and not can_tap_outputs(adapter):
             self._compiled = None
 
-    def _new_cache(
-        self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int
-    ) -> RaggedCache:
+    def _new_cache(self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int) -> RaggedCache:
         # longer than plain `generate` needs: drafts of the last round reach beyond the end
         longest = max(generation_config.max_length or 0, *(layer.get_max_length() for layer in given.layers))
-        num_slots = -(-(longest + widest) // _SLOTS_AT_ONCE) * _SLOTS_AT_ONCE
+        self._num_slots = num_slots = -(-(longest + widest) // _SLOTS_AT_ONCE) * _SLOTS_AT_ONCE
         return StaticRaggedCache(
             self._adapter.model, batch_size, given, num_slots=num_slots, sees_all=self._compiled is not None
         )
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether verify passes are compiled."""
-        return self._compiled is not None
+    def size(self) -> FixedSize:
+        """What stays as it is from pass to pass."""
+        options = None if self._compiled is None else compile_options(self._model, self._config)
+        return FixedSize(self._num_slots, tuple(self._widths), options)
 
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
         """Process every row's anchor and drafts `(B, W)`; `parents` `(W,)`, if given, must describe a chain."""
@@ -107,7 +106,7 @@ class StaticTarget(RaggedTarget):
         positions, inputs = self._inputs(token_ids, num_tokens, are_drafts=True)
         arguments = self._arguments(token_ids, self.cache, inputs, kept_logits)
         arguments["output_hidden_states"] = True if self._adapter.layer_ids else arguments["output_hidden_states"]
-        _fix_shapes(arguments)
+        fix_shapes(_tensors(arguments))
         # hooks would become part of the graph, which plain `generate` may share
         with self._adapter.untapped():
             outputs = run_compiled(self._compiled, **arguments)
@@ -122,11 +121,7 @@ class StaticTarget(RaggedTarget):
         )
 
 
-def _fix_shapes(arguments: dict[str, Any]) -> None:
-    """Let every shape but the number of rows be a constant of the graph: there are few widths, and one length."""
-    for value in arguments.values():
-        for tensor in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(tensor, Tensor):
-                # the tokens of a pass come first where there are no rows
-                for axis in range(min(1, tensor.ndim - 1), tensor.ndim):
-                    torch._dynamo.mark_static(tensor, axis)
+def _tensors(arguments: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among a pass's arguments, masks by kind of layer included."""
+    values = [one for value in arguments.values() for one in (value.values() if isinstance(value, dict) else (value,))]
+    return [value for value in values if isinstance(value, Tensor)]

@@ -12,18 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dspark_hf.generation.ragged_store import RaggedLengths
+from dspark_hf.generation.ragged_store import RaggedLengths, StaticLengths, StaticStore
 from dspark_hf.generation.targets.ragged_cache import RaggedCache, RaggedLayer
 from dspark_hf.generation.targets.trees import Tree
-
-
-class StaticLengths(RaggedLengths):
-    """Lengths of rows, whose tensor stays where it is: a compiled pass reads it."""
-
-    def set(self, lengths: Sequence[int]) -> None:
-        """Set every row's length."""
-        self.host = list(lengths)
-        self.device.copy_(torch.tensor(self.host, dtype=torch.long))
 
 
 class StaticLayer(RaggedLayer):
@@ -35,39 +26,19 @@ class StaticLayer(RaggedLayer):
     """
 
     is_compileable = True
+    store: StaticStore
 
     def __init__(self, lengths: RaggedLengths, num_slots: int):
         super().__init__(lengths)
-        self._num_slots = num_slots
+        self.store = StaticStore(num_slots)
         # how many slots the next pass looks at
         self.num_visible = num_slots
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for all tokens, like `key_states` and `value_states` `(B, H, T, E)`."""
-        # zeros, since a masked slot still enters a product and must not be NaN
-        self.store.keys, self.store.values = (
-            states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        for stored in (self.store.keys, self.store.values):
-            # a graph that is replayed then writes in place
-            torch._dynamo.mark_static_address(stored)
-        self.is_initialized = True
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `(B, H, T, E)` behind every row's end and return the slots that the pass looks at."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self.store.keys, self.store.values
-        assert keys is not None and values is not None
-        lengths = self._lengths.device.to(keys.device)
-        slots = lengths[:, None] + torch.arange(key_states.shape[2], device=keys.device)
-        for stored, states in ((keys, key_states), (values, value_states)):
-            stored.scatter_(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]), states)
-        if self.num_visible == self._num_slots:
-            # the very tensors, whose place is known
-            return keys, values
-        return keys[:, :, : self.num_visible], values[:, :, : self.num_visible]
+        self.is_initialized = True
+        self.store.write(key_states, value_states, (), self._lengths.device)
+        return self.store.read(self.num_visible)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many slots a pass sees, and the first."""
@@ -79,7 +50,7 @@ class StaticLayer(RaggedLayer):
 
     def get_max_length(self) -> int:
         """Return the number of slots."""
-        return self._num_slots
+        return self.store.num_slots
 
     get_max_cache_shape = get_max_length
 

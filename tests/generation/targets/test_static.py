@@ -11,10 +11,10 @@ from transformers import CompileConfig, StaticCache
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import DraftedBlock
+from dspark_hf.generation.ragged_store import StaticStore
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.static import StaticTarget, pass_widths
-from dspark_hf.generation.targets.static_cache import StaticLayer
 from tests.closeness import assert_same_up_to_rounding
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
@@ -26,7 +26,15 @@ from tests.tiny import VOCAB_SIZE, tiny_target
 NEW_TOKENS = 24
 STATIC: dict[str, Any] = {"cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
 QUICK = [("llama", 1), ("qwen3", 3), ("gemma3_text", 1), ("gemma3_text", 3), ("mistral", 3)]
-CASES = [("llama", 3), ("qwen3", 1), ("gemma2", 3), ("gemma4_text", 1), ("gemma4_text", 3), ("mistral", 1), ("gpt2", 3)]
+CASES = [
+    ("llama", 3),
+    ("qwen3", 1),
+    ("gemma2", 3),
+    ("gemma4_text", 1),
+    ("gemma4_text", 3),
+    ("mistral", 1),
+    ("gpt2", 3),
+]
 
 
 def _compiled(backend: str) -> CompileConfig:
@@ -183,8 +191,8 @@ def test_a_width_is_compiled_once(family, num_rows, backend, monkeypatch):
     """Passes are not compiled, or compiled again as the text grows, or a graph reads another text's cache."""
     torch._dynamo.reset()
     made = []
-    make = StaticLayer.lazy_initialization
-    monkeypatch.setattr(StaticLayer, "lazy_initialization", lambda *args: made.append(1) or make(*args))
+    make = StaticStore.make
+    monkeypatch.setattr(StaticStore, "make", lambda *args: made.append(1) or make(*args))
     target, inputs = tiny_target(family), ragged_prompts(num_rows)
     plain = target.generate(**inputs, **STATIC, max_new_tokens=40)
     drafter = ScriptedDrafter(target, plain, num_padded(inputs), 1.0)
