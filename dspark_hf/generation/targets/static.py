@@ -5,6 +5,7 @@ B batch, W tokens of a verify pass, V vocab, D hidden, M tapped layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
 from dspark_hf.generation.targets.static_cache import StaticRaggedCache
 
+# A width is compiled once a text has asked for it more often than this; before, wider passes serve, if there were any.
+# Plain choice: the last rounds of a text, which have room for few drafts, are not worth a graph.
+_PATIENCE = 4
 # slots of a row are a multiple of these: kernels work in tiles, and calls of about the same length share a graph
 _SLOTS_AT_ONCE = 64
 
@@ -29,9 +33,10 @@ def pass_widths(widest: int) -> list[int]:
     Example:
 
         >>> pass_widths(8), pass_widths(6)
-        ([1, 2, 4, 8], [1, 2, 4, 6])
+        ([1, 4, 8], [1, 4, 6])
     """
-    doubled = [2**power for power in range(widest.bit_length()) if 2**power < widest]
+    # a pass without drafts is frequent while drafting does not pay; two tokens cost about as much as four
+    doubled = [2**power for power in range(widest.bit_length()) if power != 1 and 2**power < widest]
     return [*doubled, widest]
 
 
@@ -64,6 +69,8 @@ class StaticTarget(RaggedTarget):
         widest: int,
     ):
         self._widths, self._config = pass_widths(widest), generation_config
+        self._num_asked: Counter[int] = Counter()
+        self._used: set[int] = set()
         self._compiled = compiled_call(adapter.model, model_kwargs, generation_config)
         try:
             super().__init__(adapter, input_ids, generation_config, model_kwargs, widest=widest)
@@ -91,11 +98,20 @@ class StaticTarget(RaggedTarget):
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
         """Process every row's anchor and drafts `(B, W)`; `parents` `(W,)`, if given, must describe a chain."""
         width = token_ids.shape[1]
-        padded = next(one for one in self._widths if one >= width)
+        padded = self._padded(width)
         target_pass = super().verify(nn.functional.pad(token_ids, (0, padded - width)), parents)
         target_pass.logits = target_pass.logits[:, :width]
         target_pass.num_tokens = [width] * len(token_ids)
         return target_pass
+
+    def _padded(self, width: int) -> int:
+        """Return to how many tokens a row a pass over `width` of them is filled up."""
+        fitting = next(one for one in self._widths if one >= width)
+        self._num_asked[fitting] += 1
+        if self._compiled is not None and self._num_asked[fitting] <= _PATIENCE:
+            fitting = min((one for one in self._used if one >= fitting), default=fitting)
+        self._used.add(fitting)
+        return fitting
 
     def _run(
         self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, *, are_drafts: bool = False
