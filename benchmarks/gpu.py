@@ -3,8 +3,8 @@
     python -m benchmarks.gpu
 
 Nothing is downloaded. Random weights cost what trained ones do; the drafter's block runs, and its drafts are made
-right at the stated rate, so that tokens per round are chosen, not measured. The embedding is scaled up, so that the next
-token follows from the last one by a wide margin: in bf16 the text is then the same at any width of a pass.
+right at the stated rate, so that tokens per round are chosen, not measured. The embedding is scaled up, so that the
+next token follows from the last one by a wide margin: in bf16 the text is then the same at any width of a pass.
 
 Transformers' own assisted generation serves one row. Its draft model has the drafter's number of layers, and the same
 embedding: all of its drafts are right, which is the most that it can gain.
@@ -61,9 +61,16 @@ class Result:
 def stable_target(shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """Return a random target whose next token depends on the last one by a wide margin."""
     target = random_target(shape, dtype, device)
+    embedding: Any = target.get_input_embeddings()
     with torch.no_grad():
-        target.get_input_embeddings().weight.mul_(_EMBEDDING_SCALE)
+        embedding.weight.mul_(_EMBEDDING_SCALE)
     return target
+
+
+def generated(target: Any, prompts: Tensor, new_tokens: int, **options: Any) -> Tensor:
+    """Return the greedy texts `(B, length)` behind `prompts` `(B, P)`."""
+    texts: Tensor = target.generate(prompts, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, **options)
+    return texts
 
 
 def options_of(way: str, *, compiles_anywhere: bool) -> dict[str, Any]:
@@ -73,7 +80,7 @@ def options_of(way: str, *, compiles_anywhere: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"cache_implementation": "static"}
     if compiles_anywhere:
         # a processor is not compiled for by itself
-        options["compile_config"] = CompileConfig(backend="eager", mode=None)
+        options["compile_config"] = CompileConfig(backend="eager", mode="default")
         options["compile_config"]._compile_all_devices = True
     return options
 
@@ -99,7 +106,7 @@ def measure(
             torch.manual_seed(run)
             _wait(target)
             start = perf_counter()
-            text = target.generate(prompts, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, **options)
+            text = generated(target, prompts, new_tokens, **options)
             _wait(target)
             seconds += [perf_counter() - start] if run else []
     except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -159,7 +166,7 @@ def main(
     results: list[Result] = []
     for num_rows in map(int, rows.split(",")):
         prompts = torch.randint(2, target.config.vocab_size, (num_rows, PROMPT_LENGTH), device=target.device)
-        drafter.script = target.generate(prompts, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+        drafter.script = generated(target, prompts, new_tokens)
         drafter.num_padded = [0] * num_rows
         for way in (EAGER, STATIC, OURS_EAGER, OURS_STATIC, OTHER):
             if way == OTHER and num_rows > 1:

@@ -156,9 +156,10 @@ def compiled_call(
     model: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
 ) -> Callable[..., Any] | None:
     """Return the model's compiled forward pass if plain `generate` would run it in this call, else None."""
-    if not model._valid_auto_compile_criteria(model_kwargs, generation_config):
+    target: Any = model
+    if not target._valid_auto_compile_criteria(model_kwargs, generation_config):
         return None
-    call: Callable[..., Any] = model.get_compiled_call(generation_config.compile_config)
+    call: Callable[..., Any] = target.get_compiled_call(generation_config.compile_config)
     # transformers 5.24: of Llama 4 the bare call is returned
     return None if call == model.__call__ else call
 
@@ -172,6 +173,6 @@ def run_compiled(call: Callable[..., Any], *args: Any, **inputs: Any) -> Any:
 
 def compile_options(model: PreTrainedModel, generation_config: GenerationConfig) -> dict[str, Any]:
     """Return the keywords of `torch.compile` with which `get_compiled_call` compiles."""
-    config = generation_config.compile_config or model._default_compile_config()
+    config: Any = generation_config.compile_config or model._default_compile_config()
     options: dict[str, Any] = config.to_dict()
     return options

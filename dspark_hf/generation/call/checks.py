@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 
 from dspark_hf.generation.call.rotary import check_rotary
 from dspark_hf.generation.call.twins import check_class
-from dspark_hf.generation.compat import CACHE_KEY, can_be_cropped, check_supported_modes, is_static
+from dspark_hf.generation.compat import CACHE_KEY, can_be_cropped, check_supported_modes
 from dspark_hf.generation.targets.recurrent_support import can_recompute
 from dspark_hf.generation.targets.rollback import check_rollback
 
@@ -91,7 +91,7 @@ def check_request(
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
     cache = model_kwargs.get(CACHE_KEY)
-    if is_static(cache) and not shares_passes:
+    if isinstance(cache, StaticCache) and not shares_passes:
         check_static_cache(cache, generation_config, has_states=can_recompute(model))
     else:
         check_cache(cache, generation_config, has_states=can_recompute(model))
@@ -159,7 +159,7 @@ def check_static_cache(cache: StaticCache, generation_config: GenerationConfig, 
 
 def _check_room(cache: StaticCache, generation_config: GenerationConfig) -> None:
     # a sliding layer has as much room as its window
-    rooms = [layer.get_max_length() for layer in cache.layers if not layer.is_sliding]
+    rooms = [layer.get_max_length() for layer in cache.layers if type(layer) is StaticLayer]
     needed = (generation_config.max_length or 0) - 1
     if rooms and min(rooms) < needed:
         _refuse(

@@ -66,7 +66,8 @@ def test_lookups_are_wider_than_drafts():
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12] * 4])
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
     plain = target.generate(ids, **STATIC, max_new_tokens=40)
-    assert torch.equal(target.generate(ids, **STATIC, max_new_tokens=40, assistant_model=drafter), plain)
+    options = {**STATIC, "max_new_tokens": 40, "scheduler": "fixed"}
+    assert torch.equal(target.generate(ids, **options, assistant_model=drafter), plain)
     assert drafter.last_statistics.by_source["lookup"].num_verified
 
 
@@ -250,6 +251,16 @@ def test_what_is_refused(options, message):
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
     with pytest.raises(ValueError, match=message):
         target.generate(**ragged_prompts(1), **{**STATIC, **options}, max_new_tokens=4, assistant_model=drafter)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "sliding_window"])
+def test_old_names(name):
+    """What Transformers still takes for a static cache is refused, or changes the text."""
+    target, inputs = tiny_target("gemma3_text"), ragged_prompts(1)
+    options = {**STATIC, "cache_implementation": name, "max_new_tokens": 12}
+    plain = target.generate(**inputs, **options)
+    drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.7)
+    assert torch.equal(target.generate(**inputs, **options, assistant_model=drafter), plain)
 
 
 def test_a_static_cache_of_the_users():
