@@ -69,14 +69,15 @@ class Measured:
 
     def ratio_to(self, other: Measured) -> float:
         """Return the median over the runs of this speed by the other's in the same run."""
-        return median(self._ratios_to(other))
+        return median(self.ratios_to(other))
 
     def error_of_ratio_to(self, other: Measured) -> float:
         """Return about how far that median may be off by chance: its standard error, were the ratios normal."""
-        ratios = self._ratios_to(other)
+        ratios = self.ratios_to(other)
         return math.sqrt(math.pi / 2 / len(ratios)) * stdev(ratios) if len(ratios) > 1 else math.nan
 
-    def _ratios_to(self, other: Measured) -> list[float]:
+    def ratios_to(self, other: Measured) -> list[float]:
+        """Return this speed by the other's, of every run."""
         return [ours / theirs for ours, theirs in zip(self.speeds, other.speeds, strict=True)]
 
 

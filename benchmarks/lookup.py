@@ -33,7 +33,7 @@ from benchmarks.loading import (
     choose_clock,
     load_packaged,
 )
-from benchmarks.loads import Load, make_load, num_new_tokens
+from benchmarks.loads import Load, Measured, make_load, num_new_tokens
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import LookupAssistant
@@ -59,11 +59,9 @@ CHAT = (
 
 
 @dataclass
-class Measured:
-    """Runs of one way over one set: seconds, new tokens and target passes of each, texts, and drafts by source."""
+class MeasuredDrafts(Measured):
+    """Runs of one way over one set, with the target passes of each, texts, and drafts by source."""
 
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     texts: list[Tensor] = field(default_factory=list)
     drafts: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -129,9 +127,9 @@ def measure(
     runs: int,
     max_new_tokens: int,
     clock: Callable[[], float],
-) -> dict[str, Measured]:
+) -> dict[str, MeasuredDrafts]:
     """Return what every way took over the set, run by run; what is learned in a run is kept for the next."""
-    measured = {way: Measured() for way in ways}
+    measured = {way: MeasuredDrafts() for way in ways}
     for run in range(-1, runs):
         for index, load in enumerate(loads):
             first = (run * len(loads) + index) % len(ways)
@@ -163,7 +161,9 @@ def _answer(
         hook.remove()
 
 
-def _add(measured: Measured, run: int, seconds: float, new: Tensor, passes: int, target: Any, drafter: Any) -> None:
+def _add(
+    measured: MeasuredDrafts, run: int, seconds: float, new: Tensor, passes: int, target: Any, drafter: Any
+) -> None:
     if len(measured.seconds) <= run:
         measured.seconds.append(0.0)
         measured.tokens.append(0)
@@ -176,7 +176,7 @@ def _add(measured: Measured, run: int, seconds: float, new: Tensor, passes: int,
         measured.count(drafter.last_statistics)
 
 
-def table(measured: dict[str, Measured]) -> list[str]:
+def table(measured: dict[str, MeasuredDrafts]) -> list[str]:
     """Return the table of one set."""
     lines = [
         "| way | tokens/s | speed, plain = 1 | lowest to highest run | tokens per pass and row "
@@ -185,14 +185,11 @@ def table(measured: dict[str, Measured]) -> list[str]:
     ]
     plain = measured[PLAIN]
     for way, ours in measured.items():
-        speeds = [count / seconds for count, seconds in zip(ours.tokens, ours.seconds, strict=True)]
-        ratios = sorted(
-            speed * seconds / count for speed, seconds, count in zip(speeds, plain.seconds, plain.tokens, strict=True)
-        )
+        ratios = sorted(ours.ratios_to(plain))
         same = sum(torch.equal(*pair) for pair in zip(ours.texts, plain.texts, strict=True))
         drafts = [_drafts(ours.drafts.get(source, (0, 0))) for source in ("model", "lookup")]
         lines.append(
-            f"| {way} | {median(speeds):.1f} | {median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} "
+            f"| {way} | {ours.speed:.1f} | {median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} "
             f"| {sum(ours.tokens) / sum(ours.passes):.2f} | {' | '.join(drafts)} | {same} of {len(ours.texts)} |"
         )
     return lines

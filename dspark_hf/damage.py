@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -134,6 +134,8 @@ def weights_damage(path: Path) -> str | None:
         for sign, words in _NO_WEIGHTS.items():
             if start.startswith(sign):
                 return words
+        if not start:
+            return "is empty"
         # checks that the tensors it names cover the file
         with safe_open(path, framework="pt"):
             return None
@@ -143,16 +145,36 @@ def weights_damage(path: Path) -> str | None:
         return f"cannot be read ({error.strerror or error})"
 
 
-def index_files(path: Path) -> list[str]:
-    """Return the names of the files that an index of weights lists.
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return the file of every tensor, below the index's own folder, as an index of weights names them.
 
     Raises:
-        ValueError: if it lists none, or one outside of its folder; the message says what, without the file's name.
+        ValueError: if it names none, or one outside of its folder; the message says what, without the file's name.
     """
     listed = read_object(path).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError("holds no `weight_map`")
     for name in listed.values():
-        if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name or name in (".", ".."):
+        if not isinstance(name, str) or not _is_inside(name):
             raise ValueError(f"names {name!r:.60}, which is no file in its folder")
-    return sorted(set(listed.values()))
+    return listed
+
+
+def index_files(path: Path) -> list[str]:
+    """Return the names of the files that an index of weights lists.
+
+    Raises:
+        ValueError: as `read_weight_map`.
+    """
+    return sorted(set(read_weight_map(path).values()))
+
+
+def _is_inside(name: str) -> bool:
+    # what Windows takes for a path counts everywhere
+    parts = [part for path in (PurePosixPath(name), PureWindowsPath(name)) for part in (path.anchor, *path.parts)]
+    return any(parts) and not any(PureWindowsPath(part).anchor or part == ".." for part in parts)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).splitlines() or [""])[0]

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from dspark_hf.damage import index_files, read_object, weights_damage
+from dspark_hf.damage import first_line, index_files, read_object, weights_damage
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
@@ -209,8 +209,3 @@ def _damaged(option: str, file: Path, damage: str) -> ValueError:
     return ValueError(
         f"`{option}` must be a folder of whole files, got {str(file)!r}, which {damage}. Fetch it again."
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]

@@ -19,6 +19,7 @@ SHARED = {
     "journal",
     "lazy",
     "moved",
+    "pieces",
     "prompts",
     "provenance",
     "version",

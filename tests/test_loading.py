@@ -42,7 +42,7 @@ def _damaged(pair: Path, tmp_path: Path, name: str, content: Any) -> Path:
 
 DAMAGES = [
     pytest.param("model.safetensors", lambda whole: whole[:-40], "holds no whole safetensors", id="cut"),
-    pytest.param("model.safetensors", b"", "holds no whole safetensors", id="empty"),
+    pytest.param("model.safetensors", b"", "is empty", id="empty"),
     pytest.param("model.safetensors", LFS, "is a Git LFS pointer", id="pointer"),
     pytest.param("model.safetensors", b"<!DOCTYPE html>", "is a web page", id="page"),
     pytest.param("config.json", b"", "is empty", id="no configuration"),

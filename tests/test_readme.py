@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
@@ -15,14 +17,18 @@ from tests.training.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
 
 
-def _run(block: str, names: dict[str, str], tokens: int) -> str:
+def _run(block: str, names: dict[str, str], tokens: int) -> dict[str, Any]:
     """Run a block with other models' names and shorter answers; the rest stays as a reader pastes it."""
     for real, tiny in names.items():
-        assert real in block
+        assert f'"{real}"' in block
         block = block.replace(f'"{real}"', repr(tiny))
+    # another name would be looked for on the hub, and its line left untried
+    assert set(re.findall(r'from_pretrained\("([^"]+)"', block)) <= set(names.values()), block
     block, count = re.subn(r"max_new_tokens=\d+", f"max_new_tokens={tokens}", block)
     assert count == 1
-    exec(block, {})
+    left: dict[str, Any] = {}
+    exec(block, left)
+    return left
 
 
 @pytest.fixture
@@ -41,8 +47,19 @@ def pair(tmp_path) -> dict[str, str]:
 
 def test_first_block(pair, capsys):
     """A newcomer pastes the first code of all, and it fails, or says nothing of what the drafter did."""
-    _run(BLOCKS[0], pair, tokens=12)
-    assert "tau " in capsys.readouterr().out
+    left = _run(BLOCKS[0], pair, tokens=12)
+    printed = capsys.readouterr().out
+    assert "tau " in printed
+    plain = left["target"].generate(**left["inputs"], max_new_tokens=12)
+    assert torch.equal(left["output"], plain)
+    text = left["tokenizer"].decode(plain[0, left["inputs"]["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text in printed
+    assert left["drafter"].last_statistics.num_rounds > 0
+
+
+def test_every_block_is_run():
+    """A block of code is added to the first page, and no test runs it."""
+    assert len(BLOCKS) == 2, "run the new block here, too"
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["qwen", "deepseek-v4"])

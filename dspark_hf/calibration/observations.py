@@ -5,6 +5,7 @@ N blocks, K block_size, b rows of a round, T tokens.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from dspark_hf.prompts import pad_left
 
 # fp32 rounds the sigmoid of a logit beyond 17 to 1, and the logit is lost; divided by 16 it survives up to 250
 _TEMPERATURE_OF_RUN = 16.0
+# answers after which the number of blocks in all of them can be told well enough
+_TELLING_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def collect_observations(
     max_new_tokens: int = 256,
     temperature: float | None = None,
     batch_size: int = 1,
+    min_reached: int = 0,
     has_progress_bar: bool = True,
 ) -> Observations:
     """Let `target` answer prompts, verify every draft, and return all blocks.
@@ -165,12 +169,14 @@ def collect_observations(
             generation configuration says. Observe what will be used: sampling accepts more drafts than greedy. Top-k,
             top-p and the like stay as in the target's generation configuration.
         batch_size: prompts answered at once.
+        min_reached: blocks that a fit on every other prompt needs. The run ends as soon as the answers so far show
+            that it will not come near them.
         has_progress_bar: whether to show progress.
 
     Raises:
         ValueError: before any work if the drafter has no confidence head or belongs to another target, or a number
-            breaks its rule; after the first batch if the confidence is no number; at the end if not a single draft was
-            verified.
+            breaks its rule; after the first batch if the confidence is no number; after some prompts if all of them
+            will give far fewer blocks than `min_reached`; at the end if not a single draft was verified.
     """
     check_pair(target, drafter)
     options = _generate_options(temperature)
@@ -190,6 +196,7 @@ def collect_observations(
                 parts.append(_observe(target, drafter, batch, start, max_new_tokens=max_new_tokens, **options))
                 num_done += len(batch)
                 bar.update(len(batch))
+                _check_pace(sum(map(len, parts)), num_done, len(prompts), min_reached)
         except KeyboardInterrupt:
             if not parts:
                 raise
@@ -201,6 +208,26 @@ def collect_observations(
             "Raise `max_new_tokens`, or use prompts with longer answers."
         )
     return observations
+
+
+def _check_pace(num_blocks: int, num_done: int, num_prompts: int, min_reached: int) -> None:
+    """Raise a `ValueError` if all prompts will give less than half of the blocks that a fit on every other one needs.
+
+    Args:
+        num_blocks: blocks of the prompts so far.
+        num_done: prompts so far; from a number on that says something of the others.
+        num_prompts: all prompts.
+        min_reached: blocks that the fit needs.
+    """
+    expected = num_blocks * num_prompts / num_done / 2
+    if num_done < max(_TELLING_PROMPTS, num_prompts // 20) or 2 * expected >= min_reached:
+        return
+    wanted = f"about {math.ceil(num_prompts * min_reached / expected)}" if num_blocks else "other"
+    raise ValueError(
+        f"`prompts` must lead to at least {min_reached} blocks in every other answer (`min_reached`), got "
+        f"{num_blocks} blocks in the first {num_done} answers, so about {expected:.0f} of all {num_prompts} prompts. "
+        f"Give {wanted} prompts, raise `max_new_tokens`, or lower `min_reached` at the cost of noise."
+    )
 
 
 def _generate_options(temperature: float | None) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def calibrate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             batch_size=batch_size,
+            min_reached=min_reached,
         )
         result = _fit(observations, objective, min_reached)
         _show(console, result)

@@ -111,8 +111,9 @@ def _check_request(
     """Return what to measure, after all checks that need no model."""
     from transformers import AutoConfig
 
+    from dspark_hf.damage import first_line
     from dspark_hf.figures import check_plotting
-    from dspark_hf.loading import check_folder, check_slip, first_line, read_drafter_config
+    from dspark_hf.loading import check_folder, check_slip, read_drafter_config
     from dspark_hf.profiling.grid import make_grid
 
     if output is not None and output.exists() and not output.is_dir():
@@ -164,9 +165,9 @@ def _check_sizes(workload: StepTimer, grid: Grid) -> None:
 
 def _measure(workload: StepTimer, grid: Grid, repeats: int, progress: Progress) -> tuple[CostTable, list[str]]:
     """Return the costs, and what could not be measured for lack of memory."""
+    from dspark_hf.damage import first_line
     from dspark_hf.generation.scheduling.costs.profile import measure_costs
     from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
-    from dspark_hf.loading import first_line
 
     steps_per_shape = (repeats + 1) * (len(grid.widths) + len(grid.drafts))
     task = progress.add_task("measuring", total=len(grid.shapes) * steps_per_shape)

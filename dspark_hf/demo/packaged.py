@@ -16,9 +16,9 @@ from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import dspark_hf
-from dspark_hf.damage import read_object
+from dspark_hf.damage import first_line, read_object
 from dspark_hf.files import replace_whole_folder
-from dspark_hf.loading import check_folder, first_line, is_damage
+from dspark_hf.loading import check_folder, is_damage
 
 
 class UnavailableError(RuntimeError):

@@ -17,7 +17,7 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def render_report(evaluation: Evaluation, figures: Sequence[Figure]) -> str:
-    """Return the page: headline, what to set, remarks, figures, tables, and how to measure it again."""
+    """Return the page: headline, what to set, remarks, an answer, figures, tables, and how to measure it again."""
     # escapes whatever names of files and folders hold
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent),
@@ -34,6 +34,7 @@ def render_report(evaluation: Evaluation, figures: Sequence[Figure]) -> str:
         headline=headline(evaluation),
         recommendation=recommendation(evaluation),
         remarks=remarks(evaluation),
+        sample=evaluation.sample,
         figures=figures,
         tables=all_tables(evaluation),
         facts=measuring_facts(evaluation),

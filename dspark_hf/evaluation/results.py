@@ -12,6 +12,7 @@ from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, all_schedulers
 from dspark_hf.evaluation.recording import Turn
 from dspark_hf.evaluation.records import RoundRecord
 from dspark_hf.evaluation.reliability import Reliability, measure_reliability
+from dspark_hf.evaluation.sample import SampleAnswer
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.evaluation.sweep import SweepPoint, sweep_thresholds
 from dspark_hf.evaluation.throughput import Speed, summarize_speed
@@ -93,6 +94,7 @@ class Evaluation:
         provenance: hardware, versions, date, commit, command line.
         ended_by: what ended it early; None if it is complete.
         sets: the results, for every temperature and set.
+        sample: one answer of the first drafter; None without a tokenizer.
     """
 
     target: str
@@ -103,6 +105,7 @@ class Evaluation:
     provenance: Provenance
     ended_by: str | None
     sets: tuple[SetResult, ...]
+    sample: SampleAnswer | None = None
 
     @property
     def is_exact(self) -> bool:

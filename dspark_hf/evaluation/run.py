@@ -14,9 +14,10 @@ from torch import Tensor
 from dspark_hf.console import printable, progress_bar, quiet_transformers, say
 from dspark_hf.damage import check_replaceable
 from dspark_hf.evaluation.loading import Models, check_drafters, encode_sets, load_models, read_prompt_sets
-from dspark_hf.evaluation.measuring import Measuring
+from dspark_hf.evaluation.measuring import Measuring, SetMeasurement
 from dspark_hf.evaluation.recording import Recording, describe
 from dspark_hf.evaluation.results import DrafterInfo, Evaluation, summarize_set
+from dspark_hf.evaluation.sample import SampleAnswer, sample_answer
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.figures import check_plotting
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
@@ -68,7 +69,15 @@ def evaluate(
             for measurement in measuring.measurements
             if measurement.turns
         ),
+        sample=_sample(models, measuring.measurements[0]),
     )
+
+
+def _sample(models: Models, measurement: SetMeasurement) -> SampleAnswer | None:
+    if models.tokenizer is None or not measurement.turns:
+        return None
+    answer = measurement.turns[0][next(iter(models.drafters))][0]
+    return sample_answer(answer, models.tokenizer, measurement.name, measurement.temperature)
 
 
 def num_turns(sets: Mapping[str, Sequence[Tensor]], settings: EvaluationSettings) -> int:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from dspark_hf.generation.decoding import decode
+from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
 from dspark_hf.generation.drafting.lookup import NoContext
-from dspark_hf.generation.scheduling.interface import Scheduler
 from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
@@ -39,7 +35,7 @@ class _FittingConfig:
         return {}
 
 
-class LookupAssistant(Drafter):
+class LookupAssistant(CustomGenerate):
     """Draft what followed the latest tokens where they stood before in prompt or text.
 
     It needs no training, no weights and no pass of any model, and fits every target: pass it as `assistant_model` to
@@ -94,17 +90,3 @@ class LookupAssistant(Drafter):
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
         """Return a context that reads nothing: the decoding loop itself looks up."""
         return NoContext()
-
-    def decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        scheduler: Scheduler | str | None = None,
-        drafts: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=assistant.decode)`.
-
-        Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
-        """
-        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, **kwargs)

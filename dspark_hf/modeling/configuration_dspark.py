@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig
 
 from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
-from dspark_hf.modeling.formats import choosing, remote_code
+from dspark_hf.modeling.formats import choosing, gguf, remote_code
 from dspark_hf.modeling.formats import deepseek_v4 as drafter_names
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 
 # the Pipeline looks a class up by these names among those of Transformers: an Auto class leads back to ours
+_LOADING = (gguf.OPTION, "trust_remote_code", "_from_auto", "_from_pipeline", "_commit_hash")
 _ARCHITECTURES = ("DSparkAssistantModel", "AutoModelForCausalLM")
 
 
@@ -208,11 +209,15 @@ class DSparkConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the fields of a drafter folder or hub name, in our own layout or a foreign one.
+        """Return the fields of a drafter folder, hub name or GGUF file, in our own layout or a foreign one.
 
         Raises:
             ValueError: if there is no DSpark drafter.
         """
+        file = gguf.find_file(pretrained_model_name_or_path, kwargs)
+        if file is not None:
+            unused = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *_LOADING)}
+            return {**gguf.translate(file), "architectures": list(_ARCHITECTURES)}, unused
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         packaging = choosing.find_packaging(fields)
         if packaging is not None:

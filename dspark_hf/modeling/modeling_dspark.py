@@ -17,12 +17,11 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dspark_hf.generation.compat import run_compiled
-from dspark_hf.generation.decoding import decode
+from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
-from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
+from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
 from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
-from dspark_hf.generation.scheduling.interface import Scheduler
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
 from dspark_hf.modeling import from_target, quantization
@@ -31,7 +30,8 @@ from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.checkpoints.dspark_module import load_module
 from dspark_hf.modeling.deepseek_v4.layer import init_weights
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
-from dspark_hf.modeling.formats.choosing import find_packaging, load_tensors
+from dspark_hf.modeling.formats import gguf
+from dspark_hf.modeling.formats.choosing import find_packaging, load_gguf, load_tensors
 from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
 from dspark_hf.modeling.formats.recommendation import read_recommendation
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP
@@ -59,7 +59,7 @@ class BlockStates:
     confidence_logits: Tensor | None
 
 
-class DSparkAssistantModel(PreTrainedModel, Drafter):
+class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
     """Propose blocks of tokens for a target model, from the target's own hidden states.
 
     Pass it as `assistant_model` to `target.generate(...)`. The embedding and the output head are borrowed from the
@@ -184,6 +184,8 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     ) -> Any:
         """Load a drafter from a folder or a hub name: our own layout, a foreign one, or DeepSeek-V4.
 
+        Of a GGUF file, name the path itself, or with `gguf_file` the file inside a folder or hub name.
+
         Of foreign folders configurations and tensors are read; code that they bring is never run. With a
         `BitsAndBytesConfig` that says nothing of it, the heads stay as they are: they are small, and decide what is
         drafted.
@@ -196,7 +198,13 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         fields: dict[str, Any] = {}
+        file = None
         if pretrained_model_name_or_path is not None:
+            file = gguf.find_file(pretrained_model_name_or_path, kwargs)
+        if file is not None:
+            kwargs.pop(gguf.OPTION, None)
+            pretrained_model_name_or_path = file
+        elif pretrained_model_name_or_path is not None:
             fields, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
         if is_released(fields):
             config = cls.config_class.from_dict(drafter_fields(fields))
@@ -205,11 +213,14 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
             kwargs["quantization_config"] = quantization.leave_out_heads(kwargs["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        if find_packaging(fields) is None:
+        if file is None and find_packaging(fields) is None:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         else:
             options = _options_for_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, hub_options)
-            tensors = load_tensors(pretrained_model_name_or_path, **hub_options)
+            if file is not None:
+                tensors = load_gguf(file)
+            else:
+                tensors = load_tensors(pretrained_model_name_or_path, fields, **hub_options)
             loaded = super().from_pretrained(None, *args, state_dict=tensors, **options)
             loaded[0].config.name_or_path = str(pretrained_model_name_or_path)
         drafter, info = loaded
@@ -221,7 +232,9 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
                     "weights and its configuration do not belong together: save the drafter anew."
                 )
         drafter.check_draft_token_ids()
-        drafter.generation_config = read_recommendation(pretrained_model_name_or_path, hub_options)
+        # a GGUF file stands alone
+        folder = pretrained_model_name_or_path if file is None else None
+        drafter.generation_config = read_recommendation(folder, hub_options)
         return (drafter, info) if wants_info else drafter
 
     def save_pretrained(
@@ -303,20 +316,6 @@ class DSparkAssistantModel(PreTrainedModel, Drafter):
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
         """Return an empty context for `batch_size` sequences of `target`."""
         return _DSparkContext(self, target, batch_size)
-
-    def decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        scheduler: Scheduler | str | None = None,
-        drafts: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
-
-        Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
-        """
-        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Raise a `TypeError`: a drafter proposes, the target writes."""

@@ -32,6 +32,8 @@ class DSparkTrainingArguments(TrainingArguments):
         max_minutes: evaluate, write a checkpoint and stop after this time; the same run goes on later, on the same
             schedule. None knows no limit.
         compile_loss: compile the vocabulary-sized part of the loss with `torch.compile`.
+        compile_drafter: compile the drafter's own passes too. Both together nearly double the speed on a CPU, after a
+            minute of compiling at the start.
 
     Raises:
         ValueError: if a field breaks its rule; the message names the field, the rule and the value.
@@ -51,6 +53,7 @@ class DSparkTrainingArguments(TrainingArguments):
     )
     max_minutes: float | None = field(default=None, metadata={"help": "Time after which training stops for now."})
     compile_loss: bool = field(default=False, metadata={"help": "Compile the vocabulary-sized part of the loss."})
+    compile_drafter: bool = field(default=False, metadata={"help": "Compile the drafter's own passes."})
 
     # the paper's schedule where it differs from Transformers' defaults
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})

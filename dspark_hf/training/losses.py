@@ -45,12 +45,18 @@ class TargetHead:
     factor: float = 1.0
     cap: float | None = None
 
-    def logits(self, hidden_states: Tensor, extra: Tensor | None = None) -> Tensor:
-        """Return fp32 logits `(P, V)` of hidden states `(P, D)`; `extra` is added after factor and cap."""
-        raw = hidden_states.to(self.weight.dtype) @ self.weight.T
-        raw = raw.float() if self.bias is None else raw.float() + self.bias
-        logits = cap_logits(raw * self.factor, self.cap)
-        return logits if extra is None else logits + extra.float()
+    def products(self, hidden_states: Tensor) -> Tensor:
+        """Return the products `(P, V)` of hidden states `(P, D)` with the head's weight, in its dtype."""
+        return hidden_states.to(self.weight.dtype) @ self.weight.T
+
+    def finish(self, products: Tensor) -> Tensor:
+        """Return fp32 logits `(P, V)`: the products with bias, factor and soft cap."""
+        raw = products.float() if self.bias is None else products.float() + self.bias
+        return cap_logits(raw * self.factor if self.factor != 1.0 else raw, self.cap)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Return fp32 logits `(P, V)` of hidden states `(P, D)`."""
+        return self.finish(self.products(hidden_states))
 
 
 @dataclass
@@ -93,15 +99,10 @@ class _DraftLoss(Function):
             states = hidden_states[part].to(dtype)
             latent = None if latents is None else latents[part].to(dtype)
             bias = None if latent is None or transition is None else latent @ transition.T
-            plain = head.logits(states)
-            draft_logits = plain if bias is None else plain + bias.float()
-            cross_entropy[part], distance[part], grad = chunk_terms(
-                draft_logits, *_target_terms(head, slots, part), loss_weights
+            cross_entropy[part], distance[part], grad_bias, grad_products = chunk_terms(
+                head.products(states), bias, *_target_terms(head, slots, part), head, loss_weights
             )
-            grad_bias = grad.to(dtype)
-            if head.cap:
-                grad = grad * (1 - (plain / head.cap) ** 2)
-            grads[0][part] = ((grad * head.factor).to(dtype) @ head.weight).to(hidden_states.dtype)
+            grads[0][part] = (grad_products @ head.weight).to(hidden_states.dtype)
             if latent is not None and transition is not None and grads[1] is not None and grads[2] is not None:
                 grads[1][part] = (grad_bias @ transition).to(grads[1].dtype)
                 grads[2].add_(grad_bias.T @ latent)
@@ -120,26 +121,34 @@ class _DraftLoss(Function):
 
 
 def _target_terms(head: TargetHead, slots: Slots, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return one chunk's target logits by position, log-sum-exps, positions by slot, labels and weights."""
+    """Return one chunk's target products by position, log-sum-exps, positions by slot, labels and weights."""
     # neighbouring blocks look at the same positions: compute each position's target distribution once
     rows, inverse = torch.unique(slots.target_rows[part], return_inverse=True)
     weights = slots.weights[part] / slots.weights.sum().clamp_min(1e-6)
-    return head.logits(slots.target_states[rows]), slots.target_lse[rows], inverse, slots.labels[part], weights
+    return head.products(slots.target_states[rows]), slots.target_lse[rows], inverse, slots.labels[part], weights
 
 
 def _chunk_terms(
-    draft_logits: Tensor,
-    target_logits: Tensor,
+    products: Tensor,
+    bias: Tensor | None,
+    target_products: Tensor,
     target_lse: Tensor,
     inverse: Tensor,
     labels: Tensor,
     weights: Tensor,
+    head: TargetHead,
     loss_weights: LossWeights,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return cross-entropy, L1 distance and the loss's gradient by the draft logits, for one chunk of slots."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return one chunk's cross-entropy, L1 distance, and the loss's gradients by Markov bias and by head products.
+
+    Everything that is as wide as the vocabulary and no matrix product is done here, from products in the head's dtype
+    to gradients in it: compiled, this is two or three sweeps over memory instead of twenty.
+    """
+    plain = head.finish(products)
+    draft_logits = plain if bias is None else plain + bias.float()
     log_norm = draft_logits.logsumexp(-1)
     draft_probs = torch.exp(draft_logits - log_norm[:, None])
-    target_probs = torch.exp(target_logits - target_lse[:, None])
+    target_probs = torch.exp(head.finish(target_products) - target_lse[:, None])
     outside = (1 - target_probs.sum(-1)).clamp_min(0)[inverse]
     difference = draft_probs - target_probs[inverse]
     distance = difference.abs().sum(-1) + outside
@@ -151,7 +160,11 @@ def _chunk_terms(
     ce_weights = loss_weights.ce * weights * proposable
     grad = sign - (draft_probs * sign).sum(-1, keepdim=True)
     grad = draft_probs * (grad * (loss_weights.tv * weights)[:, None] + ce_weights[:, None])
-    return cross_entropy, distance, grad.scatter_add(-1, labels.clamp_min(0)[:, None], -ce_weights[:, None])
+    is_label = torch.arange(grad.shape[-1], device=labels.device) == labels[:, None]
+    grad = torch.where(is_label, grad - ce_weights[:, None], grad)
+    by_products = grad if head.cap is None else grad * (1 - (plain / head.cap) ** 2)
+    by_products = by_products if head.factor == 1.0 else by_products * head.factor
+    return cross_entropy, distance, grad.to(products.dtype), by_products.to(products.dtype)
 
 
 @cache

@@ -108,6 +108,9 @@ class DSparkTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[*callbacks, *_stop_rules(args)],
         )
+        if args.compile_drafter:
+            # in place: parameters keep their names. Lengths and numbers of blocks differ from batch to batch
+            drafter.compile(dynamic=True)
         # the loss is a mean over a batch's slots: Trainer divides it by the number of accumulated batches
         self.model_accepts_loss_kwargs = False
         if self.pop_callback(ProgressCallback) is not None:

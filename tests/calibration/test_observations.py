@@ -243,6 +243,28 @@ def test_answers_without_drafts_are_refused(target, drafter, monkeypatch):
         collect_observations(target, drafter, PROMPTS, temperature=0, has_progress_bar=False)
 
 
+def test_too_few_blocks_are_told_early(target, drafter, monkeypatch):
+    """Hundreds of prompts are answered before it is said that their answers are too short to fit on."""
+    calls = []
+
+    def observe(target, drafter, prompts, first_id, **options):
+        calls.append(first_id)
+        ids = torch.full((2,), first_id)
+        return Observations(torch.zeros(2, BLOCK_SIZE, dtype=torch.float64), ids * 0, ids * 0 + 1, ids)
+
+    monkeypatch.setattr(module, "_observe", observe)
+    prompts = [PROMPTS[0]] * 100
+    message = (
+        "`prompts` must lead to at least 300 blocks in every other answer .*got 16 blocks in the first 8 answers, so "
+        "about 100 of all 100 prompts. Give about 300 prompts"
+    )
+    with pytest.raises(ValueError, match=message):
+        collect_observations(target, drafter, prompts, min_reached=300, has_progress_bar=False)
+    assert len(calls) == 8
+    # where it may still do, the fit itself decides
+    assert len(collect_observations(target, drafter, prompts, min_reached=200, has_progress_bar=False)) == 200
+
+
 def test_transformers_own_decoding_is_noticed(target, drafter, monkeypatch):
     """Without our decoding loop a stale or foreign record would be read."""
     monkeypatch.setattr(target, "generate", lambda *args, **kwargs: None, raising=False)

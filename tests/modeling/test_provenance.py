@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DSparkAssistantModel, Request, generate_stream
 from dspark_hf.generation.scheduling.fixed import FixedScheduler
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.provenance import fingerprint
@@ -56,6 +56,25 @@ def test_a_drafter_of_another_target_is_mentioned_once(warnings: pytest.LogCaptu
     messages = [record.getMessage() for record in warnings.records]
     assert len(messages) == 1, messages
     assert messages[0].startswith("`assistant_model` was made for another target, not for this one, and only ")
+
+
+def test_a_stream_mentions_it_once_too(warnings: pytest.LogCaptureFixture) -> None:
+    """Requests that come and go would be slowed down by another model's drafter for ever, without a word."""
+    drafter, other = _drafter(tiny_target()), tiny_target(seed=2)
+    requests = [Request([5, 6, 7 + i], {"max_new_tokens": 30, "do_sample": False}) for i in range(4)]
+    finished = list(generate_stream(other, requests, drafter=drafter, scheduler=FixedScheduler(), drafts="model"))
+    assert [one.error for one in finished] == [None] * 4
+    messages = [record.getMessage() for record in warnings.records]
+    assert len(messages) == 1, messages
+    assert messages[0].startswith("`assistant_model` was made for another target, not for this one, and only ")
+
+
+def test_a_stream_of_its_own_target_says_nothing(warnings: pytest.LogCaptureFixture) -> None:
+    """A drafter that is merely bad would be called another target's in a stream."""
+    target = tiny_target()
+    requests = [Request([5, 6, 7 + i], {"max_new_tokens": 30, "do_sample": False}) for i in range(2)]
+    list(generate_stream(target, requests, drafter=_drafter(target), scheduler=FixedScheduler(), drafts="model"))
+    assert not warnings.records
 
 
 def test_bad_drafts_for_its_own_target_are_not_mentioned(warnings: pytest.LogCaptureFixture) -> None:

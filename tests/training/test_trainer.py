@@ -301,13 +301,13 @@ def test_a_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"gradient_checkpointing": True}, slow({"compile_loss": True})],
+    [{"gradient_checkpointing": True}, slow({"compile_loss": True, "compile_drafter": True})],
     ids=str,
 )
 def test_ways_to_save_time_or_memory_change_nothing(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpointed layers or a compiled loss would train another drafter."""
+    """Checkpointed layers, a compiled loss or a compiled drafter would train another drafter."""
     # code that was compiled for other vector instructions is taken from a shared folder, and crashes
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     target = tiny_target()

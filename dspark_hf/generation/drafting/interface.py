@@ -150,7 +150,7 @@ class Drafter(ABC):
     def review(  # noqa: B027 (most drafters have nothing to say)
         self, target: TargetAdapter, statistics: SpeculationStatistics
     ) -> None:
-        """Look at what a call of `generate` measured, when it is over; by default do nothing."""
+        """Look at what a call of `generate`, or a request of a stream, measured; by default do nothing."""
 
     @abstractmethod
     def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:

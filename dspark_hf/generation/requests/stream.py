@@ -198,8 +198,7 @@ class RequestStream(Iterator[FinishedRequest]):
             if not isinstance(error, Exception):
                 raise
             return
-        for row in newcomer.take_left():
-            self._report_row(row)
+        self._report_left(newcomer)
         if self._batch is None:
             self._batch = newcomer if newcomer.rows else None
         elif newcomer.rows:
@@ -294,10 +293,14 @@ class RequestStream(Iterator[FinishedRequest]):
     def _collect(self) -> None:
         """Report the rows that have left the batch."""
         if self._batch is not None:
-            for row in self._batch.take_left():
-                self._report_row(row)
+            self._report_left(self._batch)
             if not self._batch.rows:
                 self._batch = None
+
+    def _report_left(self, batch: RequestBatch) -> None:
+        for row in batch.take_left():
+            self._drafter.review(self._adapter, row.statistics)
+            self._report_row(row)
 
     def _report_row(self, row: RequestRow, error: BaseException | None = None) -> None:
         error = row.error or (None if row.is_finished else error)

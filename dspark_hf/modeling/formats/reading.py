@@ -78,10 +78,10 @@ def need_shape(shapes: Shapes, name: str, packaging: str) -> tuple[int, ...]:
     """
     if name in shapes:
         return tuple(shapes[name])
-    packed = [other for other in shapes if other.endswith(("weight_packed", "weight_scale", "qweight"))]
+    packed = [other for other in shapes if other.endswith("qweight")]
     if packed:
         raise Unreadable(
-            "hold weights in floating point",
+            "hold weights in floating point, or in fewer bits as compressed-tensors writes them",
             f"a drafter in the layout of {packaging} with quantised ones ('{sorted(packed)[0]}'), which are not read",
         )
     raise Unreadable(f"hold the tensor '{name}'", f"a drafter in the layout of {packaging} without")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
+
+from dspark_hf.damage import first_line, read_weight_map, weights_damage
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,10 +36,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# what a file begins with that Git LFS left in the place of a large one
-_POINTER = b"version https://git-lfs"
-# characters of a wrong value that an error shows
-_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def read_names(name_or_path: str | os.PathLike, **hub_options: Any) -> list[str]
     Raises:
         ValueError: if the index, or the only file, is damaged.
     """
-    options = _known(hub_options)
+    options = known_options(hub_options)
     index = cached_file(name_or_path, INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if index is not None:
         return list(_weight_map(Path(index)))
@@ -114,28 +111,16 @@ def open_tensors(file: Path) -> Iterator[Any]:
     try:
         opened = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise _not_whole(file, _what_is_wrong(file, error)) from error
+        raise _not_whole(file, weights_damage(file) or first_line(error)) from error
     with opened as tensors:
         yield tensors
 
 
 def _not_whole(file: Path, problem: str) -> ValueError:
     return ValueError(
-        f"`pretrained_model_name_or_path` must hold whole safetensors files, got {str(file)!r}, which {problem}. "
+        f"`pretrained_model_name_or_path` must hold whole files, got {str(file)!r}, which {problem}. "
         "Fetch that file again."
     )
-
-
-def _what_is_wrong(file: Path, error: Exception) -> str:
-    with file.open("rb") as stream:
-        start = stream.read(len(_POINTER)).lstrip()
-    if not start:
-        return "is empty"
-    if start == _POINTER:
-        return "is a pointer of Git LFS and not the file itself"
-    if start.startswith(b"<"):
-        return "is a web page and not the file itself"
-    return f"is damaged or cut off ({error})"
 
 
 def _dtype(stored: str, name: str, file: Path) -> torch.dtype:
@@ -153,7 +138,7 @@ def _files(
     hub_options: dict[str, Any],
     names: tuple[str, str] = _NAMES[0],
 ) -> list[Path]:
-    options = _known(hub_options)
+    options = known_options(hub_options)
     index_name, single_name = names
     index = cached_file(name_or_path, index_name, _raise_exceptions_for_missing_entries=False, **options)
     if index is None:
@@ -172,15 +157,20 @@ def read_shapes(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str
     return {name: tuple(shape) for file in _any_files(name_or_path, hub_options) for name, shape in _shapes(file)}
 
 
-def read_tensors(name_or_path: str | os.PathLike, **hub_options: Any) -> dict[str, Tensor]:
+def read_tensors(
+    name_or_path: str | os.PathLike, is_wanted: Callable[[str], bool] = lambda name: True, **hub_options: Any
+) -> dict[str, Tensor]:
     """Return a checkpoint's tensors on the CPU, each as it is stored; of `.bin` files nothing but tensors is read.
+
+    `is_wanted` tells by their names which ones.
 
     Raises:
         ValueError: if there are no such files, or one of them is damaged.
     """
     tensors: dict[str, Tensor] = {}
     for file in _any_files(name_or_path, hub_options):
-        tensors.update(_unpickled(file) if file.suffix == ".bin" else _mapped(file))
+        held = _unpickled(file) if file.suffix == ".bin" else _mapped(file, is_wanted)
+        tensors.update({name: x for name, x in held.items() if is_wanted(name)})
     return tensors
 
 
@@ -203,9 +193,9 @@ def _shapes(file: Path) -> list[tuple[str, Sequence[int]]]:
         return [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (not a dict)
 
 
-def _mapped(file: Path) -> dict[str, Tensor]:
+def _mapped(file: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     with open_tensors(file) as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        return {name: tensors.get_tensor(name) for name in tensors.keys() if is_wanted(name)}  # noqa: SIM118 (not a dict)
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
@@ -220,14 +210,14 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    first_line = (str(error).splitlines() or [""])[0]
     return ValueError(
         f"`pretrained_model_name_or_path` must hold whole files of tensors, got {str(file)!r}, which cannot be read "
-        f"({type(error).__name__}: {first_line}). Fetch it anew."
+        f"({type(error).__name__}: {first_line(error)}). Fetch it anew."
     )
 
 
-def _known(hub_options: Mapping[str, Any]) -> dict[str, Any]:
+def known_options(hub_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that say where a file is fetched from, and how."""
     return {name: value for name, value in hub_options.items() if name in HUB_OPTIONS and value is not None}
 
 
@@ -238,36 +228,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         ValueError: if it is no index, or names a file outside the checkpoint's folder.
     """
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must hold a JSON file as its index, got {str(index)!r} ({error}). Fetch "
-            "that file again."
-        ) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"`weight_map` must name the file of every tensor, got {_short(weight_map)} in {str(index)!r}. Fetch that "
-            "file again."
-        )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_inside(file):
-            raise ValueError(
-                f"`weight_map` must name files in the checkpoint's own folder, got {_short(file)} for {name} in "
-                f"{str(index)!r}. Do not trust this checkpoint, or correct the name."
-            )
-    return weight_map
-
-
-def _is_inside(file: str) -> bool:
-    # what Windows takes for a path counts everywhere
-    parts = [part for path in (PurePosixPath(file), PureWindowsPath(file)) for part in (path.anchor, *path.parts)]
-    return bool(file) and not any(PureWindowsPath(part).anchor or part == ".." for part in parts)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        return read_weight_map(index)
+    except ValueError as error:
+        raise _not_whole(index, str(error)) from error
 
 
 def iterate_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

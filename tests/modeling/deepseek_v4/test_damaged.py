@@ -88,12 +88,12 @@ def test_unexpected_tensors_of_a_stage_have_their_own_name(folder):
 
 
 DAMAGES = {
-    "cut off": (lambda content: content[:-1], "is damaged or cut off"),
-    "in the header": (lambda content: content[:20], "is damaged or cut off"),
+    "cut off": (lambda content: content[:-1], "holds no whole safetensors"),
+    "in the header": (lambda content: content[:20], "holds no whole safetensors"),
     "empty": (lambda content: b"", "is empty"),
-    "zeros": (lambda content: bytes(1000), "is damaged or cut off"),
+    "zeros": (lambda content: bytes(1000), "holds no whole safetensors"),
     "web page": (lambda content: b"<!DOCTYPE html><html>Not found</html>", "is a web page"),
-    "pointer": (lambda content: POINTER, "is a pointer of Git LFS"),
+    "pointer": (lambda content: POINTER, "is a Git LFS pointer"),
 }
 
 
@@ -126,16 +126,16 @@ def test_a_file_that_is_absent_is_named(folder):
 
 
 INDICES = {
-    "no JSON": (b"{", "must hold a JSON file as its index, got '.*index.json'"),
-    "pointer": (POINTER, "must hold a JSON file as its index, got '.*index.json'"),
-    "no map": (b"{}", "`weight_map` must name the file of every tensor, got None in '.*index.json'"),
-    "list": (b'{"weight_map": ["a"]}', "`weight_map` must name the file of every tensor, got \\['a'\\]"),
-    "list itself": (b"[1]", "`weight_map` must name the file of every tensor, got None"),
-    "number": (b'{"weight_map": {"x": 5}}', "`weight_map` must name files in the .* own folder, got 5 for x in"),
+    "no JSON": (b"{", "must hold whole files, got '.*index.json', which holds no JSON"),
+    "pointer": (POINTER, "must hold whole files, got '.*index.json', which holds no JSON"),
+    "no map": (b"{}", "got '.*index.json', which holds no `weight_map`"),
+    "list": (b'{"weight_map": ["a"]}', "got '.*index.json', which holds no `weight_map`"),
+    "list itself": (b"[1]", "got '.*index.json', which holds no JSON object but"),
+    "number": (b'{"weight_map": {"x": 5}}', "got '.*index.json', which names 5, which is no file in its folder"),
     **{
         path: (
             json.dumps({"weight_map": {"x": path}}).encode(),
-            "`weight_map` must name files in the .* own folder, got .* for x in",
+            "got '.*index.json', which names .*, which is no file in its folder",
         )
         for path in ("../other/model.safetensors", "/etc/passwd", "a/../../b", "C:\\x", "..\\x", "\\x", "")
     },
