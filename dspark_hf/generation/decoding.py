@@ -255,7 +255,7 @@ class Rounds:
         num_drafts = scores.shape[1] - 1
         if drafted is None or num_drafts == 0:
             return scores, [0] * len(num_verified), _draw(scores[:, 0], self._rows.probabilities(scores[:, 0]))
-        limits = torch.tensor(num_verified, device=scores.device)
+        limits = _sent(num_verified, scores.device)
         draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
         target_probs = self._rows.probabilities(scores)
         if target_probs is None:
@@ -321,6 +321,13 @@ def _verified_tokens(anchors: Tensor, drafted: DraftedBlock | None, num_drafts: 
     if drafted is None or num_drafts == 0:
         return anchors[:, None]
     return torch.cat([anchors[:, None], drafted.token_ids[:, :num_drafts].to(anchors.device)], dim=1)
+
+
+def _sent(values: list[int], device: torch.device) -> Tensor:
+    """Return the values on a device whose queue is not waited for."""
+    tensor = torch.tensor(values)
+    # a copy from ordinary memory is over only when all that was queued before it is
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _accepted_tokens(tokens: Tensor, num_accepted: Tensor | list[int], bonus: Tensor) -> tuple[list[int], NewTokens]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CompileConfig, StaticCache
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DSparkAssistantModel, LookupAssistant
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.ragged_store import StaticStore
@@ -285,3 +285,16 @@ def test_states_over_a_static_cache():
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
     with pytest.raises(ValueError, match="`cache_implementation` must be a dynamic cache for this target"):
         target.generate(**ragged_prompts(1), **STATIC, max_new_tokens=4, assistant_model=drafter)
+
+
+@pytest.mark.slow
+def test_lookups_without_a_drafter():
+    """Where no hidden states are read, a compiled pass is asked for them, or for none, in vain."""
+    torch._dynamo.reset()
+    target, ids = tiny_target("llama"), torch.tensor([[5, 6, 7, 8, 9] * 3])
+    plain = target.generate(ids, **STATIC, max_new_tokens=6)
+    drafter = LookupAssistant(max_drafts=1)
+    text, num_graphs = _graphs(target, {"input_ids": ids}, drafter, "eager", max_new_tokens=6)
+    assert torch.equal(text, plain)
+    assert 1 <= num_graphs <= 2
+    torch._dynamo.reset()
