@@ -55,13 +55,13 @@ def find_device(device: str) -> torch.device:
     return found
 
 
-def load_tokenizer(target: str) -> Any:
+def load_tokenizer(target: str, option: str = "--target") -> Any:
     """Return the tokenizer of a folder or hub name.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read; the message names `option`.
     """
-    with _named("--target", _TARGET, target):
+    with _named(option, _TARGET, target):
         return AutoTokenizer.from_pretrained(target)
 
 
@@ -86,7 +86,13 @@ def load_drafter(drafter: str, option: str = "--drafter", **options: Any) -> DSp
 
 
 def load_target(
-    target: str, *, dtype: str = "auto", device: str = "auto", quantization: str = "none", attention: str = "auto"
+    target: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
+    attention: str = "auto",
+    option: str = "--target",
 ) -> Any:
     """Return the model of a folder or hub name, in evaluation mode.
 
@@ -99,6 +105,7 @@ def load_target(
         quantization: `"none"`, or bitsandbytes' `"8bit"` or `"4bit"`; the output head is left out of it, since
             training reads its rows.
         attention: Transformers' name of an attention implementation; `"auto"` is the one it chooses.
+        option: what the user calls the target, for errors.
 
     Raises:
         ValueError: if the dtype, the device, the attention implementation or the target is not there.
@@ -115,7 +122,7 @@ def load_target(
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     try:
-        with _named("--target", _TARGET, target):
+        with _named(option, _TARGET, target):
             fields, _ = PreTrainedConfig.get_config_dict(target)
             is_deepseek_v4 = fields.get("model_type") == RELEASED_MODEL_TYPE
             model_class: Any = DeepseekV4DSparkForCausalLM if is_deepseek_v4 else AutoModelForCausalLM

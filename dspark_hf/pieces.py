@@ -15,13 +15,25 @@ class TextPieces:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._text = ""
+        # text is decoded from the piece before the open one on: a tokenizer may write a token otherwise at a start
+        self._start = self._open = 0
 
     def add(self, token_id: int) -> str:
         """Return the text that `token_id` adds."""
         self._ids.append(token_id)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        piece = self.rest()
+        if piece.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        piece, self._text = text[len(self._text) :], text
+        if piece:
+            self._start = self._open
+        # a token without text, such as a special one, is no start: the space behind it belongs to the text before
+        self._open = len(self._ids)
         return piece
+
+    def rest(self) -> str:
+        """Return the text that waits to be completed."""
+        known = self._decode(self._ids[self._start : self._open])
+        return self._decode(self._ids[self._start :])[len(known) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))

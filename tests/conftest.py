@@ -1,15 +1,36 @@
 """One thread, one seed, no stored profile and nothing learnt for every test."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from dspark_hf import figures
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
+from tests.fresh import FreshInterpreter
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported: PyTorch and Transformers are a million objects.
+
+    It would look through all of them whenever a run of the trainer begins, half a second each time, and now and then
+    anywhere else.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Draw few pixels: nobody looks at the figures of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_RESOLUTION", 50)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +41,14 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def nothing_learnt() -> None:
     reset_learned_state()
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshInterpreter]:
+    """An interpreter that has not imported the package."""
+    interpreter = FreshInterpreter(tmp_path_factory.mktemp("fresh"))
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,9 @@ BELOW: dict[str, set[str]] = {
     "calibration": {"generation", "modeling", "loading"},
     "data": {"generation", "modeling", "training", "loading"},
     "training": {"generation", "modeling", "loading"},
-    "demo": {"generation", "modeling", "loading", ""},
+    # how answers look in a terminal, whoever answers
+    "terminal": {"generation"},
+    "demo": {"generation", "modeling", "terminal", "loading", ""},
     "cli": {
         "generation",
         "profiling",
@@ -44,6 +46,7 @@ BELOW: dict[str, set[str]] = {
         "evaluation",
         "data",
         "training",
+        "terminal",
         "demo",
         "loading",
         "",

@@ -1,12 +1,14 @@
 """`dspark-hf export`: a drafter in the layout of another project."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from dspark_hf.cli.hints import say_next
+from dspark_hf.console import say
 
 
 class Layout(str, Enum):
@@ -41,4 +43,6 @@ def export(
         write_whole_folder(output, lambda folder: writing.export(loaded, to.value, folder, lender))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(f"Written: {output}")
+    console = Console()
+    say(console, f"Written: {output}")
+    say_next(console, "eval", "--target", target or "TARGET", "--drafter", str(output), "questions.jsonl")

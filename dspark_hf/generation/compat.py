@@ -19,11 +19,12 @@ CACHE_KEY = "cache" if Version(transformers.__version__) >= Version("5.24") else
 # the decoding method that `generate` looks up on every call
 SEAM = "_assisted_decoding"
 # run-time knobs; Transformers fills in defaults of the last two for other kinds of assistants
-KNOBS = ("scheduler", "drafts", "num_assistant_tokens", "assistant_confidence_threshold")
+KNOBS = ("scheduler", "drafts", "sampling", "num_assistant_tokens", "assistant_confidence_threshold")
 # where a prepared generation configuration keeps which of them the user set, and what the call itself said
 EXPLICIT = "_dspark_explicit"
 SCHEDULER = "_dspark_scheduler"
 DRAFTS = "_dspark_drafts"
+SAMPLING = "_dspark_sampling"
 
 
 def is_installed() -> bool:

@@ -24,9 +24,10 @@ from dspark_hf.generation.compat import CACHE_KEY, is_static, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Lookups, with_lookups
+from dspark_hf.generation.drawing import draw
 from dspark_hf.generation.rows import NewTokens, Rows
-from dspark_hf.generation.scheduling.estimator import top_margin
 from dspark_hf.generation.scheduling.interface import Batch, Choice, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.slots import SlotSampler
 from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.stepwise import accept_in_steps
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -53,14 +54,15 @@ def decode(
     assistant_tokenizer: Any = None,
     scheduler: Scheduler | str | None = None,
     drafts: str | None = None,
+    sampling: str | None = None,
     **model_kwargs: Any,
 ) -> Tensor | DSparkGenerateOutput:
     """Generate with a drafter: the same output as plain `generate`, in fewer passes of the target.
 
-    The arguments are those that `generate` hands to its decoding methods, and the scheduler and who drafts, which on
-    the way through `assistant_model=` come with the generation configuration. Greedy output is token-identical where
-    the target's arithmetic does not depend on the number of tokens per pass (fp32); sampled output follows the
-    target's distribution exactly.
+    The arguments are those that `generate` hands to its decoding methods, and the scheduler, who drafts and how
+    samples are accepted, which on the way through `assistant_model=` come with the generation configuration. Greedy
+    output is token-identical where the target's arithmetic does not depend on the number of tokens per pass (fp32);
+    sampled output follows the target's distribution exactly.
 
     Returns the token ids `(B, length)`, or a `DSparkGenerateOutput` with `return_dict_in_generate=True`.
 
@@ -70,7 +72,7 @@ def decode(
     check_request(
         model, input_ids, generation_config, model_kwargs, num_drafts=drafter.block_size, synced_gpus=synced_gpus
     )
-    options = read_options(generation_config, drafter, model, scheduler, drafts, model_kwargs[CACHE_KEY])
+    options = read_options(generation_config, drafter, model, scheduler, drafts, model_kwargs[CACHE_KEY], sampling)
     adapter = TargetAdapter(model, options.target_layer_ids(drafter))
     drafter.check_target(adapter)
     with adapter:
@@ -84,6 +86,7 @@ def decode(
             num_looked_up=options.num_looked_up,
             returns_cache=was_given_by_user(model_kwargs[CACHE_KEY]),
             has_fixed_size=is_static(model_kwargs[CACHE_KEY]),
+            is_invariant=options.is_invariant,
         )
         # there from the start, so that a streamer can ask where a token came from
         drafter.last_statistics = rows.statistics
@@ -142,7 +145,6 @@ class Rounds:
         self._lookups = lookups
         # how much of each row the target's cache holds
         self._num_processed: list[int] = []
-        self._margins: list[Tensor] = []
 
     def prefill(self) -> None:
         """Process the prompts and commit every row's first token."""
@@ -221,22 +223,16 @@ class Rounds:
         if num_drafts < 1:
             return None
         positions = torch.tensor(self._num_processed, device=anchors.device)
-        self._margins = []
+        sampler = SlotSampler(self._rows, wants_margins=self._schedule.wants_margins)
         with self._statistics.timed("draft_seconds", self._adapter.device):
-            drafted = self._context.draft(anchors, positions, num_drafts, self._sample_draft)
+            drafted = self._context.draft(anchors, positions, num_drafts, sampler)
         if drafted.parents is not None:
             raise ValueError(
                 "`parents` of a drafted block must be None, got a tree. Decoding accepts chains only: draft one token "
                 "for each position."
             )
-        return replace(drafted, margins=torch.stack(self._margins, dim=1)) if self._margins else drafted
-
-    def _sample_draft(self, slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self._schedule.wants_margins:
-            self._margins.append(top_margin(logits))
-        scores = self._rows.draft_scores(logits, drafted)
-        probs = self._rows.probabilities(scores)
-        return _draw(scores, probs).to(logits.device), probs
+        margins = sampler.margins()
+        return drafted if margins is None else replace(drafted, margins=margins)
 
     def _verify(self, tokens: Tensor, parents: Tensor | None) -> TargetPass:
         """Return the target's pass over `tokens` `(b, W)`, which continue each other as `parents` say."""
@@ -253,13 +249,14 @@ class Rounds:
             return accept_in_steps(self._rows, target_pass, drafts, drafted, num_verified)
         scores = self._rows.scores(target_pass, drafts)
         num_drafts = scores.shape[1] - 1
+        noisy = self._rows.with_noise(scores, 0)
         if drafted is None or num_drafts == 0:
-            return scores, [0] * len(num_verified), _draw(scores[:, 0], self._rows.probabilities(scores[:, 0]))
+            return scores, [0] * len(num_verified), _draw(noisy[:, 0], self._rows.probabilities(noisy[:, 0]))
         limits = _sent(num_verified, scores.device)
         draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
-        target_probs = self._rows.probabilities(scores)
+        target_probs = self._rows.probabilities(noisy)
         if target_probs is None:
-            num_accepted, bonus = verify_greedy(draft_ids, scores.argmax(-1), limits)
+            num_accepted, bonus = verify_greedy(draft_ids, noisy.argmax(-1), limits)
         else:
             draft_probs, is_certain = (
                 None if values is None else values[:, :num_drafts].to(scores.device)
@@ -313,7 +310,7 @@ def _cut(limits: tuple[int, ...], room: list[int]) -> tuple[int, ...]:
 
 def _draw(scores: Tensor, probs: Tensor | None) -> Tensor:
     """Return one token per row of `scores` `(b, V)`."""
-    return scores.argmax(-1) if probs is None else torch.multinomial(probs, num_samples=1).squeeze(-1)
+    return scores.argmax(-1) if probs is None else draw(probs)
 
 
 def _verified_tokens(anchors: Tensor, drafted: DraftedBlock | None, num_drafts: int) -> Tensor:

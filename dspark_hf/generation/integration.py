@@ -2,9 +2,10 @@
 
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Three more methods are wrapped
-because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=` and `drafts=`
-among them, which `generate` does not know, that an assistant was passed to a mode that ignores it, and a streamer
-beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse it.
+because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=`, `drafts=`
+and `sampling=` among them, which `generate` does not know, that an assistant was passed to a mode that ignores it, and
+a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers.utils import logging
 
 from dspark_hf.generation.call.checks import check_mode
 from dspark_hf.generation.call.knobs import choose_knobs
-from dspark_hf.generation.compat import DRAFTS, EXPLICIT, SCHEDULER, SEAM, is_installed
+from dspark_hf.generation.compat import DRAFTS, EXPLICIT, SAMPLING, SCHEDULER, SEAM, is_installed
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.wrappers import unwrap
@@ -31,7 +32,7 @@ NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
 _LOGGER = logging.get_logger(__name__)
 # arguments of `generate` that are ours alone, and where a prepared configuration keeps them
-_OURS = {"scheduler": SCHEDULER, "drafts": DRAFTS}
+_OURS = {"scheduler": SCHEDULER, "drafts": DRAFTS, "sampling": SAMPLING}
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
 _DOOR_SEAM = "_extract_generation_mode_kwargs"

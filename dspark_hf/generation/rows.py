@@ -38,8 +38,21 @@ class Rows(Protocol):
         """Return every row's last committed token, `(b,)`."""
         ...
 
-    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
+    @property
+    def goes_by_ids(self) -> bool:
+        """Whether draft scores are only to be had of the whole vocabulary, in the order of the ids."""
+        ...
+
+    @property
+    def num_left(self) -> int | None:
+        """How many of a slot's best tokens a draft can be; None for any number."""
+        ...
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor, *, are_all: bool = True) -> Tensor:
+        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it.
+
+        Unless they `are_all`, the logits are those of some tokens, in any order.
+        """
         ...
 
     def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
@@ -68,6 +81,14 @@ class Rows(Protocol):
 
     def is_end(self, index: int, token_id: int) -> bool:
         """Return whether a token ends the text of a row."""
+        ...
+
+    def with_noise(self, scores: Tensor, ahead: int, token_ids: Tensor | None = None) -> Tensor:
+        """Return `scores` `(b, W, V)` with the noise of rows that draw by it: the best token is then what they draw.
+
+        The first position stands `ahead` tokens behind the committed ones. Of scores of some tokens alone,
+        `token_ids` `(V,)` or `(b, V)` say which.
+        """
         ...
 
     def probabilities(self, scores: Tensor) -> Tensor | None:

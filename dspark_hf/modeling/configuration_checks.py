@@ -34,6 +34,7 @@ _INTEGERS: Mapping[str, tuple[int, int]] = {
     "block_size": (1, _LARGEST_BLOCK),
     "num_target_layers": (1, _MOST_LAYERS),
     "markov_rank": (0, _WIDEST),
+    "markov_top_k": (0, _LARGEST_VOCABULARY),
 }
 _FLAGS = (
     "attention_bias",
@@ -56,6 +57,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {"backbone_type": BACKBONE_TYPES, "marko
 _HINTS: Mapping[str, str] = {
     "context_window": ", or None for the whole context",
     "markov_rank": " (0 means no Markov head)",
+    "markov_top_k": ", or None (0 means all tokens)",
     "block_size": " (drafts per round)",
 }
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
@@ -73,6 +75,7 @@ _OPTIONAL = (
     "num_key_value_heads",
     "head_dim",
     "num_target_layers",
+    "markov_top_k",
 )
 
 

@@ -67,6 +67,8 @@ class DSparkConfig(PreTrainedConfig):
         markov_over_draft_vocab: whether the Markov head tells previous tokens apart only where the drafter can propose
             them; all others share one row. Drafts are proposable, so only anchors can be others. Needs
             `draft_vocab_size`; makes drafters for large vocabularies many times smaller.
+        markov_top_k: how many tokens of a slot the Markov head corrects, those with the best base logits; no others
+            are proposed then. 0 means all of them; `None` means 512 where more than 32,768 can be proposed, else all.
         enable_confidence_head: whether a confidence head predicts each draft's acceptance (Eq. 7).
         confidence_head_with_markov: whether that head also reads the previous token's Markov embedding.
         confidence_head_bias: whether that head has a bias.
@@ -127,6 +129,7 @@ class DSparkConfig(PreTrainedConfig):
         markov_rank: int = 256,
         markov_head_type: str = "vanilla",
         markov_over_draft_vocab: bool = False,
+        markov_top_k: int | None = None,
         enable_confidence_head: bool = True,
         confidence_head_with_markov: bool = True,
         confidence_head_bias: bool = True,
@@ -173,6 +176,7 @@ class DSparkConfig(PreTrainedConfig):
         self.markov_rank = markov_rank
         self.markov_head_type = markov_head_type
         self.markov_over_draft_vocab = markov_over_draft_vocab
+        self.markov_top_k = markov_top_k
         self.enable_confidence_head = enable_confidence_head
         self.confidence_head_with_markov = confidence_head_with_markov and markov_rank > 0
         self.confidence_head_bias = confidence_head_bias

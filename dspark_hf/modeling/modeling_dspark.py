@@ -36,7 +36,7 @@ from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
 from dspark_hf.modeling.formats.recommendation import read_recommendation
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
-from dspark_hf.modeling.heads import ConfidenceHead, build_markov_head
+from dspark_hf.modeling.heads import DEFAULT_MARKOV_TOP_K, LARGE_HEAD, ConfidenceHead, build_markov_head
 from dspark_hf.modeling.provenance import Acquaintance
 from dspark_hf.modeling.rotary import RotaryEmbedding
 from dspark_hf.modeling.saved_folder import complete_folder, upload_card
@@ -292,6 +292,15 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
     def block_size(self) -> int:
         """Drafts per round the drafter was trained for."""
         return self.config.block_size
+
+    @property
+    def markov_top_k(self) -> int | None:
+        """Tokens of a slot that the Markov head corrects, or None for all: what the configuration says."""
+        chosen = self.config.markov_top_k
+        if chosen is None:
+            is_large = self.config.num_draft_logits > LARGE_HEAD
+            chosen = DEFAULT_MARKOV_TOP_K if is_large else 0
+        return chosen or None
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -555,6 +564,7 @@ class _DSparkContext(DraftContext):
         self._target = target
         self._head = drafter.draft_head(target)
         self._ids = drafter.draft_token_ids
+        self._num_slots = drafter.config.num_slots
         self._windows = [drafter.config.window_of(layer) for layer in range(len(drafter.layers))]
         # what no layer sees any more is forgotten
         window = None if None in self._windows else drafter.config.context_window
@@ -610,7 +620,9 @@ class _DSparkContext(DraftContext):
             anchors,
             sampler,
             markov_head=drafter.markov_head,
-            expand_logits=self._expand,
+            vocab_size=drafter.config.vocab_size,
+            proposable_ids=self._ids,
+            markov_top_k=drafter.markov_top_k,
             state=state,
         )
         beliefs = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
@@ -630,18 +642,11 @@ class _DSparkContext(DraftContext):
         drafter = self._drafter
         # all slots run even if fewer drafts are wanted: the block was trained at its full width
         normed, unnormed = drafter.run_blocks(
-            anchors[:, None], positions[:, None], drafter.config.num_slots, context, masks, self._target
+            anchors[:, None], positions[:, None], self._num_slots, context, masks, self._target
         )
         hidden_states, unnormed, state = drafter.drafting_slots(normed[:, 0], unnormed[:, 0], anchors)
         hidden_states, unnormed = hidden_states[:, :num_drafts], unnormed[:, :num_drafts]
         return hidden_states, unnormed, state, self._head(hidden_states)
-
-    def _expand(self, logits: Tensor) -> Tensor:
-        if self._ids is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self._drafter.config.vocab_size), float("-inf"))
-        full[..., self._ids] = logits
-        return full
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -30,6 +27,7 @@ from transformers import (
 import dspark_hf
 from dspark_hf import DSparkAssistantModel, DSparkConfig
 from dspark_hf.modeling import saved_folder
+from tests.fresh import FreshInterpreter
 from tests.tiny import tiny_target
 
 REPOSITORY = Path(dspark_hf.__file__).parents[1]
@@ -104,27 +102,6 @@ def test_remote_code_is_kept_until_taken_out(drafter: DSparkAssistantModel, tmp_
         assert type(AutoModel.from_pretrained(folder)) is DSparkAssistantModel
 
 
-def _run_python(code: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "HF_MODULES_CACHE": str(home / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    # elsewhere, so that only PYTHONPATH or an installation can find the package
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 _LOAD_AS_REMOTE_CODE = """
 import sys
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -142,10 +119,12 @@ AutoModel.from_pretrained(copy, trust_remote_code=True)
 """
 
 
-def test_remote_code_gives_the_installed_class(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+def test_remote_code_gives_the_installed_class(
+    drafter: DSparkAssistantModel, fresh: FreshInterpreter, tmp_path: Path
+) -> None:
     """Who loads with `trust_remote_code=True` and no import would get an error or a second copy of the class."""
     drafter.save_pretrained(tmp_path / "folder", remote_code=True)
-    result = _run_python(_LOAD_AS_REMOTE_CODE, tmp_path, str(tmp_path / "folder"), str(tmp_path / "copy"))
+    result = fresh.run(_LOAD_AS_REMOTE_CODE, str(tmp_path / "folder"), str(tmp_path / "copy"))
     assert result.returncode == 0, result.stderr
     # the package's own files are not copied along
     saved = sorted(path.name for path in (tmp_path / "copy").iterdir())
@@ -168,10 +147,10 @@ AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
 
 
-def test_missing_package_is_named(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+def test_missing_package_is_named(drafter: DSparkAssistantModel, fresh: FreshInterpreter, tmp_path: Path) -> None:
     """Without the package, the error would not tell what to install."""
     drafter.save_pretrained(tmp_path / "folder", remote_code=True)
-    result = _run_python(_LOAD_WITHOUT_THE_PACKAGE, tmp_path, str(tmp_path / "folder"))
+    result = fresh.run(_LOAD_WITHOUT_THE_PACKAGE, str(tmp_path / "folder"))
     assert result.returncode != 0
     message = result.stderr.splitlines()[-1]
     assert "ImportError" in result.stderr

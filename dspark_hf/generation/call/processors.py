@@ -62,6 +62,8 @@ _PREFIX_FREE = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+# among them the only one that goes by a token's id
+_OF_IDS = (SuppressTokensLogitsProcessor,)
 # these look at the prefix as well, and remember nothing of it
 _OF_PREFIX = (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -130,6 +132,17 @@ class ProcessorChain:
     def may_remember(self) -> bool:
         """Whether a processor may remember its calls, so that it must be called for committed text only."""
         return len(self._known) < len(self._processors)
+
+    @property
+    def goes_by_ids(self) -> bool:
+        """Whether a known processor goes by tokens' ids, so that it must be shown the logits of all in their order."""
+        return any(type(one) not in _PREFIX_FREE or type(one) in _OF_IDS for one in self._known)
+
+    @property
+    def num_left(self) -> int | None:
+        """How many tokens a top-k leaves, ties aside; None where there is none."""
+        counts = [one.top_k for one in self._known if type(one) is TopKLogitsWarper]
+        return min(counts) if counts else None
 
     def __call__(self, rows: Sequence[int], ahead: Tensor, logits: Tensor) -> Tensor:
         """Return the scores `(b, W, V)`, fp32, that the known processors make of `logits` `(b, W, V)`.

@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 Sampler = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
+class CandidateSampler(ABC):
+    """A `Sampler` that can also be shown those tokens alone that a draft can be, which are often few."""
+
+    @property
+    @abstractmethod
+    def takes_candidates(self) -> bool:
+        """Whether nothing that decides over drafts goes by their ids; else the whole vocabulary must be shown."""
+
+    @abstractmethod
+    def __call__(self, slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draw the draft of a slot, as every `Sampler` does."""
+
+    @abstractmethod
+    def among(self, slot: int, logits: Tensor, drafted: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draw the draft of a slot from `candidates`, ids `(n,)` or `(B, n)`, whose `logits` are `(B, n)`.
+
+        Returns the ids `(B,)` and their distributions `(B, n)` over the candidates, None when greedy.
+        """
+
+
 @dataclass
 class DraftedBlock:
     """Drafts of one round.

@@ -59,6 +59,16 @@ LEAST_GAIN = 1e-9
 # part of a pass.
 LEAST_SURVIVAL = 0.25
 
+# --- what is assumed where the clock must not decide (counted.py)
+# A token more in a pass costs this share of a plain pass, and a drafted block this one. Plain choice: about what
+# small targets show on CPUs in fp32 (benchmarks/results, tables of costs); larger ones and GPUs take less.
+ASSUMED_COST_OF_A_TOKEN = 0.04
+ASSUMED_COST_OF_A_BLOCK = 0.15
+# Drafts of a place that weigh as much as the prior. Plain choice: a handful of blocks decide.
+COUNT_TRUST = 4.0
+# What a draft still weighs after another one. Plain choice: some thirty count, so that they follow the text.
+COUNT_MEMORY = 0.97
+
 # --- how sure a draft is (estimator.py, confidence.py)
 # Margins above this one count as this one. Plain choice: the fit is sure of such drafts already.
 MAX_MARGIN = 12.0

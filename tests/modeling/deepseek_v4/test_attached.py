@@ -36,7 +36,7 @@ def _prompts(num_rows: int) -> torch.Tensor:
 def test_use_dspark_changes_no_token(folder, num_rows):
     """Text with the checkpoint's own drafter is not the text without it."""
     model = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = model.generate(_prompts(num_rows), **options)
     assert torch.equal(model.generate(_prompts(num_rows), use_dspark=True, **options), plain)
     assert model.dspark.last_statistics.num_drafted > 0
