@@ -172,7 +172,8 @@ def test_one_wait_a_round(num_rows, do_sample):
         target.generate(**inputs, **options, scheduler=watch, max_new_tokens=10)
     steps = [after - before for before, after in zip(watch.counts, watch.counts[1:], strict=False)]
     assert len(steps) > 2
-    assert set(steps) == {1}
+    # on a processor, drawing asks whether there is a distribution at all; an accelerator checks that by itself
+    assert set(steps) == {1 + do_sample}
 
 
 def _graphs(target: Any, inputs: Any, drafter: Any, backend: str, **options: Any) -> tuple[Any, int]:
