@@ -10,6 +10,7 @@ import torch
 from dspark_hf import figures
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
+from dspark_hf.registry.entries import DRAFTERS_VARIABLE
 from tests.fresh import FreshInterpreter
 
 torch.set_num_threads(1)
@@ -59,3 +60,12 @@ def profiles(tmp_path: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def own_drafters(tmp_path: Path) -> Iterator[Path]:
+    """The registry file of the user's drafters, absent at first: none of this machine's is read, and none written."""
+    file = tmp_path / "own-drafters.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DRAFTERS_VARIABLE, str(file))
+        yield file

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PrefixConstrainedLogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PrefixConstrainedLogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # transformers 5.24 renamed the cache argument of every forward pass, of generate and of its output
 CACHE_KEY = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"

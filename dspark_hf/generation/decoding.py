@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -23,10 +24,11 @@ from dspark_hf.generation.call.rows import CallRows
 from dspark_hf.generation.compat import CACHE_KEY, is_static, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
-from dspark_hf.generation.drafting.lookup import Lookups, with_lookups
+from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.drawing import draw
+from dspark_hf.generation.proposing import outcome_of, propose
 from dspark_hf.generation.rows import NewTokens, Rows
-from dspark_hf.generation.scheduling.interface import Batch, Choice, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.interface import Batch, Schedule, Scheduler
 from dspark_hf.generation.slots import SlotSampler
 from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.stepwise import accept_in_steps
@@ -167,7 +169,9 @@ class Rounds:
         rows, batch = self._rows, self._batch()
         with self._recorded(batch) as record:
             anchors = rows.anchors()
-            drafted = self._propose(batch, anchors, record)
+            drafted = propose(
+                self._schedule, self._lookups, batch, partial(self._draft, anchors), record, anchors.device
+            )
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
             scores, num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
@@ -176,19 +180,6 @@ class Rounds:
             self._keep(target_pass, num_kept)
             self._look_back(new_tokens, num_kept)
             self.drop_rows()
-
-    def _propose(self, batch: Batch, anchors: Tensor, record: RoundInProgress) -> DraftedBlock | None:
-        """Return the drafts of all rows, made or looked up, if any; record them and how many are to be verified."""
-        offers = [] if self._lookups is None else self._lookups.offers(batch.rooms)
-        choice = self._schedule.choose(batch, offers) if offers else Choice(self._schedule.num_drafts(batch))
-        drafted = self._draft(anchors, choice.num_drafts)
-        if any(choice.num_looked_up):
-            record.num_looked_up = choice.num_looked_up
-            drafted = with_lookups(drafted, offers, choice.num_looked_up, anchors.device)
-        if drafted is not None:
-            record.num_drafted, record.confidence = drafted.num_modelled_drafts, drafted.confidence
-            record.num_verified = self._schedule.admit(drafted, choice.limit(batch))
-        return drafted
 
     def drop_rows(self) -> None:
         """Take rows that are over out of the batch and the caches."""
@@ -288,16 +279,7 @@ class Rounds:
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         statistics.count_parking(self._schedule.parked_because, record.num_drafted)
-        outcome = RoundOutcome(
-            Choice(record.num_drafted, record.num_looked_up).limit(batch),
-            record.num_drafted,
-            record.num_verified,
-            record.num_accepted,
-            drafting,
-            seconds - drafting,
-            is_typical,
-            record.num_looked_up,
-        )
+        outcome = outcome_of(batch, record, drafting, seconds - drafting, is_typical=is_typical)
         self._schedule.observe(outcome)
         if self._lookups is not None:
             self._schedule.compare(outcome)

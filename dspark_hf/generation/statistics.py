@@ -52,7 +52,7 @@ class RoundInProgress:
 class SourceCounts:
     """Drafts of one source: how many were made, how many the target checked, how many became output.
 
-    The last two tell it by position in the draft, as those of `SpeculationStatistics` do for both sources together.
+    The last two tell it by position in the draft, as those of `SpeculationStatistics` do for the drafter.
     """
 
     num_drafted: int = 0
@@ -61,11 +61,15 @@ class SourceCounts:
     verified_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
 
-    def add(self, num_drafted: int, num_verified: int, num_accepted: int, num_output: int) -> None:
-        """Count the drafts of one row's round, of which `num_output` became output."""
+    def add(
+        self, num_drafted: int, num_verified: int, num_accepted: int, num_output: int, *, has_positions: bool = True
+    ) -> None:
+        """Count the drafts of one row's round, of which `num_output` became output; by position only on request."""
         self.num_drafted += num_drafted
         self.num_verified += num_verified
         self.num_accepted += num_output
+        if not has_positions:
+            return
         missing = num_verified - len(self.verified_by_position)
         self.verified_by_position.extend([0] * missing)
         self.accepted_by_position.extend([0] * missing)
@@ -97,8 +101,9 @@ class SpeculationStatistics(SourceCounts):
         num_committed: tokens of the rounds' output: accepted drafts and the target's own, up to each row's end. The
             prefill's token is not among them.
         by_source: drafts of the drafter under `"model"`, those looked up under `"lookup"`.
-        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k.
-        accepted_by_position: number of rounds in which draft k was accepted.
+        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k, of
+            the drafter's drafts alone: one that was looked up has no place in its block.
+        accepted_by_position: number of these rounds in which draft k was accepted.
         draft_seconds: time in the drafter.
         verify_seconds: time in the target, the prefill left out.
         prefill_seconds: time in the prefill.
@@ -191,7 +196,9 @@ class SpeculationStatistics(SourceCounts):
         self.num_committed += num_committed
         num_output = min(num_accepted, num_committed)
         for counts in (self, self.by_source[source]):
-            counts.add(num_drafted, num_verified, num_accepted, num_output)
+            # positions of both together would tell of neither
+            has_positions = counts is not self or source == "model"
+            counts.add(num_drafted, num_verified, num_accepted, num_output, has_positions=has_positions)
 
     def add_tokens(self, row: int, num_tokens: int, num_accepted: int, source: str = "model") -> None:
         """Remember where a row's new tokens came from: accepted drafts of `source`, then the target's own."""

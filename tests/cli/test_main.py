@@ -28,6 +28,7 @@ COMMANDS = (
     "estimate",
     "tiny-v4",
     "eval",
+    "doctor",
     "version",
 )
 # these run without the package

@@ -59,7 +59,7 @@ def test_round_trip(loader: type, dtype: torch.dtype, drafter: DSparkAssistantMo
     _assert_equal(again, drafter)
     assert type(AutoConfig.from_pretrained(tmp_path)) is DSparkConfig
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["README.md", "config.json", "dspark_hf_shim.py", "model.safetensors"]
+    assert written == ["README.md", "config.json", "custom_generate", "dspark_hf_shim.py", "model.safetensors"]
 
 
 def test_options_of_from_pretrained(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
@@ -97,6 +97,7 @@ def test_remote_code_is_kept_until_taken_out(drafter: DSparkAssistantModel, tmp_
     for name, has_shim in (("first", True), ("second", True), ("third", False)):
         folder = tmp_path / name
         assert (folder / "dspark_hf_shim.py").exists() == has_shim
+        assert (folder / "custom_generate" / "generate.py").exists() == has_shim
         assert ("auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))) == has_shim
         # with the package imported, its class is used without asking for trust
         assert type(AutoModel.from_pretrained(folder)) is DSparkAssistantModel
@@ -128,7 +129,7 @@ def test_remote_code_gives_the_installed_class(
     assert result.returncode == 0, result.stderr
     # the package's own files are not copied along
     saved = sorted(path.name for path in (tmp_path / "copy").iterdir())
-    assert saved == ["README.md", "config.json", "dspark_hf_shim.py", "model.safetensors"]
+    assert saved == ["README.md", "config.json", "custom_generate", "dspark_hf_shim.py", "model.safetensors"]
     _assert_equal(DSparkAssistantModel.from_pretrained(tmp_path / "copy"), drafter)
 
 
@@ -216,7 +217,7 @@ def test_an_uploaded_drafter_has_its_card(drafter: DSparkAssistantModel, monkeyp
     monkeypatch.setattr(_Hub, "files", {})
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name, **options: calls.append((name, options)))
     drafter.push_to_hub("mine", private=True)
-    assert _Hub.files["someone/mine/README.md"].decode() == saved_folder.describe(drafter.config)
+    assert _Hub.files["someone/mine/README.md"].decode() == saved_folder.describe(drafter.config, name="someone/mine")
     _Hub.files["someone/mine/README.md"] = b"my own"
     drafter.push_to_hub("mine")
     drafter.push_to_hub("other", create_pr=True)

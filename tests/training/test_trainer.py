@@ -120,6 +120,9 @@ def test_training_raises_the_accepted_length(head: str, optimizer: str, tmp_path
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
+    # decoding starts from them
+    slots = range(1, 1 + trainer.model.config.block_size)
+    assert trainer.model.config.accept_rates == [after[f"eval_accept_rate_{slot}"] for slot in slots]
     assert before["eval_expected_tau"] < 2
     assert after["eval_expected_tau"] > 2.8
     assert after["eval_loss"] < before["eval_loss"]

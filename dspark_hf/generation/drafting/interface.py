@@ -151,6 +151,8 @@ class Drafter(ABC):
     min_match: int = 2
     # with the anchor a pass is then 16 tokens wide: kernels work in tiles of that size
     longest_lookup: int = 15
+    # of each draft, how often it was accepted if those before it were, where the drafter was evaluated
+    accept_rates: Any = None
     last_statistics: SpeculationStatistics | None = None
 
     @property
