@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,7 @@ class SpeculationStatistics(SourceCounts):
     scheduler: str | None = None
     num_parked: int = 0
     parked_because: str | None = None
+    _events: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def tau(self) -> float:
@@ -206,12 +208,25 @@ class SpeculationStatistics(SourceCounts):
 
     @contextmanager
     def timed(self, name: str, device: torch.device) -> Iterator[None]:
-        """Add the time of a block to `name`; on an accelerator, after the queue has drained."""
-        start = perf_counter()
-        yield
+        """Add the time of a block to `name`; on an accelerator, its own time, which `settle` adds later."""
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        setattr(self, name, getattr(self, name) + perf_counter() - start)
+            with torch.cuda.device(device):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                yield
+                end.record()
+            self._events.append((name, start, end))
+            return
+        began = perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + perf_counter() - began)
+
+    def settle(self) -> None:
+        """Add the times that an accelerator has taken; it has finished what was timed, or is waited for."""
+        for name, start, end in self._events:
+            end.synchronize()
+            setattr(self, name, getattr(self, name) + start.elapsed_time(end) / 1000)
+        self._events.clear()
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from dspark_hf.generation.compat import run_compiled
 from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
+from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.hubs import is_elsewhere, local_name
@@ -563,36 +565,51 @@ class _DSparkContext(DraftContext):
         self.cache = ContextCache(len(drafter.layers), batch_size, drafter.device, window)
         temperatures = drafter.config.sts_temperatures
         self._temperatures = None if temperatures is None else torch.tensor(temperatures, device=drafter.device)
+        self._widths: Sequence[int] = ()
+        self._compiled_read: Any = None
+        self._compiled_block: Any = None
+
+    def fix_size(self, size: FixedSize) -> None:
+        self.cache.fix_size(size.num_slots)
+        if size.compile_options is not None:
+            # modules of the target's take part: whatever of them cannot be compiled is run as it is
+            options = {**size.compile_options, "fullgraph": False}
+            self._widths = size.widths
+            self._compiled_read = torch.compile(self._read, **options)
+            self._compiled_block = torch.compile(self._run_block, **options)
 
     def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
         drafter, window = self._drafter, self.cache.window
         if window is not None and hidden_states.shape[1] > window:
             hidden_states, positions, num_tokens = _latest(hidden_states, positions, num_tokens, window)
-        features = drafter.project_context(hidden_states)
-        states = drafter.context_keys_and_values(features, positions.to(drafter.device))
-        self.cache.append(states, num_tokens)
+        positions = positions.to(drafter.device)
+        if hidden_states.shape[1] in self._widths and self.cache.is_made:
+            fix_shapes([hidden_states, positions])
+            run_compiled(self._compiled_read, hidden_states, positions)
+        else:
+            self._read(hidden_states, positions)
+        self.cache.lengthen(num_tokens)
+
+    def _read(self, hidden_states: Tensor, positions: Tensor) -> None:
+        features = self._drafter.project_context(hidden_states)
+        self.cache.write(self._drafter.context_keys_and_values(features, positions))
 
     def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
         drafter = self._drafter
         anchors, positions = anchor_ids.to(drafter.device), positions.to(drafter.device)
         context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
-        # all slots run even if fewer drafts are wanted: the block was trained at its full width
         masks = {window: self.cache.mask(window) for window in set(self._windows)}
-        normed, unnormed = (
-            states[:, 0]
-            for states in drafter.run_blocks(
-                anchors[:, None],
-                positions[:, None],
-                self._num_slots,
-                context,
-                [masks[window] for window in self._windows],
-                self._target,
+        seen = [masks[window] for window in self._windows]
+        if self._compiled_block is None:
+            hidden_states, unnormed, state, logits = self._run_block(anchors, positions, num_drafts, context, seen)
+        else:
+            fix_shapes([mask for mask in masks.values() if mask is not None])
+            hidden_states, unnormed, state, logits = run_compiled(
+                self._compiled_block, anchors, positions, drafter.block_size, context, seen
             )
-        )
-        hidden_states, unnormed, state = drafter.drafting_slots(normed, unnormed, anchors)
-        hidden_states, unnormed = hidden_states[:, :num_drafts], unnormed[:, :num_drafts]
+            hidden_states, unnormed, logits = (x[:, :num_drafts] for x in (hidden_states, unnormed, logits))
         token_ids, probs, previous_ids = sample_block(
-            self._head(hidden_states),
+            logits,
             hidden_states,
             anchors,
             sampler,
@@ -602,10 +619,28 @@ class _DSparkContext(DraftContext):
             markov_top_k=drafter.markov_top_k,
             state=state,
         )
-        logits = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
-        if logits is not None and self._temperatures is not None:
-            logits = logits / self._temperatures[:num_drafts]
-        return DraftedBlock(token_ids, probs, None if logits is None else logits.sigmoid())
+        beliefs = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
+        if beliefs is not None and self._temperatures is not None:
+            beliefs = beliefs / self._temperatures[:num_drafts]
+        return DraftedBlock(token_ids, probs, None if beliefs is None else beliefs.sigmoid())
+
+    def _run_block(
+        self,
+        anchors: Tensor,
+        positions: Tensor,
+        num_drafts: int,
+        context: Sequence[tuple[Tensor, Tensor]],
+        masks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return the states of `num_drafts` slots `(B, K, D)`, normed and not, the head's state, and base logits."""
+        drafter = self._drafter
+        # all slots run even if fewer drafts are wanted: the block was trained at its full width
+        normed, unnormed = drafter.run_blocks(
+            anchors[:, None], positions[:, None], self._num_slots, context, masks, self._target
+        )
+        hidden_states, unnormed, state = drafter.drafting_slots(normed[:, 0], unnormed[:, 0], anchors)
+        hidden_states, unnormed = hidden_states[:, :num_drafts], unnormed[:, :num_drafts]
+        return hidden_states, unnormed, state, self._head(hidden_states)
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)

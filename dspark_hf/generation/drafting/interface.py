@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from dspark_hf.generation.fixed_size import FixedSize
 from dspark_hf.generation.statistics import SpeculationStatistics
 
 if TYPE_CHECKING:
@@ -109,6 +110,12 @@ class DraftContext(ABC):
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` `(B')` of the batch, in that order."""
+
+    def fix_size(self, size: FixedSize) -> None:  # noqa: B027 (nothing that grows with the text is compiled)
+        """Keep all shapes from round to round, and compile what drafts: called once, before anything is read.
+
+        By default nothing changes.
+        """
 
     def append_rows(self, other: Any) -> None:
         """Append the rows of another context of the same drafter; only `generate_stream` asks for it."""

@@ -71,7 +71,7 @@ class RaggedTarget:
             check_own_cache(given, model_kwargs, widest)
         else:
             check_inputs(adapter, generation_config, model_kwargs, past_length)
-            ragged = RaggedCache(adapter.model, len(input_ids), given)
+            ragged = self._new_cache(len(input_ids), given, generation_config, widest)
         self.cache: RowwiseCache = given if ragged is None else ragged
         self._states = RecurrentStates([]) if ragged is None else ragged.states
         self._mask = mask = full_mask(input_ids, attention_mask, past_length, width)
@@ -107,6 +107,9 @@ class RaggedTarget:
         self._starts: list[int] | None = None
         self._width = 0
         self._tree: Tree | None = None
+
+    def _new_cache(self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int) -> RaggedCache:
+        return RaggedCache(self._adapter.model, batch_size, given)
 
     def _set_token_types(self, given: Tensor | None) -> None:
         if given is not None:
@@ -209,36 +212,44 @@ class RaggedTarget:
     def _run(
         self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, *, are_drafts: bool = False
     ) -> TargetPass:
-        positions, inputs = self.cache.pass_inputs(
-            num_tokens, token_ids.shape[1], token_ids.device, self._tree, are_drafts=are_drafts
-        )
-        if self._offsets is not None:
-            inputs["position_ids"] = inputs["position_ids"] + self._offsets[..., None]
-        keeps, types = self._adapter.accepts("logits_to_keep"), self._token_types
-        if types is not None:
-            inputs["token_type_ids"] = types.expand(-1, token_ids.shape[1])
+        positions, inputs = self._inputs(token_ids, num_tokens, are_drafts=are_drafts)
         # prompts are read elsewhere where there are states
         with self._states.watched(token_ids.shape[1], are_drafts=True):
             outputs = self._call(token_ids, self.cache, inputs, kept_logits)
         return TargetPass(
-            logits=outputs.logits if keeps else outputs.logits[:, kept_logits],
+            logits=outputs.logits if self._adapter.accepts("logits_to_keep") else outputs.logits[:, kept_logits],
             context_hidden_states=self._adapter.pop_context_hidden_states(positions),
             positions=positions,
             num_tokens=num_tokens,
             hidden_states=outputs.get("hidden_states"),
         )
 
+    def _inputs(self, token_ids: Tensor, num_tokens: list[int], *, are_drafts: bool) -> tuple[Tensor, dict[str, Any]]:
+        positions, inputs = self.cache.pass_inputs(
+            num_tokens, token_ids.shape[1], token_ids.device, self._tree, are_drafts=are_drafts
+        )
+        if self._offsets is not None:
+            inputs["position_ids"] = inputs["position_ids"] + self._offsets[..., None]
+        if self._token_types is not None:
+            inputs["token_type_ids"] = self._token_types.expand(-1, token_ids.shape[1])
+        return positions, inputs
+
     def _call(self, token_ids: Tensor, cache: Any, inputs: dict[str, Any], kept_logits: Tensor | int) -> Any:
+        return self._model(**self._arguments(token_ids, cache, inputs, kept_logits))
+
+    def _arguments(
+        self, token_ids: Tensor, cache: Any, inputs: dict[str, Any], kept_logits: Tensor | int
+    ) -> dict[str, Any]:
         names = {name: self._adapter.accepts(name) for name in ("position_ids", "logits_to_keep")}
         inputs = {**inputs, "logits_to_keep": kept_logits}
-        return self._model(
-            input_ids=token_ids,
-            use_cache=True,
-            output_hidden_states=self._wants_hidden_states or None,
-            return_dict=True,
-            **{CACHE_KEY: cache},
+        return {
+            "input_ids": token_ids,
+            "use_cache": True,
+            "output_hidden_states": self._wants_hidden_states or None,
+            "return_dict": True,
+            CACHE_KEY: cache,
             **{name: value for name, value in inputs.items() if names.get(name, True)},
-        )
+        }
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Let every row hold its kept tokens, and no others of the pass."""
