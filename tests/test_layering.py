@@ -49,6 +49,7 @@ BELOW: dict[str, set[str]] = {
         "evaluation",
         "data",
         "training",
+        "registry",
         "terminal",
         "demo",
         "doctor",
