@@ -164,6 +164,7 @@ def costs_of(path: Path, packaged: Any) -> CostTable:
         widths = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
         with TargetAdapter(packaged.target, packaged.drafter.target_layer_ids) as target:
             timer = workload.StepTimer(target, packaged.drafter)
+            steps: list[tuple[Callable[[int, int, int], float], str, int]]
             steps = [(timer.verify_seconds, f"v{width}", width) for width in widths]
             steps += [(timer.draft_seconds, f"d{count}", count) for count in (1, 3, 5, 7)]
             times = workload.measure(
@@ -197,7 +198,7 @@ def main(
 ) -> None:
     """Record what is not recorded yet, replay, print the tables and write them to a file."""
     console = Console()
-    workload.perf_counter = choose_clock(processor_time=processor_time)
+    workload.perf_counter = choose_clock(processor_time=processor_time)  # type: ignore[attr-defined]
     packaged = load_packaged(model, DTYPES[dtype])
     encoded = make_sets(packaged, prompts, num_prompts)
     encoded["random tokens"] = random_prompts(num_prompts, packaged.tokenizer.vocab_size, seed=0)
