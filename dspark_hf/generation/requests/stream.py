@@ -103,7 +103,7 @@ class RequestStream(Iterator[FinishedRequest]):
         drafter = None if drafter is None else unwrap(drafter)
         self.statistics = SpeculationStatistics()
         drafter = NoDrafter() if drafter is None else drafter
-        options = read_options(target.generation_config, drafter, target, scheduler, drafts)
+        options = read_options(target.generation_config, drafter, target, scheduler, drafts, is_stream=True)
         self._adapter = TargetAdapter(target, options.target_layer_ids(drafter))
         drafter.check_target(self._adapter)
         target = self._adapter.model
@@ -238,6 +238,7 @@ class RequestStream(Iterator[FinishedRequest]):
         if wrong:
             raise ValueError(f"`options` of a request must leave out {wrong}. Arguments of the stream hold for all.")
         streamer, tokenizer = options.pop("streamer", None), options.pop("tokenizer", None)
+        sampling = options.pop("sampling", None)
         if tokenizer is not None and options.get("stop_strings") is not None:
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
@@ -267,7 +268,7 @@ class RequestStream(Iterator[FinishedRequest]):
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
         _check_options(input_ids, config)
         speculation = read_options(
-            config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY]
+            config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY], sampling
         )
         target = RaggedTarget(self._adapter, input_ids, config, prepared, widest=speculation.most_drafts + 1)
         if target.has_token_types:
@@ -286,6 +287,7 @@ class RequestStream(Iterator[FinishedRequest]):
             streamer=streamer,
             num_drafts=speculation.num_drafts,
             num_looked_up=speculation.num_looked_up,
+            is_invariant=speculation.is_invariant,
             prompt=prompt_tokens(input_ids, prepared.get("attention_mask"))[0],
         )
         return row, target
