@@ -2,8 +2,8 @@
 
     python -m benchmarks.answer_picture --output docs/images/answer.svg
 
-A real answer of a packaged target with its shipped drafter, greedy, fp32, whole blocks in every round, so that the same
-picture comes out again.
+A real answer of a packaged target with its shipped drafter, greedy, fp32, whole blocks in every round, so that the
+same picture comes out again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ PROMPT = "Write a Python function that returns the largest of a list of numbers,
 # rich's own picture without the fonts that it would load from elsewhere
 FORMAT = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
-.{unique_id}-matrix {{ font-family: ui-monospace, monospace; font-size: {char_height}px; line-height: {line_height}px; }}
+.{unique_id}-matrix {{ font-family: ui-monospace, monospace; }}
+.{unique_id}-matrix {{ font-size: {char_height}px; line-height: {line_height}px; }}
 .{unique_id}-title {{ font-family: system-ui, sans-serif; font-size: 18px; font-weight: bold; }}
 {styles}
 </style>
 <defs>
-<clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/></clipPath>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/>
+</clipPath>
 {lines}
 </defs>
 {chrome}
