@@ -35,6 +35,8 @@ BELOW: dict[str, set[str]] = {
     "calibration": {"generation", "modeling", "loading"},
     "data": {"generation", "modeling", "training", "loading"},
     "training": {"generation", "modeling", "loading"},
+    # a network's side of requests that come and go
+    "serving": {"generation"},
     "demo": {"generation", "modeling", "loading", ""},
     "cli": {
         "generation",
@@ -44,6 +46,7 @@ BELOW: dict[str, set[str]] = {
         "evaluation",
         "data",
         "training",
+        "serving",
         "demo",
         "loading",
         "",

@@ -17,6 +17,7 @@ from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.export import export
 from dspark_hf.cli.profile import profile
+from dspark_hf.cli.serve import serve
 from dspark_hf.cli.tiny_v4 import tiny_v4
 from dspark_hf.cli.train import train
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 # without its drafters, as from an index, it has nothing to show by itself
 app.command(cls=PackageCommand, hidden=not DRAFTERS.is_dir())(demo)
-for command in (data, train, calibrate, profile, export):
+for command in (serve, data, train, calibrate, profile, export):
     app.command(cls=PackageCommand)(command)
 # arithmetic on a configuration: no model, hence not the package
 app.command()(estimate)

@@ -16,7 +16,7 @@ from dspark_hf.cli.command import PackageCommand, load_package
 from dspark_hf.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "data", "train", "calibrate", "profile", "export", "estimate", "tiny-v4", "eval", "version")
+COMMANDS = ("demo", "serve", "data", "train", "calibrate", "profile", "export", "estimate", "tiny-v4", "eval", "version")
 # these run without the package
 LIGHT = ("estimate", "version")
 MODEL = "deepseek-ai/DeepSeek-V4-Flash"
