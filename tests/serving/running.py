@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 import urllib.error
@@ -30,26 +31,38 @@ SECONDS = 30.0
 
 
 class Brake:
-    """Hold a target's passes back, so that a test decides what happens during one."""
+    """Hold a target's passes back, or let them fail, so that a test decides what happens during one.
+
+    Attributes:
+        num_passes: passes that were begun.
+        failing: numbers of the passes that fail, from 1.
+    """
 
     def __init__(self, target: Any):
-        self._may_pass = threading.Event()
-        self._may_pass.set()
+        self._changed = threading.Condition()
+        self._last: float = math.inf
         self.num_passes = 0
-        target.register_forward_pre_hook(self._wait)
+        self.failing: set[int] = set()
+        self._hook = target.register_forward_pre_hook(self._wait)
 
     def _wait(self, *_: Any) -> None:
-        self.num_passes += 1
-        assert self._may_pass.wait(SECONDS)
+        with self._changed:
+            self.num_passes += 1
+            number = self.num_passes
+            assert self._changed.wait_for(lambda: number <= self._last, SECONDS)
+        if number in self.failing:
+            raise RuntimeError("the machine fell over")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let no pass begin inside."""
-        self._may_pass.clear()
+    def held(self, after: int = 0) -> Iterator[None]:
+        """Let none but the next `after` passes begin inside."""
+        self._last = self.num_passes + after
         try:
             yield
         finally:
-            self._may_pass.set()
+            with self._changed:
+                self._last = math.inf
+                self._changed.notify_all()
 
 
 class Running:
