@@ -64,7 +64,7 @@ $(VENV)/.torch:
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@echo "Installing dspark-hf for the demo ..."
-	@$(PIP) -e '.[gguf]' '$(TRANSFORMERS)'
+	@$(PIP) -e '.[chat,gguf]' '$(TRANSFORMERS)'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch

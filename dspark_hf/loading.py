@@ -13,9 +13,13 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from dspark_hf.damage import first_line, index_files, read_object, weights_damage
+from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
+from dspark_hf.modeling.formats import gguf
+from dspark_hf.modeling.formats.choosing import find_packaging
+from dspark_hf.modeling.formats.deepseek_v4 import is_released
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 DTYPES: Mapping[str, torch.dtype | str] = {
@@ -29,6 +33,7 @@ _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TARGET = "the folder or hub name of a causal language model"
 _DRAFTER = "the folder or hub name of a DSpark drafter"
+_ASSISTANT = "the folder or hub name of a drafter, or of another causal language model"
 
 
 def check_dtype(dtype: str) -> None:
@@ -55,13 +60,14 @@ def find_device(device: str) -> torch.device:
     return found
 
 
-def load_tokenizer(target: str) -> Any:
+def load_tokenizer(target: str, option: str = "--target") -> Any:
     """Return the tokenizer of a folder or hub name.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read; the message names `option`.
     """
-    with _named("--target", _TARGET, target):
+    target = local_name(target)
+    with _named(option, _TARGET, target):
         return AutoTokenizer.from_pretrained(target)
 
 
@@ -71,6 +77,7 @@ def read_drafter_config(drafter: str, option: str = "--drafter") -> DSparkConfig
     Raises:
         ValueError: if it cannot be read, or is none of a DSpark drafter; the message names `option`.
     """
+    drafter = local_name(drafter)
     with _named(option, _DRAFTER, drafter):
         return DSparkConfig.from_pretrained(drafter)
 
@@ -81,12 +88,48 @@ def load_drafter(drafter: str, option: str = "--drafter", **options: Any) -> DSp
     Raises:
         ValueError: if it cannot be read, or is no DSpark drafter; the message names `option`.
     """
+    drafter = local_name(drafter)
     with _named(option, _DRAFTER, drafter):
         return DSparkAssistantModel.from_pretrained(drafter, **options).eval()
 
 
+def load_assistant(name: str, option: str, **options: Any) -> Any:
+    """Return the drafter of a folder or hub name, or any other causal language model, in evaluation mode.
+
+    `options` go to `from_pretrained`.
+
+    Raises:
+        ValueError: if it cannot be read; the message names `option`.
+    """
+    name = local_name(name)
+    model_class: Any = DSparkAssistantModel if is_drafter(name, option) else AutoModelForCausalLM
+    with _named(option, _ASSISTANT, name):
+        return model_class.from_pretrained(name, **options).eval()
+
+
+def is_drafter(name: str, option: str) -> bool:
+    """Return whether a folder or hub name holds a DSpark drafter, in a layout that is read.
+
+    Raises:
+        ValueError: if its configuration cannot be read; the message names `option`.
+    """
+    name = local_name(name)
+    with _named(option, _ASSISTANT, name):
+        if gguf.find_file(name, {}) is not None:
+            return True
+        fields, _ = PreTrainedConfig.get_config_dict(name)
+        is_ours = fields.get("model_type") == DSparkConfig.model_type or is_released(fields)
+        return is_ours or find_packaging(fields) is not None
+
+
 def load_target(
-    target: str, *, dtype: str = "auto", device: str = "auto", quantization: str = "none", attention: str = "auto"
+    target: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
+    attention: str = "auto",
+    option: str = "--target",
 ) -> Any:
     """Return the model of a folder or hub name, in evaluation mode.
 
@@ -99,11 +142,13 @@ def load_target(
         quantization: `"none"`, or bitsandbytes' `"8bit"` or `"4bit"`; the output head is left out of it, since
             training reads its rows.
         attention: Transformers' name of an attention implementation; `"auto"` is the one it chooses.
+        option: what the user calls the target, for errors.
 
     Raises:
         ValueError: if the dtype, the device, the attention implementation or the target is not there.
     """
     check_dtype(dtype)
+    target = local_name(target)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": find_device(device)}}
     if attention != "auto":
         options["attn_implementation"] = attention
@@ -115,7 +160,7 @@ def load_target(
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     try:
-        with _named("--target", _TARGET, target):
+        with _named(option, _TARGET, target):
             fields, _ = PreTrainedConfig.get_config_dict(target)
             is_deepseek_v4 = fields.get("model_type") == RELEASED_MODEL_TYPE
             model_class: Any = DeepseekV4DSparkForCausalLM if is_deepseek_v4 else AutoModelForCausalLM

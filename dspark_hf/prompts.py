@@ -141,17 +141,18 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any) -> Tensor:
+def encode_prompt(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> Tensor:
     """Return the token ids of a prompt, `(T,)` int64, at least one.
 
-    Messages go through the tokenizer's chat template, up to where the answer starts; a tokenizer without one gets
-    their text. Raw text gets the tokenizer's own special tokens; text that yields no token becomes the BOS token.
+    Messages go through the tokenizer's chat template, up to where the answer starts, which is told the
+    `template_options`; a tokenizer without one gets their text. Raw text gets the tokenizer's own special tokens; text
+    that yields no token becomes the BOS token.
 
     Raises:
         ValueError: if nothing is left to start from, or the template cannot write these messages.
     """
     if prompt.messages is not None and has_chat_template(tokenizer):
-        rendered = apply_template(tokenizer, list(prompt.messages), opens_answer=True)
+        rendered = apply_template(tokenizer, list(prompt.messages), opens_answer=True, options=template_options)
         # the template wrote the special tokens already
         token_ids = tokenizer(rendered, add_special_tokens=False).input_ids
     else:
@@ -163,8 +164,12 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> Tensor:
     return torch.tensor(token_ids or [tokenizer.bos_token_id], dtype=torch.long)
 
 
-def apply_template(tokenizer: Any, messages: list[Any], *, opens_answer: bool) -> str:
+def apply_template(
+    tokenizer: Any, messages: list[Any], *, opens_answer: bool, options: Mapping[str, Any] | None = None
+) -> str:
     """Return messages as the tokenizer's chat template writes them, up to where an answer starts or without that.
+
+    The template is told the `options` besides.
 
     Raises:
         ValueError: if the template cannot write them: many refuse unknown roles, or turns of one role in a row.
@@ -173,7 +178,9 @@ def apply_template(tokenizer: Any, messages: list[Any], *, opens_answer: bool) -
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=opens_answer, tokenize=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=opens_answer, tokenize=False, **(options or {})
+        )
     except (TemplateError, TypeError, LookupError, AttributeError) as error:
         roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
         raise ValueError(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dspark_hf.cli.command import PackageCommand
 from dspark_hf.console import printable, say
-from dspark_hf.demo.display import piece_printer
+from dspark_hf.terminal.display import ReplyView
 
 COMMANDS = [
     pytest.param("\x1b]0;title\x07", id="title"),
@@ -33,7 +33,8 @@ def test_a_models_text_commands_nothing(command: str) -> None:
     """A model's answer renames the window, clears the screen or fills the clipboard."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=False, width=80)
-    piece_printer(console)(f"a{command}b\n\tc", True)
+    with ReplyView(console) as view:
+        view.show(f"a{command}b\n\tc", "model")
     say(console, f"[bold]{command}[/x]")
     assert not _obeyed(shown.getvalue())
     assert "b\n\tc" in shown.getvalue() or "b\n        c" in shown.getvalue()

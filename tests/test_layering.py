@@ -16,6 +16,7 @@ SHARED = {
     "damage",
     "figures",
     "files",
+    "hubs",
     "journal",
     "lazy",
     "moved",
@@ -30,14 +31,18 @@ BELOW: dict[str, set[str]] = {
     # what a person looks at of the costs that `generation` learns
     "profiling": {"generation"},
     "modeling": {"generation"},
+    "registry": {"generation", "modeling", "loading"},
     # only the metrics, see below
     "evaluation": {"generation", "modeling", "calibration", "loading"},
     "calibration": {"generation", "modeling", "loading"},
     "data": {"generation", "modeling", "training", "loading"},
     "training": {"generation", "modeling", "loading"},
+    # how answers look in a terminal, whoever answers
+    "terminal": {"generation"},
     # a network's side of requests that come and go
     "serving": {"generation"},
-    "demo": {"generation", "modeling", "loading", ""},
+    "demo": {"generation", "modeling", "terminal", "loading", ""},
+    "doctor": {"generation", "modeling", "profiling", "loading"},
     "cli": {
         "generation",
         "profiling",
@@ -46,15 +51,18 @@ BELOW: dict[str, set[str]] = {
         "evaluation",
         "data",
         "training",
+        "registry",
+        "terminal",
         "serving",
         "demo",
+        "doctor",
         "loading",
         "",
     },
 }
 # top-level files with a place of their own: the public names, the command line as a program, and models from folders
 # or the hub
-TOP = {"__init__": {"generation", "modeling"}, "__main__": {"cli"}, "loading": {"modeling"}}
+TOP = {"__init__": {"generation", "modeling", "registry", "doctor"}, "__main__": {"cli"}, "loading": {"modeling"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

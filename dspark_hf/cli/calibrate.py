@@ -1,7 +1,5 @@
 """`dspark-hf calibrate`: temperatures for a drafter's confidence, fitted on prompts it was not trained on."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from enum import Enum
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from dspark_hf.cli.options import Dtype
+from dspark_hf.cli.hints import say_next
+from dspark_hf.cli.options import FIT, MODELS, OUTPUT, WRITING, Dtype
 from dspark_hf.console import say
 
 if TYPE_CHECKING:
@@ -39,28 +38,44 @@ def calibrate(
     drafter: Annotated[str, typer.Option(help="Folder or hub name of the drafter.")],
     prompts: Annotated[Path, typer.Option(help="Prompts the drafter was not trained on, JSON Lines.")],
     num_prompts: Annotated[int | None, typer.Option(min=2, help="First prompts of the file; default: all.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=3, help="Length of an answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=3, help="Length of an answer.", rich_help_panel=WRITING)] = 256,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy; default: what the target's generation config says.")
+        float | None,
+        typer.Option(
+            min=0, help="0 is greedy; default: what the target's generation config says.", rich_help_panel=WRITING
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.", rich_help_panel=WRITING)] = 1,
     objective: Annotated[
         Objective,
-        typer.Option(help="Make this small; ece is the paper's; auto: the better of both by Brier score."),
+        typer.Option(
+            help="Make this small; ece is the paper's; auto: the better of both by Brier score.", rich_help_panel=FIT
+        ),
     ] = Objective.auto,
     min_reached: Annotated[
-        int, typer.Option(min=1, help="A slot that fewer blocks reach takes the temperature of the slot before it.")
+        int,
+        typer.Option(
+            min=1,
+            help="A slot that fewer blocks reach takes the temperature of the slot before it.",
+            rich_help_panel=FIT,
+        ),
     ] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="auto is the target's own.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", rich_help_panel=WRITING)] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="auto is the target's own.", rich_help_panel=MODELS)] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.", rich_help_panel=MODELS)] = "auto",
     output: Annotated[
-        Path | None, typer.Option(help="New folder for the calibrated drafter; default: change the drafter's own.")
+        Path | None,
+        typer.Option(
+            help="New folder for the calibrated drafter; default: change the drafter's own.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder of calibration.json and reliability.png; default: none.")
+        Path | None,
+        typer.Option(help="Folder of calibration.json and reliability.png; default: none.", rich_help_panel=OUTPUT),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Save even if validation prompts get no better.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Save even if validation prompts get no better.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Fit the temperatures of a drafter's confidence; texts stay what they are. Ctrl-C goes on with what there is."""
     # imported here, so that the help is instant
@@ -98,11 +113,12 @@ def calibrate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     say(console, f"Saved: {folder}")
+    say_next(console, "eval", "--target", target, "--drafter", str(folder), "questions.jsonl")
 
 
 def _check_request(
     drafter: str, prompts: Path, num_prompts: int | None, output: Path | None, report: Path | None
-) -> list[Prompt]:
+) -> "list[Prompt]":
     """Return the prompts, after all checks that need no model."""
     from dspark_hf.calibration.observations import check_confidence_head
     from dspark_hf.calibration.saving import check_destination
@@ -143,8 +159,8 @@ def _check_min_reached(min_reached: int, num_prompts: int, max_new_tokens: int) 
 
 
 def _load(
-    target: str, drafter: str, prompts: list[Prompt], dtype: str, device: str, max_new_tokens: int
-) -> tuple[Models, list[Tensor]]:
+    target: str, drafter: str, prompts: "list[Prompt]", dtype: str, device: str, max_new_tokens: int
+) -> "tuple[Models, list[Tensor]]":
     """Return the models and the prompts' token ids `(T,)`, after the checks that need them."""
     from dspark_hf.calibration.observations import check_pair
     from dspark_hf.evaluation.loading import encode_sets, load_models
@@ -155,7 +171,7 @@ def _load(
     return models, [token_ids[0] for token_ids in encoded["--prompts"]]
 
 
-def _fit(observations: Observations, objective: Objective, min_reached: int) -> CalibrationReport:
+def _fit(observations: "Observations", objective: Objective, min_reached: int) -> "CalibrationReport":
     """Return the fit that helps, the one with the lower Brier score if both do, or the paper's if none does."""
     from dspark_hf.calibration.report import calibrate as fit_and_score
     from dspark_hf.calibration.sts import OBJECTIVES
@@ -167,7 +183,7 @@ def _fit(observations: Observations, objective: Objective, min_reached: int) -> 
     return min(helpful, key=lambda result: result.validation.after.mean_brier)
 
 
-def _show(console: Console, result: CalibrationReport) -> None:
+def _show(console: Console, result: "CalibrationReport") -> None:
     result.print_tables(console)
     for note in result.notes:
         console.print(note, soft_wrap=True)
@@ -182,7 +198,7 @@ def _show(console: Console, result: CalibrationReport) -> None:
 
 
 def _write_report(
-    folder: Path, result: CalibrationReport, observations: Observations, title: str, *, is_on_cpu: bool
+    folder: Path, result: "CalibrationReport", observations: "Observations", title: str, *, is_on_cpu: bool
 ) -> None:
     from dspark_hf.calibration.diagrams import draw_reliability
     from dspark_hf.files import write_whole

@@ -1,13 +1,13 @@
 """`dspark-hf data`: training conversations in the target's own words."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from dspark_hf.cli.options import Dtype
+from dspark_hf.cli.hints import say_next
+from dspark_hf.cli.options import MODELS, WRITING, Dtype
 
 
 def data(
@@ -48,21 +48,27 @@ def data(
     num_conversations: Annotated[
         int | None, typer.Option(min=1, help="Conversations the file is to hold; default: all prompts.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.", rich_help_panel=WRITING)] = 512,
     sampling: Annotated[
         list[str] | None,
         typer.Option(
             help="greedy, TEMPERATURE or TEMPERATURE,TOP_P; several take turns. "
-            "Default: greedy, then 0.7,0.95, then 1.0."
+            "Default: greedy, then 0.7,0.95, then 1.0.",
+            rich_help_panel=WRITING,
         ),
     ] = None,
-    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Answers to each prompt, at most one greedy.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is sampled.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; with --server, requests at once.")] = 32,
-    dtype: Annotated[Dtype, typer.Option(help="auto is the target's own.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.")] = "auto",
+    samples_per_prompt: Annotated[
+        int, typer.Option(min=1, help="Answers to each prompt, at most one greedy.", rich_help_panel=WRITING)
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is sampled.", rich_help_panel=WRITING)] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts at once; with --server, requests at once.", rich_help_panel=WRITING)
+    ] = 32,
+    dtype: Annotated[Dtype, typer.Option(help="auto is the target's own.", rich_help_panel=MODELS)] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.", rich_help_panel=MODELS)] = "auto",
     drafter: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a drafter that speeds the target up.")
+        str | None,
+        typer.Option(help="Folder or hub name of a drafter that speeds the target up.", rich_help_panel=MODELS),
     ] = None,
     server: Annotated[
         str | None,
@@ -140,3 +146,4 @@ def data(
             raise typer.Exit(1)
     if not result.is_complete:
         typer.echo("There are no more prompts. Give others, or raise --samples-per-prompt.", err=True)
+    say_next(Console(), "train", "--target", target, "--data", str(output), "--output", "run")

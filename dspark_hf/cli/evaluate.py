@@ -1,14 +1,13 @@
 """`dspark-hf eval`: drafters on prompt files, measured and written down."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from dspark_hf.cli.options import Dtype
+from dspark_hf.cli.hints import say_next
+from dspark_hf.cli.options import MEASURING, MODELS, OUTPUT, WRITING, Dtype
 from dspark_hf.console import say
 
 
@@ -22,36 +21,45 @@ def evaluate(
         list[Path] | None, typer.Option(help="A prompt set; the same as a file without an option.")
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="Another drafter to compare with; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Another drafter to compare with; may be given several times.", rich_help_panel=MODELS),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="First prompts of each file; default: all.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer.", rich_help_panel=WRITING)] = 128,
     temperature: Annotated[
-        list[float] | None, typer.Option(min=0, help="0 is greedy (the default); may be given several times.")
+        list[float] | None,
+        typer.Option(min=0, help="0 is greedy (the default); may be given several times.", rich_help_panel=WRITING),
     ] = None,
-    num_drafts: Annotated[int | None, typer.Option(min=1, help="Drafts per round; default: the block size.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Answers per prompt and way; speeds are medians.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Also measure speed with this many rows per call.")] = 1,
+    num_drafts: Annotated[
+        int | None, typer.Option(min=1, help="Drafts per round; default: the block size.", rich_help_panel=MEASURING)
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Answers per prompt and variant; speeds are medians.", rich_help_panel=MEASURING)
+    ] = 3,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Also measure speed with this many rows per call.", rich_help_panel=MEASURING)
+    ] = 1,
     scheduler: Annotated[
         list[str] | None,
         typer.Option(
             help="Measure speed with this scheduler, beside whole blocks (fixed); may be given several times. "
-            "Default: adaptive."
+            "Default: adaptive.",
+            rich_help_panel=MEASURING,
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto is the target's own; only fp32 is identical for sure.")] = (
-        Dtype.auto
-    ),
-    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.")] = "auto",
-    output: Annotated[Path, typer.Option(help="Folder of evaluation.json, figures and report.html.")] = Path(
-        "evaluation"
-    ),
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto is the target's own; only fp32 is identical for sure.", rich_help_panel=MODELS)
+    ] = (Dtype.auto),
+    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.", rich_help_panel=MODELS)] = "auto",
+    output: Annotated[
+        Path, typer.Option(help="Folder of evaluation.json, figures and report.html.", rich_help_panel=OUTPUT)
+    ] = Path("evaluation"),
 ) -> None:
     """Measure drafters on prompt files: accepted length, speed, reliability; after Ctrl-C the same command goes on."""
     # imported here, so that the help is instant
-    from dspark_hf.evaluation.display import print_evaluation
     from dspark_hf.evaluation.run import EvaluationRequest, run_request
     from dspark_hf.evaluation.settings import DEFAULT_SCHEDULERS, EvaluationSettings
+    from dspark_hf.evaluation.terminal import print_evaluation
     from dspark_hf.evaluation.writing import write_evaluation
 
     console = Console()
@@ -87,5 +95,6 @@ def evaluate(
         say(console, "The same command goes on where this one ended.")
     print_evaluation(evaluation, console)
     say(console, f"Written: {len(paths)} files; read {paths[-1]}")
+    say_next(console, "chat", target, "--drafter", drafter)
     if evaluation.ended_by is not None or evaluation.has_mismatch:
         raise typer.Exit(1)

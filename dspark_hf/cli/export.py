@@ -1,12 +1,14 @@
 """`dspark-hf export`: a drafter in the layout of another project."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from dspark_hf.cli.hints import say_next
+from dspark_hf.console import say
 
 
 class Layout(str, Enum):
@@ -15,11 +17,12 @@ class Layout(str, Enum):
     deepspec = "deepspec"
     speculators = "speculators"
     specforge = "specforge"
+    custom_generate = "custom_generate"
 
 
 def export(
     drafter: Annotated[str, typer.Argument(help="Folder or hub name of the drafter, in any layout that is read.")],
-    to: Annotated[Layout, typer.Option(help="Whose layout to write.")],
+    to: Annotated[Layout, typer.Option(help="Whose layout to write; custom_generate: code for Transformers alone.")],
     output: Annotated[Path, typer.Option(help="Folder to write, absent or empty.")],
     target: Annotated[
         str | None, typer.Option(help="Its target, for drafters that borrow the target's vocabulary.")
@@ -41,4 +44,6 @@ def export(
         write_whole_folder(output, lambda folder: writing.export(loaded, to.value, folder, lender))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(f"Written: {output}")
+    console = Console()
+    say(console, f"Written: {output}")
+    say_next(console, "eval", "--target", target or "TARGET", "--drafter", str(output), "questions.jsonl")

@@ -3,19 +3,21 @@
 No file of `dspark_hf.cli` imports PyTorch, Transformers or what needs them outside of a function: see `dspark_hf_cli`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
 
 from dspark_hf.cli.calibrate import calibrate
+from dspark_hf.cli.chat import chat
 from dspark_hf.cli.command import PackageCommand
 from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import DRAFTERS, demo
+from dspark_hf.cli.doctor import doctor
 from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
+from dspark_hf.cli.examples import epilog
 from dspark_hf.cli.export import export
+from dspark_hf.cli.generate import generate
 from dspark_hf.cli.profile import profile
 from dspark_hf.cli.serve import serve
 from dspark_hf.cli.tiny_v4 import tiny_v4
@@ -29,16 +31,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # without its drafters, as from an index, it has nothing to show by itself
-app.command(cls=PackageCommand, hidden=not DRAFTERS.is_dir())(demo)
-for command in (serve, data, train, calibrate, profile, export):
-    app.command(cls=PackageCommand)(command)
+app.command(cls=PackageCommand, hidden=not DRAFTERS.is_dir(), epilog=epilog("demo"))(demo)
+for command in (generate, chat, serve, data, train, calibrate, profile, export):
+    app.command(cls=PackageCommand, epilog=epilog(command.__name__))(command)
 # arithmetic on a configuration: no model, hence not the package
-app.command()(estimate)
-app.command(cls=PackageCommand)(tiny_v4)
-app.command("eval", cls=PackageCommand)(evaluate)
+app.command(epilog=epilog("estimate"))(estimate)
+app.command(cls=PackageCommand, epilog=epilog("tiny-v4"))(tiny_v4)
+app.command("eval", cls=PackageCommand, epilog=epilog("eval"))(evaluate)
+app.command(cls=PackageCommand, epilog=epilog("doctor"))(doctor)
 
 
-@app.command()
+@app.command(epilog=epilog("version"))
 def version() -> None:
     """Print the versions of what decides the output."""
     # imported here, so that the help is instant

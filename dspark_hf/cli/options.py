@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated
+
+import typer
 
 
 class Dtype(str, Enum):
@@ -21,3 +24,50 @@ class Attention(str, Enum):
     eager = "eager"
     sdpa = "sdpa"
     flash_attention_2 = "flash_attention_2"
+
+
+# the panels of long helps
+MODELS = "Models"
+PROMPT = "Prompt"
+WRITING = "Writing"
+FIT = "Fit"
+MEASURING = "Measuring"
+OUTPUT = "Output"
+
+# options of every command that answers somebody
+ModelArgument = Annotated[
+    str, typer.Argument(help="Folder or hub name of the target, or smollm2 or gemma (packaged).")
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub name of its drafter; default: the one known for it, else drafts looked up in the text.",
+        rich_help_panel=MODELS,
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto is the target's own.", rich_help_panel=MODELS)]
+DeviceOption = Annotated[str, typer.Option(help="auto is the GPU if there is one.", rich_help_panel=MODELS)]
+SystemOption = Annotated[str | None, typer.Option(help="System prompt.", rich_help_panel=PROMPT)]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="What the chat template is told besides; may be given several times.",
+        rich_help_panel=PROMPT,
+    ),
+]
+ThinkingOption = Annotated[
+    bool | None,
+    typer.Option(help="Think before answering, or not; for targets that can do both.", rich_help_panel=PROMPT),
+]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer.", rich_help_panel=WRITING)]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0 is greedy.", rich_help_panel=WRITING)]
+TopPOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Sample from this share of probability.", rich_help_panel=WRITING)
+]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of each sampled answer; default: another every time.", rich_help_panel=WRITING)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object per answer, once it is whole.", rich_help_panel=OUTPUT)
+]

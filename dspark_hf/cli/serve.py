@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from dspark_hf.cli.options import Dtype
+from dspark_hf.cli import options
 
 if TYPE_CHECKING:
-    from dspark_hf.generation.drafting.interface import Drafter
+    from dspark_hf.cli.answering import Asked
+    from dspark_hf.serving.engine import Engine
+    from dspark_hf.serving.model import ServedModel
 
 _SERVING = "Serving"
 _BOUNDS = "Bounds"
-# models by short names, whose weights install as packages
-_PACKAGED = ("smollm2", "gemma")
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of the target, or smollm2 or gemma (packaged).")],
-    drafter: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub name of its drafter; default: drafts looked up in the text."),
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto is the target's own; only fp32 is identical for sure.")] = (
-        Dtype.auto
-    ),
-    device: Annotated[str, typer.Option(help="auto is the GPU if there is one.")] = "auto",
+    model: options.ModelArgument,
+    drafter: options.DrafterOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
     host: Annotated[
         str, typer.Option(help="Address to listen at; others reach 0.0.0.0.", rich_help_panel=_SERVING)
     ] = "127.0.0.1",
@@ -62,29 +56,26 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients: chats and texts, many at a time, from this machine alone unless told."""
     # imported here, so that the help is instant
+    from dspark_hf.cli.answering import Asked
     from dspark_hf.demo.packaged import UnavailableError
 
     _check_extra()
     console = Console(stderr=True)
     try:
-        if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
-            raise ValueError("`--api-key` must be of visible ASCII characters, got others, or none. Choose another.")
-        app = _build(
-            console,
-            model,
-            drafter,
-            dtype.value,
-            device,
-            name=name or model,
-            context=context,
-            engine_options={"max_rows": max_rows, "max_waiting": max_waiting},
-            app_options={"api_key": api_key, "seconds": timeout, "max_body_bytes": max_body_bytes},
-        )
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key):
+            raise ValueError("`--api-key` must be of visible ASCII characters, got others. Choose another.")
+        if api_key == "":
+            raise ValueError("`--api-key` must be a key, got an empty one. Leave it out to serve without.")
+        served = _load(Asked(model, drafter, dtype.value, device), name or model, context, console)
+        engine = _start(served, console, max_rows=max_rows, max_waiting=max_waiting)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except UnavailableError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
+    from dspark_hf.serving.app import create_app
+
+    app = create_app(served[0], engine, api_key=api_key, seconds=timeout, max_body_bytes=max_body_bytes)
     _run(console, app, host, port, is_open=api_key is None and host not in _LOCAL)
 
 
@@ -97,61 +88,39 @@ def _check_extra() -> None:
         raise typer.Exit(2)
 
 
-def _build(
-    console: Console,
-    model: str,
-    drafter: str | None,
-    dtype: str,
-    device: str,
-    *,
-    name: str,
-    context: int | None,
-    engine_options: dict[str, Any],
-    app_options: dict[str, Any],
-) -> Any:
-    """Return the application, with everything checked that can be before it is started."""
-    from dspark_hf.console import quiet_transformers, say
-    from dspark_hf.loading import load_target, load_tokenizer, read_drafter_config
-    from dspark_hf.serving.app import create_app
-    from dspark_hf.serving.engine import Engine
+def _load(asked: Asked, name: str, context: int | None, console: Console) -> tuple[ServedModel, Any]:
+    """Return the model with its tokenizer, and its drafter."""
+    from dspark_hf.cli.answering import drafter_for, open_tokenizer
+    from dspark_hf.console import quiet_transformers
+    from dspark_hf.loading import load_target
     from dspark_hf.serving.model import ServedModel
 
-    if drafter is not None:
-        read_drafter_config(drafter)
+    folder, tokenizer = open_tokenizer(asked, console)
     with console.status("Loading the models ..."), quiet_transformers():
-        folder = _folder(model)
-        tokenizer = load_tokenizer(folder)
-        target = load_target(folder, dtype=dtype, device=device)
-        assistant = _drafter(drafter, model, target)
-        served = ServedModel(name, target, tokenizer, context)
-        engine = Engine(target, assistant, **engine_options)
-    dtype_name = str(target.dtype).removeprefix("torch.")
-    say(console, f"{name} ({dtype_name} on {target.device}), up to {assistant.block_size} drafts a round")
-    return create_app(served, engine, **app_options)
+        target = load_target(folder, dtype=asked.dtype, device=asked.device, option="MODEL")
+        return ServedModel(name, target, tokenizer, context), drafter_for(target, asked)
 
 
-def _folder(model: str) -> str:
-    from dspark_hf.demo.packaged import converted_target
+def _start(served: tuple[ServedModel, Any], console: Console, **bounds: int) -> Engine:
+    """Return what will decode, after a word on who that is."""
+    from dspark_hf.console import say
+    from dspark_hf.serving.engine import Engine
 
-    is_packaged = model in _PACKAGED and not Path(model).exists()
-    return str(converted_target(model)) if is_packaged else model
+    model, drafter = served
+    engine = Engine(model.target, drafter, **bounds)
+    dtype = str(model.target.dtype).removeprefix("torch.")
+    say(
+        console,
+        f"{model.name} ({dtype} on {model.target.device}, {model.context} tokens of context), up to "
+        f"{drafter.block_size} drafts a round{_origin(drafter)}",
+    )
+    return engine
 
 
-def _drafter(name: str | None, model: str, target: Any) -> Drafter:
-    """Return the drafter that was named, else the one that is shipped for the model, else one that looks drafts up."""
-    from dspark_hf.demo.packaged import PACKAGED_MODELS, UnavailableError, shipped_drafter
+def _origin(drafter: Any) -> str:
     from dspark_hf.generation.lookup_assistant import LookupAssistant
-    from dspark_hf.loading import load_drafter
 
-    if name is None and model in _PACKAGED and not Path(model).exists():
-        try:
-            name = str(shipped_drafter(PACKAGED_MODELS[model]))
-        except UnavailableError:
-            # an installed package has no drafters/ folder
-            name = None
-    if name is None:
-        return LookupAssistant()
-    return load_drafter(name, dtype=target.dtype).to(target.device)
+    return ", looked up in the text: no drafter known (--drafter names one)" * isinstance(drafter, LookupAssistant)
 
 
 def _run(console: Console, app: Any, host: str, port: int, *, is_open: bool) -> None:
@@ -160,7 +129,7 @@ def _run(console: Console, app: Any, host: str, port: int, *, is_open: bool) -> 
     from dspark_hf.console import say
 
     if is_open:
-        say(console, f"Whoever reaches {host} may ask: set a key (DSPARK_HF_API_KEY), and read docs/serving.md.")
+        say(console, f"Whoever reaches {host} may ask: set a key (DSPARK_HF_API_KEY), or listen at 127.0.0.1.")
     # answers that are being written have that long after Ctrl-C
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, ws="none", timeout_graceful_shutdown=10))
     server.run()

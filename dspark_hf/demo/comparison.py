@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedModel
 
-from dspark_hf.demo.streaming import TimedStreamer
-from dspark_hf.generation.statistics import SpeculationStatistics
+from dspark_hf.generation.statistics import SourceCounts, SpeculationStatistics
+from dspark_hf.terminal.streaming import SourceStreamer
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class Answer:
 
 @dataclass
 class Comparison:
-    """All answers to one prompt; the first of each kind speaks for its tokens, the median for its time."""
+    """All answers to one prompt; the first of each way speaks for its tokens, the median for its time."""
 
+    kind: str = ""
+    inputs: Any = None
     plain: list[Answer] = field(default_factory=list)
     assisted: list[Answer] = field(default_factory=list)
 
@@ -47,7 +49,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """Comparisons added up: times are sums of the prompts' medians, `tau` is tokens per round over all rounds."""
+    """Comparisons added up: times are sums of the prompts' medians, `tau` is tokens per round over all rounds.
+
+    `accept_rates` are the drafter's, by position; `num_looked_up` counts looked-up drafts that the target checked, of
+    which it accepted `lookup_rate`.
+    """
 
     is_identical: bool
     tau: float
@@ -56,6 +62,8 @@ class Summary:
     plain_speed: float
     assisted_speed: float
     accept_rates: list[float]
+    num_looked_up: int
+    lookup_rate: float
 
     @property
     def ratio(self) -> float:
@@ -71,7 +79,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> BatchEncoding:
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def answer(target: Any, inputs: BatchEncoding, *, streamer: TimedStreamer | None = None, **options: Any) -> Answer:
+def answer(target: Any, inputs: BatchEncoding, *, streamer: SourceStreamer | None = None, **options: Any) -> Answer:
     """Return the target's greedy answer; `options` go to `generate`."""
     inputs = inputs.to(target.device)
     with _counted_passes(target) as passes:
@@ -103,6 +111,8 @@ def summarize(comparisons: Sequence[Comparison]) -> Summary:
     all_statistics = [comparison.statistics for comparison in comparisons]
     num_tokens = sum(len(comparison.plain[0].token_ids) for comparison in comparisons)
     num_assisted_tokens = sum(len(comparison.assisted[0].token_ids) for comparison in comparisons)
+    lookups = [statistics.by_source["lookup"] for statistics in all_statistics]
+    num_looked_up = sum(counts.num_verified for counts in lookups)
     num_rounds = sum(statistics.num_rounds for statistics in all_statistics)
     return Summary(
         is_identical=all(comparison.is_identical for comparison in comparisons),
@@ -111,7 +121,9 @@ def summarize(comparisons: Sequence[Comparison]) -> Summary:
         assisted_passes=sum(comparison.assisted[0].num_target_passes for comparison in comparisons),
         plain_speed=num_tokens / sum(_median_seconds(comparison.plain) for comparison in comparisons),
         assisted_speed=num_assisted_tokens / sum(_median_seconds(comparison.assisted) for comparison in comparisons),
-        accept_rates=_accept_rates(all_statistics),
+        accept_rates=_accept_rates([one.by_source["model"] for one in all_statistics]),
+        num_looked_up=num_looked_up,
+        lookup_rate=sum(one.num_accepted for one in lookups) / max(num_looked_up, 1),
     )
 
 
@@ -119,11 +131,11 @@ def _median_seconds(answers: Sequence[Answer]) -> float:
     return median(one.seconds for one in answers)
 
 
-def _accept_rates(all_statistics: Sequence[SpeculationStatistics]) -> list[float]:
-    num_positions = max((len(statistics.verified_by_position) for statistics in all_statistics), default=0)
+def _accept_rates(all_counts: Sequence[SourceCounts]) -> list[float]:
+    num_positions = max((len(counts.verified_by_position) for counts in all_counts), default=0)
     rates = []
     for position in range(num_positions):
-        reached = [one for one in all_statistics if position < len(one.verified_by_position)]
+        reached = [one for one in all_counts if position < len(one.verified_by_position)]
         num_verified = sum(one.verified_by_position[position] for one in reached)
         num_accepted = sum(one.accepted_by_position[position] for one in reached)
         rates.append(num_accepted / max(num_verified, 1))

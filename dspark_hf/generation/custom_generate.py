@@ -21,10 +21,11 @@ class CustomGenerate(Drafter):
         input_ids: Tensor,
         scheduler: Scheduler | str | None = None,
         drafts: str | None = None,
+        sampling: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
 
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
-        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, **kwargs)
+        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, sampling=sampling, **kwargs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,15 +50,36 @@ class RoundInProgress:
 
 @dataclass
 class SourceCounts:
-    """Drafts of one source: how many were made, how many the target checked, how many became output."""
+    """Drafts of one source: how many were made, how many the target checked, how many became output.
+
+    The last two tell it by position in the draft, as those of `SpeculationStatistics` do for the drafter.
+    """
 
     num_drafted: int = 0
     num_verified: int = 0
     num_accepted: int = 0
+    verified_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+
+    def add(
+        self, num_drafted: int, num_verified: int, num_accepted: int, num_output: int, *, has_positions: bool = True
+    ) -> None:
+        """Count the drafts of one row's round, of which `num_output` became output; by position only on request."""
+        self.num_drafted += num_drafted
+        self.num_verified += num_verified
+        self.num_accepted += num_output
+        if not has_positions:
+            return
+        missing = num_verified - len(self.verified_by_position)
+        self.verified_by_position.extend([0] * missing)
+        self.accepted_by_position.extend([0] * missing)
+        for position in range(min(num_verified, num_accepted + 1)):
+            self.verified_by_position[position] += 1
+            self.accepted_by_position[position] += position < num_accepted
 
 
 @dataclass
-class SpeculationStatistics:
+class SpeculationStatistics(SourceCounts):
     """Count rounds and drafts of one call of `generate`, over all rows; `print` it for a summary.
 
     A round of a row is one verify pass that the row took part in; the prefill is none.
@@ -78,14 +100,16 @@ class SpeculationStatistics:
         num_accepted: drafts that became output.
         num_committed: tokens of the rounds' output: accepted drafts and the target's own, up to each row's end. The
             prefill's token is not among them.
-        by_source: the last three, of the drafter's drafts under `"model"`, of those looked up under `"lookup"`.
-        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k.
-        accepted_by_position: number of rounds in which draft k was accepted.
+        by_source: drafts of the drafter under `"model"`, those looked up under `"lookup"`.
+        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k, of
+            the drafter's drafts alone: one that was looked up has no place in its block.
+        accepted_by_position: number of these rounds in which draft k was accepted.
         draft_seconds: time in the drafter.
         verify_seconds: time in the target, the prefill left out.
         prefill_seconds: time in the prefill.
         other_seconds: the rest of the rounds: sampling, bookkeeping, criteria, streaming.
         origins: per row, for every generated token, whether it was a draft.
+        token_sources: per row, for every generated token, who gave it: `"target"`, `"model"` or `"lookup"`.
         rounds: every verify pass, in order.
         scheduler: name of the scheduler, or None where it is not known.
         num_parked: passes that the scheduler left without drafts because drafting would not pay.
@@ -94,24 +118,21 @@ class SpeculationStatistics:
 
     num_target_passes: int = 0
     num_rounds: int = 0
-    num_drafted: int = 0
-    num_verified: int = 0
-    num_accepted: int = 0
     num_committed: int = 0
     by_source: dict[str, SourceCounts] = field(
         default_factory=lambda: {"model": SourceCounts(), "lookup": SourceCounts()}
     )
-    verified_by_position: list[int] = field(default_factory=list)
-    accepted_by_position: list[int] = field(default_factory=list)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     prefill_seconds: float = 0.0
     other_seconds: float = 0.0
     origins: list[list[bool]] = field(default_factory=list, repr=False)
+    token_sources: list[list[str]] = field(default_factory=list, repr=False)
     rounds: list[Round] = field(default_factory=list, repr=False)
     scheduler: str | None = None
     num_parked: int = 0
     parked_because: str | None = None
+    _events: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def tau(self) -> float:
@@ -165,6 +186,7 @@ class SpeculationStatistics:
     def start_rows(self, num_rows: int) -> None:
         """Make room for the rows' origins."""
         self.origins = [[] for _ in range(num_rows)]
+        self.token_sources = [[] for _ in range(num_rows)]
 
     def add_round(
         self, num_drafted: int, num_verified: int, num_accepted: int, num_committed: int, source: str = "model"
@@ -172,29 +194,39 @@ class SpeculationStatistics:
         """Count one row's round; `num_committed` tokens survived the stopping criteria."""
         self.num_rounds += 1
         self.num_committed += num_committed
+        num_output = min(num_accepted, num_committed)
         for counts in (self, self.by_source[source]):
-            counts.num_drafted += num_drafted
-            counts.num_verified += num_verified
-            counts.num_accepted += min(num_accepted, num_committed)
-        missing = num_verified - len(self.verified_by_position)
-        self.verified_by_position.extend([0] * missing)
-        self.accepted_by_position.extend([0] * missing)
-        for position in range(min(num_verified, num_accepted + 1)):
-            self.verified_by_position[position] += 1
-            self.accepted_by_position[position] += position < num_accepted
+            # positions of both together would tell of neither
+            has_positions = counts is not self or source == "model"
+            counts.add(num_drafted, num_verified, num_accepted, num_output, has_positions=has_positions)
 
-    def add_tokens(self, row: int, are_drafts: Sequence[bool]) -> None:
-        """Remember where a row's new tokens came from."""
-        self.origins[row].extend(are_drafts)
+    def add_tokens(self, row: int, num_tokens: int, num_accepted: int, source: str = "model") -> None:
+        """Remember where a row's new tokens came from: accepted drafts of `source`, then the target's own."""
+        num_drafts = min(num_accepted, num_tokens)
+        self.origins[row].extend([True] * num_drafts + [False] * (num_tokens - num_drafts))
+        self.token_sources[row].extend([source] * num_drafts + ["target"] * (num_tokens - num_drafts))
 
     @contextmanager
     def timed(self, name: str, device: torch.device) -> Iterator[None]:
-        """Add the time of a block to `name`; on an accelerator, after the queue has drained."""
-        start = perf_counter()
-        yield
+        """Add the time of a block to `name`; on an accelerator, its own time, which `settle` adds later."""
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        setattr(self, name, getattr(self, name) + perf_counter() - start)
+            with torch.cuda.device(device):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                yield
+                end.record()
+            self._events.append((name, start, end))
+            return
+        began = perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + perf_counter() - began)
+
+    def settle(self) -> None:
+        """Add the times that an accelerator has taken; it has finished what was timed, or is waited for."""
+        for name, start, end in self._events:
+            end.synchronize()
+            setattr(self, name, getattr(self, name) + start.elapsed_time(end) / 1000)
+        self._events.clear()
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
+from dspark_hf.generation.drawing import draw
 from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.targets.interface import TargetPass
 from dspark_hf.generation.verification import verify, verify_greedy
@@ -53,9 +54,10 @@ def _judge(
     rows: Rows, scores: Tensor, drafts: Tensor, drafted: DraftedBlock | None, position: int, limits: Tensor
 ) -> tuple[list[bool], Tensor]:
     """Return whether each row accepts its draft at `position`, and the token `(b,)` that it gets there."""
+    scores = rows.with_noise(scores[:, None], position)[:, 0]
     probs = rows.probabilities(scores)
     if position == drafts.shape[1]:
-        tokens = scores.argmax(-1) if probs is None else torch.multinomial(probs, num_samples=1)[:, 0]
+        tokens = scores.argmax(-1) if probs is None else draw(probs)
         return [False] * len(scores), tokens
     draft_ids = drafts[:, position : position + 1].to(scores.device)
     is_verified = (limits > position).long().to(scores.device)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dspark_hf.generation.drawing import draw
+
 
 def verify(
     draft_ids: Tensor,
@@ -43,7 +45,7 @@ def verify(
     residual = torch.where((num_accepted < num_verified)[:, None], left, at_end)
     # equal distributions reject with probability zero, yet rounding may: then p_t is the residual's limit
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, at_end)
-    return num_accepted, torch.multinomial(residual, num_samples=1).squeeze(-1)
+    return num_accepted, draw(residual)
 
 
 def prefix_weights(

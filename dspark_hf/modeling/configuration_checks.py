@@ -34,6 +34,7 @@ _INTEGERS: Mapping[str, tuple[int, int]] = {
     "block_size": (1, _LARGEST_BLOCK),
     "num_target_layers": (1, _MOST_LAYERS),
     "markov_rank": (0, _WIDEST),
+    "markov_top_k": (0, _LARGEST_VOCABULARY),
 }
 _FLAGS = (
     "attention_bias",
@@ -56,6 +57,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {"backbone_type": BACKBONE_TYPES, "marko
 _HINTS: Mapping[str, str] = {
     "context_window": ", or None for the whole context",
     "markov_rank": " (0 means no Markov head)",
+    "markov_top_k": ", or None (0 means all tokens)",
     "block_size": " (drafts per round)",
 }
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
@@ -73,6 +75,7 @@ _OPTIONAL = (
     "num_key_value_heads",
     "head_dim",
     "num_target_layers",
+    "markov_top_k",
 )
 
 
@@ -111,6 +114,7 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
         _check_ids(name, fields[name])
     _check_rope(fields["rope_parameters"])
     _check_temperatures(fields["sts_temperatures"], fields["block_size"])
+    _check_rates(fields["accept_rates"], fields["block_size"])
     _check_vocabulary(fields)
 
 
@@ -149,6 +153,15 @@ def _check_temperatures(temperatures: Any, block_size: int) -> None:
         and all(is_finite(value) and value > 0 for value in temperatures)
     )
     require(is_right, "sts_temperatures", f"be {block_size} positive numbers (block_size)", temperatures)
+
+
+def _check_rates(rates: Any, block_size: int) -> None:
+    is_right = rates is None or (
+        isinstance(rates, (list, tuple))
+        and len(rates) == block_size
+        and all(is_finite(value) and 0 <= value <= 1 for value in rates)
+    )
+    require(is_right, "accept_rates", f"be {block_size} numbers in [0, 1] (block_size)", rates)
 
 
 def _check_vocabulary(fields: Mapping[str, Any]) -> None:

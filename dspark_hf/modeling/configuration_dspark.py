@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats import choosing, gguf, remote_code
@@ -67,6 +68,8 @@ class DSparkConfig(PreTrainedConfig):
         markov_over_draft_vocab: whether the Markov head tells previous tokens apart only where the drafter can propose
             them; all others share one row. Drafts are proposable, so only anchors can be others. Needs
             `draft_vocab_size`; makes drafters for large vocabularies many times smaller.
+        markov_top_k: how many tokens of a slot the Markov head corrects, those with the best base logits; no others
+            are proposed then. 0 means all of them; `None` means 512 where more than 32,768 can be proposed, else all.
         enable_confidence_head: whether a confidence head predicts each draft's acceptance (Eq. 7).
         confidence_head_with_markov: whether that head also reads the previous token's Markov embedding.
         confidence_head_bias: whether that head has a bias.
@@ -74,6 +77,8 @@ class DSparkConfig(PreTrainedConfig):
             the buffer `d2t` of the weights.
         sts_temperatures: `block_size` temperatures of the confidence, from Sequential Temperature Scaling; `None`
             means uncalibrated.
+        accept_rates: of each of the `block_size` drafts, how often it is accepted if those before it are, on text kept
+            aside: what decoding expects of the drafter until it has seen more. Training writes it, `None` is unknown.
         initializer_range: standard deviation of fresh weights.
         base_model_name_or_path: name or path of the target that the drafter was made for, if that is known.
         target_fingerprint: what tells that target from others of its shape, see `modeling/provenance.py`.
@@ -127,11 +132,13 @@ class DSparkConfig(PreTrainedConfig):
         markov_rank: int = 256,
         markov_head_type: str = "vanilla",
         markov_over_draft_vocab: bool = False,
+        markov_top_k: int | None = None,
         enable_confidence_head: bool = True,
         confidence_head_with_markov: bool = True,
         confidence_head_bias: bool = True,
         draft_vocab_size: int | None = None,
         sts_temperatures: list[float] | None = None,
+        accept_rates: list[float] | None = None,
         initializer_range: float = 0.02,
         base_model_name_or_path: str | None = None,
         target_fingerprint: str | None = None,
@@ -173,11 +180,13 @@ class DSparkConfig(PreTrainedConfig):
         self.markov_rank = markov_rank
         self.markov_head_type = markov_head_type
         self.markov_over_draft_vocab = markov_over_draft_vocab
+        self.markov_top_k = markov_top_k
         self.enable_confidence_head = enable_confidence_head
         self.confidence_head_with_markov = confidence_head_with_markov and markov_rank > 0
         self.confidence_head_bias = confidence_head_bias
         self.draft_vocab_size = draft_vocab_size
         self.sts_temperatures = sts_temperatures
+        self.accept_rates = accept_rates
         self.initializer_range = initializer_range
         self.base_model_name_or_path = base_model_name_or_path
         self.target_fingerprint = target_fingerprint
@@ -214,6 +223,7 @@ class DSparkConfig(PreTrainedConfig):
         Raises:
             ValueError: if there is no DSpark drafter.
         """
+        pretrained_model_name_or_path = local_name(pretrained_model_name_or_path)
         file = gguf.find_file(pretrained_model_name_or_path, kwargs)
         if file is not None:
             unused = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *_LOADING)}

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 
+# A head over more tokens than this corrects the best of them alone, so many of them, unless its configuration says
+# otherwise. Below, choosing them costs as much as correcting all (benchmarks/sampling.py); fewer than these cost
+# accepted drafts (benchmarks/forced_acceptance.py).
+LARGE_HEAD = 32_768
+DEFAULT_MARKOV_TOP_K = 512
+
 
 class MarkovHead(nn.Module):
     """Add a low-rank transition bias `W2 W1[x_{k-1}]` to the logits of slot k (Eq. 5)."""
@@ -48,6 +54,13 @@ class MarkovHead(nn.Module):
     def project(self, latent: Tensor) -> Tensor:
         """Return the bias `(*, V)` on the logits for a latent `(*, R)`."""
         return self.markov_w2(latent)
+
+    def project_to(self, latent: Tensor, places: Tensor) -> Tensor:
+        """Return the bias `(B, k)` on the logits at `places` `(B, k)` alone, for a latent `(B, R)`."""
+        if type(self.markov_w2) is not nn.Linear:
+            # quantised or wrapped: its rows cannot be had one by one
+            return self.project(latent).gather(-1, places)
+        return torch.bmm(self.markov_w2.weight[places], latent[..., None]).squeeze(-1)
 
     def latents(self, prev_ids: Tensor, hidden_states: Tensor, state: Tensor | None = None) -> Tensor:
         """Return the latents `(*, K, R)` of whole blocks, teacher-forced on `prev_ids` `(*, K)`.

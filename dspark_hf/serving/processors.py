@@ -5,43 +5,11 @@ Each depends on the text so far and on nothing else, so that drafts are judged b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
-
-
-class SeededNoise(LogitsProcessor):
-    """Turn greedy decoding into sampling that a seed alone decides (the Gumbel-max trick).
-
-    The best of `scores + noise` is distributed as `softmax(scores)` where the noise is Gumbel's. It is drawn from the
-    seed and the position alone: whatever else is in the batch, however many drafts a round has, the same request gives
-    the same text. Drafts are drawn with the same noise, so that they are often right.
-
-    Args:
-        seed: any number.
-    """
-
-    depends_on_prefix_alone = True
-
-    def __init__(self, seed: int):
-        self._seed = seed
-        # a round asks twice for each of its positions: for the draft, and for its judgement
-        self._noise = lru_cache(maxsize=16)(self._draw)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return `scores` `(b, V)` with noise."""
-        return scores + self._noise(input_ids.shape[1], scores.shape[-1]).to(scores.device)
-
-    def _draw(self, position: int, size: int) -> Tensor:
-        digest = hashlib.blake2b(f"{self._seed}:{position}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        # float64: in float32 the rarest tokens would have none of their probability
-        waits = torch.empty(size, dtype=torch.float64).exponential_(generator=generator)
-        return -waits.log().float()
 
 
 class CountPenalties(LogitsProcessor):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from dspark_hf.serving.errors import ApiError
-from dspark_hf.serving.processors import CountPenalties, LogprobRecorder, SeededNoise, TokenBias
+from dspark_hf.serving.processors import CountPenalties, LogprobRecorder, TokenBias
 from dspark_hf.serving.schemas import GenerationBody
 
 
@@ -76,8 +76,6 @@ class Sampling:
             chain.append(TopPLogitsWarper(float(self.top_p)))
         if self.min_p > 0:
             chain.append(MinPLogitsWarper(float(self.min_p)))
-        if self.seed is not None:
-            chain.append(SeededNoise(self.seed))
         return chain
 
 
@@ -110,8 +108,7 @@ def read_options(
     chain += sampling.processors()
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        # with a seed the best token is a draw already, see `SeededNoise`
-        "do_sample": not sampling.is_greedy and sampling.seed is None,
+        "do_sample": not sampling.is_greedy,
         "logits_processor": LogitsProcessorList(chain),
     }
     if options["do_sample"]:
@@ -119,6 +116,9 @@ def read_options(
         options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         if getattr(config, "min_p", None) is not None:
             options["min_p"] = 0.0
+        if sampling.seed is not None:
+            # a text that the seed alone decides, whoever shares the batch
+            options |= {"sampling": "invariant", "seed": sampling.seed % 2**64}
     if end_ids:
         options["eos_token_id"] = end_ids
     return options

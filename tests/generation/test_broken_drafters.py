@@ -86,6 +86,6 @@ def test_a_broken_target_goes_on_failing(num_rows):
     with torch.no_grad():
         target.lm_head.weight[0, 0] = NO_NUMBER
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": True}
-    for extra in ({}, {"assistant_model": drafter}):
+    for extra in ({}, {"assistant_model": drafter}, {"assistant_model": drafter, "sampling": "invariant"}):
         with pytest.raises(RuntimeError, match="probability tensor contains"):
             target.generate(**ragged_prompts(num_rows), **options, **extra)

@@ -40,7 +40,7 @@ from tests.tiny import tiny_target
 NEW_TOKENS = 40
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SOURCES = ("lookup", "both")
-NUM_SAMPLES = 3000
+NUM_SAMPLES = 2000
 
 
 def _repeating_target(family: str = "llama", **fields: Any) -> Any:
@@ -385,5 +385,36 @@ def test_costs_decide_whether_to_look_up(price, is_worth_it):
     output = target.generate(**inputs, **GREEDY, assistant_model=assistant, scheduler=scheduler)
     assert torch.equal(output, target.generate(**inputs, **GREEDY))
     looked_up = [one for one in assistant.last_statistics.rounds if any(one.num_looked_up)]
-    # tried once all the same
-    assert (len(looked_up) > 5) if is_worth_it else (len(looked_up) <= 1)
+    # tried all the same, ever more rarely
+    assert (len(looked_up) > 5) if is_worth_it else (len(looked_up) <= 3)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_every_token_tells_who_gave_it(streams):
+    """A looked-up draft is shown as the drafter's, or the drafter's acceptance by position is that of lookups."""
+    target, inputs = _repeating_target(), ragged_prompts(1)
+    plain = target.generate(**inputs, **GREEDY)
+    drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.5)
+    statistics = _statistics_of(target, inputs, drafter, streams=streams)
+    (sources,), (origins,) = statistics.token_sources, statistics.origins
+    assert len(sources) == plain.shape[1] - inputs["input_ids"].shape[1]
+    assert [source != "target" for source in sources] == origins
+    for source, counts in statistics.by_source.items():
+        assert sources.count(source) == counts.num_accepted > 0
+        assert sum(counts.accepted_by_position) >= counts.num_accepted
+    # who drafted in each round, by what the round itself says
+    expected = ["target"]
+    for one in statistics.rounds:
+        source = "lookup" if any(one.num_looked_up) else "model"
+        expected += [source] * one.num_accepted[0] + ["target"]
+    assert sources == expected[: len(sources)]
+    assert statistics.verified_by_position == statistics.by_source["model"].verified_by_position
+
+
+def _statistics_of(target: Any, inputs: Any, drafter: Any, *, streams: bool) -> Any:
+    if not streams:
+        target.generate(**inputs, **GREEDY, assistant_model=drafter, scheduler="fixed", drafts="both")
+        return drafter.last_statistics
+    request = Request(inputs["input_ids"][0].tolist(), dict(GREEDY))
+    (finished,) = generate_stream(target, [request], drafter=drafter, scheduler="fixed", drafts="both")
+    return finished.statistics

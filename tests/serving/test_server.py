@@ -12,9 +12,9 @@ import openai
 import pytest
 import torch
 
-from dspark_hf.serving.processors import SeededNoise
+from dspark_hf.generation.noise import KeyedNoise
 from tests.closeness import assert_same_up_to_rounding
-from tests.serving.running import END, NAME, Running, serve
+from tests.serving.running import END, EOS, NAME, Running, serve
 from tests.tiny import VOCAB_SIZE
 
 # every word is another length of prompt
@@ -158,9 +158,14 @@ def test_a_seed_decides_the_text(running):
         crowd = [_text(job.result()) for job in jobs]
     assert [crowd[0], crowd[3], crowd[5]] == [alone] * 3
     assert len({*crowd}) == 4
-    # what plain `generate` says with the same noise
-    noise = {"logits_processor": [SeededNoise(5)]}
-    assert alone == running.text(running.plain(running.ids("w10"), 10, **noise))
+    # the target's own distribution with the seed's noise, token by token
+    noise, ids = KeyedNoise(5), running.ids("w10")
+    new: list[int] = []
+    while len(new) < 10 and not {EOS, END} & {*new[-1:]}:
+        with torch.no_grad():
+            scores = running.model.target(torch.cat([ids, torch.tensor([new], dtype=torch.long)], dim=1)).logits
+        new.append(int(noise.add_to(scores[:, -1:], [0], [len(new)]).argmax()))
+    assert alone == running.text(new)
 
 
 def test_sampling_comes_from_the_request(running):

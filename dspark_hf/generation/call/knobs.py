@@ -20,6 +20,8 @@ from dspark_hf.generation.targets.interface import RowwiseCache
 
 # a threshold is the scheduler of that name: who sets one of them has decided on both
 _SCHEDULING = ("scheduler", "assistant_confidence_threshold")
+# how sampled drafts are accepted: as many as can be, or so that the text does not depend on them
+SAMPLING_RULES = ("block", "invariant")
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,19 @@ class SpeculationOptions:
 
     `num_drafts`: the drafter's drafts per round at most, 0 if it is not asked; `num_looked_up`: drafts that a row may
     look up instead, 0 if none; `scheduler`: how many are made, and how many of them verified; `drafts`: who makes
-    them.
+    them; `sampling`: the rule by which they are accepted when tokens are sampled.
     """
 
     num_drafts: int
     num_looked_up: int
     scheduler: Scheduler
     drafts: str
+    sampling: str = SAMPLING_RULES[0]
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether sampled text depends on neither drafter nor schedule."""
+        return self.sampling == "invariant"
 
     @property
     def most_drafts(self) -> int:
@@ -56,7 +64,8 @@ def choose_knobs(
     """Return the knobs that were set: by the call, else the configuration given with it, else the target's own."""
     levels = [{name: call[name] for name in KNOBS if call.get(name) is not None}]
     levels += [_knobs_of(config) for config in (given, models_own) if config is not None]
-    return _first(levels, _SCHEDULING) | _first(levels, ("num_assistant_tokens",)) | _first(levels, ("drafts",))
+    groups = (_SCHEDULING, ("num_assistant_tokens",), ("drafts",), ("sampling",))
+    return {name: value for group in groups for name, value in _first(levels, group).items()}
 
 
 def _knobs_of(config: GenerationConfig) -> dict[str, Any]:
@@ -76,11 +85,14 @@ def read_options(
     scheduler: Scheduler | str | None,
     drafts: str | None = None,
     cache: Any = None,
+    sampling: str | None = None,
+    *,
+    is_stream: bool = False,
 ) -> SpeculationOptions:
     """Return the run-time knobs of a call, else those that the drafter comes with.
 
-    `scheduler` and `drafts` are what `custom_generate` was called with. Lookups are no longer than the `cache` can
-    take back, if it is given.
+    `scheduler`, `drafts` and `sampling` are what `custom_generate` was called with. Lookups are no longer than the
+    `cache` can take back, if it is given. With `is_stream`, requests that come and go share the passes.
 
     Raises:
         ValueError: if more drafts are asked for than the drafter was trained to propose, or of a source that there is
@@ -92,6 +104,7 @@ def read_options(
     of_call = {name: explicit_knob(generation_config, name) for name in KNOBS}
     of_call |= {"scheduler": scheduler} if scheduler is not None else {}
     of_call |= {"drafts": drafts} if drafts is not None else {}
+    of_call |= {"sampling": sampling} if sampling is not None else {}
     of_call = {name: value for name, value in of_call.items() if value is not None}
     recommended = {} if drafter.generation_config is None else _knobs_of(drafter.generation_config)
     own = {} if drafter.scheduler is None else {"scheduler": drafter.scheduler}
@@ -106,15 +119,24 @@ def read_options(
     if threshold is not None:
         _check_threshold(threshold)
     is_tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
-    chosen = choose_scheduler(scheduling.get("scheduler"), threshold, is_tensor_parallel=is_tensor_parallel)
     source = _first(levels, ("drafts",)).get("drafts", drafter.drafts)
     _check_source(source, drafter)
+    rule = _first(levels, ("sampling",)).get("sampling", SAMPLING_RULES[0])
+    _check_rule(rule)
+    chosen = choose_scheduler(
+        scheduling.get("scheduler"),
+        threshold,
+        is_tensor_parallel=is_tensor_parallel,
+        # requests that come and go follow the clock anyway
+        must_repeat=bool(generation_config.do_sample) and rule == SAMPLING_RULES[0] and not is_stream,
+    )
     longest_lookup = min(num_drafts or drafter.longest_lookup, _longest_lookup(drafter, model, cache))
     return SpeculationOptions(
         0 if source == "lookup" else num_drafts or drafter.block_size,
         0 if source == "model" else longest_lookup,
         chosen,
         source,
+        rule,
     )
 
 
@@ -123,6 +145,13 @@ def _check_source(source: Any, drafter: Drafter) -> None:
         raise ValueError(
             f"`drafts` must be one of {', '.join(drafter.sources)} for {type(drafter).__name__}, got {source!r}. "
             "Correct it, or leave it out."
+        )
+
+
+def _check_rule(rule: Any) -> None:
+    if rule not in SAMPLING_RULES:
+        raise ValueError(
+            f"`sampling` must be one of {', '.join(SAMPLING_RULES)}, got {rule!r}. Correct it, or leave it out."
         )
 
 

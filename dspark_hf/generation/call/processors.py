@@ -62,6 +62,8 @@ _PREFIX_FREE = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+# among them the only one that goes by a token's id
+_OF_IDS = (SuppressTokensLogitsProcessor,)
 # these look at the prefix as well, and remember nothing of it
 _OF_PREFIX = (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -131,6 +133,17 @@ class ProcessorChain:
         """Whether a processor may remember its calls, so that it must be called for committed text only."""
         return len(self._known) < len(self._processors)
 
+    @property
+    def goes_by_ids(self) -> bool:
+        """Whether a known processor goes by tokens' ids, so that it must be shown the logits of all in their order."""
+        return any(type(one) not in _PREFIX_FREE or type(one) in _OF_IDS for one in self._known)
+
+    @property
+    def num_left(self) -> int | None:
+        """How many tokens a top-k leaves, ties aside; None where there is none."""
+        counts = [one.top_k for one in self._known if type(one) is TopKLogitsWarper]
+        return min(counts) if counts else None
+
     def __call__(self, rows: Sequence[int], ahead: Tensor, logits: Tensor) -> Tensor:
         """Return the scores `(b, W, V)`, fp32, that the known processors make of `logits` `(b, W, V)`.
 
@@ -141,12 +154,14 @@ class ProcessorChain:
         if not self._known:
             return scores
         scores = scores.clone() if scores is logits else scores
-        ids = self._sequences.with_ahead(rows, ahead)
-        places = self._places(rows, ahead, logits.shape[1])
+        ids, places = ahead, {}
+        if not all(type(processor) in _PREFIX_FREE for processor in self._known):
+            # where prefixes end, the host must ask the device
+            ids, places = self._sequences.with_ahead(rows, ahead), self._places(rows, ahead, logits.shape[1])
         for processor in self._known:
             if type(processor) in _PREFIX_FREE:
                 flat = scores.flatten(0, 1)
-                scores = processor(ids.new_zeros(len(flat), 1), flat).view_as(scores)
+                scores = processor(ahead.new_zeros(len(flat), 1), flat).view_as(scores)
             else:
                 scores = _by_length(processor, rows, ids, places, scores)
         return scores

@@ -20,7 +20,10 @@ from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.drawing import NO_DISTRIBUTION
+from dspark_hf.generation.noise import KeyedNoise
 from dspark_hf.generation.ragged_store import fill_gaps
+from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -39,6 +42,8 @@ class CallRows:
         num_drafts: the drafter's drafts per round at most.
         num_looked_up: drafts that a row may look up at most.
         returns_cache: whether the cache is the user's, who will go on with it.
+        has_fixed_size: whether the batch keeps its rows to the end.
+        is_invariant: whether sampled tokens are drawn by noise that seed, row and place alone decide.
     """
 
     def __init__(
@@ -52,12 +57,15 @@ class CallRows:
         num_drafts: int,
         num_looked_up: int = 0,
         returns_cache: bool,
+        has_fixed_size: bool = False,
+        is_invariant: bool = False,
     ):
         self.statistics = SpeculationStatistics()
         self.statistics.start_rows(len(input_ids))
         self._num_drafts = num_drafts
         self._num_looked_up = num_looked_up
         self._is_sampling = bool(generation_config.do_sample)
+        self._noise = KeyedNoise() if self._is_sampling and is_invariant else None
         self._sequences = Sequences(input_ids, pad_token_id(generation_config))
         self._rules = StopRules(stopping_criteria, self._sequences)
         self._eos_token_ids = self._rules.eos_token_ids
@@ -70,6 +78,7 @@ class CallRows:
         self._stream = OrderedStream(streamer, self._sequences)
         self._recorder = OutputRecorder(generation_config, len(input_ids))
         self._returns_cache = self._recorder.returns_dict or returns_cache
+        self._has_fixed_size = has_fixed_size
         # rows in the order in which the caches hold them
         self._rows = list(range(len(input_ids)))
         self._stopped_at: dict[int, int] = {}
@@ -128,14 +137,27 @@ class CallRows:
         """Return every row's last committed token, `(b,)`."""
         return self._sequences.last_tokens(self._rows)
 
-    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
+    @property
+    def goes_by_ids(self) -> bool:
+        """Whether draft scores are only to be had of the whole vocabulary, in the order of the ids."""
+        return self._processors.goes_by_ids
+
+    @property
+    def num_left(self) -> int | None:
+        """How many of a slot's best tokens a draft can be; None for any number."""
+        return self._processors.num_left
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor, *, are_all: bool = True) -> Tensor:
+        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it.
+
+        Unless they `are_all`, the logits are those of some tokens, in any order.
+        """
         if not self._has_processors and not self._is_sampling:
             return logits
         device = self._sequences.device
         scores = self._processors(self._rows, drafted.to(device), logits[:, None].to(device))[:, 0]
         # an end, if there is one: what would be drafted after a token that is not allowed is of no use
-        return fill_empty(scores, self._eos_token_ids)
+        return fill_empty(scores, self._eos_token_ids if are_all else ())
 
     def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
         """Return the scores `(b, W, V)` after processors, of a pass over `drafts` `(b, W - 1)` and what precedes."""
@@ -172,35 +194,48 @@ class CallRows:
         """Return whether a token ends the text of a row."""
         return token_id in self._eos_token_ids
 
+    def with_noise(self, scores: Tensor, ahead: int, token_ids: Tensor | None = None) -> Tensor:
+        """Return `scores` `(b, W, V)` with noise where rows draw by it, from `ahead` tokens behind their text on."""
+        if self._noise is None:
+            return scores
+        # prompts and their padding do not count
+        starts = [self._sequences.lengths[row] - self._sequences.prompt_length + ahead for row in self._rows]
+        return self._noise.add_to(scores, self._rows, starts, token_ids)
+
     def probabilities(self, scores: Tensor) -> Tensor | None:
-        """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None when greedy."""
-        return torch.softmax(scores.float(), dim=-1) if self._is_sampling else None
+        """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None where the best is taken."""
+        return torch.softmax(scores.float(), dim=-1) if self._is_sampling and self._noise is None else None
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: NewTokens, record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
         Returns how many tokens each row got.
         """
-        counts = [len(tokens) if self._is_live(row) else 0 for row, tokens in zip(self._rows, new_tokens, strict=True)]
+        if self._noise is not None:
+            _check_drawn(scores, [0] * len(scores) if record is None else record.num_accepted)
+        pairs = zip(self._rows, new_tokens.ids, strict=True)
+        counts = [len(ids) if self._is_live(row) else 0 for row, ids in pairs]
         if self._recorder.returns_dict:
             for index, row in enumerate(self._rows):
                 self._recorder.add(row, index, counts[index], target_pass, scores, is_prefill=record is None)
         counts = self._cut(counts, new_tokens)
         num_accepted = [0] * len(counts) if record is None else record.num_accepted
         for index, row in enumerate(self._rows):
-            self._sequences.append(row, new_tokens[index][: counts[index]])
+            if counts[index]:
+                self._sequences.append(row, new_tokens.tensors[index][: counts[index]])
             if self._recorder.returns_dict:
                 self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
-            self.statistics.add_tokens(row, [i < num_accepted[index] for i in range(counts[index])])
+            source = "model" if record is None else record.drafts_of(index)[0]
+            self.statistics.add_tokens(row, counts[index], num_accepted[index], source)
         if self._streams:
             self._stream.flush(self._stopped_at if self._rules.pads_finished_rows else {})
         if record is not None:
             self._count(record, counts)
         return counts
 
-    def _cut(self, counts: list[int], new_tokens: list[Tensor]) -> list[int]:
+    def _cut(self, counts: list[int], new_tokens: NewTokens) -> list[int]:
         """Return how many of the `new_tokens` each row gets, and remember where rows stop."""
         stops = self._rules.first_stops(self._rows, new_tokens, self._scores_until)
         for index, row in enumerate(self._rows):
@@ -236,7 +271,7 @@ class CallRows:
     def leave(self) -> list[int]:
         """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""
         # not where their cache is to be returned, or they may have to write on
-        if self._returns_cache or not self._rules.pads_finished_rows:
+        if self._returns_cache or self._has_fixed_size or not self._rules.pads_finished_rows:
             return []
         staying = fill_gaps([index for index, row in enumerate(self._rows) if row not in self._stopped_at])
         if not staying or len(staying) == len(self._rows):
@@ -252,3 +287,11 @@ class CallRows:
         if not self._recorder.returns_dict:
             return sequences
         return self._recorder.build(sequences, cache, self.statistics)
+
+
+def _check_drawn(scores: Tensor, num_accepted: Sequence[int]) -> None:
+    """Raise the error of plain sampling where tokens were drawn from scores `(b, W, V)` that are no distribution."""
+    can_be_drawn = torch.isfinite(scores.amax(-1)).tolist()
+    # what stands behind the first rejected draft was not drawn from
+    if not all(all(row[: count + 1]) for row, count in zip(can_be_drawn, num_accepted, strict=True)):
+        raise RuntimeError(NO_DISTRIBUTION)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from dspark_hf.generation.fixed_size import FixedSize
 from dspark_hf.generation.statistics import SpeculationStatistics
 
 if TYPE_CHECKING:
@@ -20,6 +21,26 @@ if TYPE_CHECKING:
 
 # (slot k, logits [B, V], drafted so far [B, k]) -> (token ids [B], probabilities [B, V] or None when greedy)
 Sampler = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+class CandidateSampler(ABC):
+    """A `Sampler` that can also be shown those tokens alone that a draft can be, which are often few."""
+
+    @property
+    @abstractmethod
+    def takes_candidates(self) -> bool:
+        """Whether nothing that decides over drafts goes by their ids; else the whole vocabulary must be shown."""
+
+    @abstractmethod
+    def __call__(self, slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draw the draft of a slot, as every `Sampler` does."""
+
+    @abstractmethod
+    def among(self, slot: int, logits: Tensor, drafted: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draw the draft of a slot from `candidates`, ids `(n,)` or `(B, n)`, whose `logits` are `(B, n)`.
+
+        Returns the ids `(B,)` and their distributions `(B, n)` over the candidates, None when greedy.
+        """
 
 
 @dataclass
@@ -90,6 +111,12 @@ class DraftContext(ABC):
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` `(B')` of the batch, in that order."""
 
+    def fix_size(self, size: FixedSize) -> None:  # noqa: B027 (nothing that grows with the text is compiled)
+        """Keep all shapes from round to round, and compile what drafts: called once, before anything is read.
+
+        By default nothing changes.
+        """
+
     def append_rows(self, other: Any) -> None:
         """Append the rows of another context of the same drafter; only `generate_stream` asks for it."""
         raise NotImplementedError(
@@ -124,6 +151,8 @@ class Drafter(ABC):
     min_match: int = 2
     # with the anchor a pass is then 16 tokens wide: kernels work in tiles of that size
     longest_lookup: int = 15
+    # of each draft, how often it was accepted if those before it were, where the drafter was evaluated
+    accept_rates: Any = None
     last_statistics: SpeculationStatistics | None = None
 
     @property

@@ -18,8 +18,10 @@ from dspark_hf.generation.call.processors import ProcessorChain, fill_empty
 from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
+from dspark_hf.generation.noise import KeyedNoise
 from dspark_hf.generation.ragged_store import fill_gaps
 from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.scheduling.interface import Batch
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.interface import TargetPass
@@ -38,6 +40,8 @@ class RequestRow:
         num_drafts: the drafter's drafts per round at most.
         num_looked_up: drafts that the row may look up at most.
         prompt: the prompt without padding, to look them up in.
+        is_invariant: whether sampled tokens are drawn by noise that the request's seed and the place alone decide.
+        seed: that seed; None draws one from torch's global generator.
     """
 
     def __init__(
@@ -52,10 +56,13 @@ class RequestRow:
         num_drafts: int,
         num_looked_up: int = 0,
         prompt: Sequence[int] = (),
+        is_invariant: bool = False,
+        seed: int | None = None,
     ):
         self.request = request
         self.sequences = Sequences(input_ids, pad_token_id(generation_config))
         self.is_sampling = bool(generation_config.do_sample)
+        self._noise = KeyedNoise(seed) if self.is_sampling and is_invariant else None
         self.statistics = SpeculationStatistics()
         self.statistics.start_rows(1)
         self.is_finished = False
@@ -119,28 +126,53 @@ class RequestRow:
                 return self._processors.at([0], ahead, logits)
         return logits.float()
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the token with the best score is written: greedy, or with noise among the scores."""
+        return not self.is_sampling or self._noise is not None
+
+    def with_noise(self, scores: Tensor, ahead: int, token_ids: Tensor | None) -> Tensor:
+        """Return `scores` `(1, W, V)` with noise if the row draws by it."""
+        if self._noise is None:
+            return scores.float()
+        start = self.sequences.lengths[0] - self.sequences.prompt_length + ahead
+        return self._noise.add_to(scores, [0], [start], token_ids)
+
     def is_end(self, token_id: int) -> bool:
         """Return whether a token ends the text."""
         return token_id in self._eos_token_ids
 
-    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
+    @property
+    def goes_by_ids(self) -> bool:
+        """Whether draft scores are only to be had of the whole vocabulary, in the order of the ids."""
+        return self._processors.goes_by_ids
+
+    @property
+    def num_left(self) -> int | None:
+        """How many of a slot's best tokens a draft can be; None for any number."""
+        return self._processors.num_left
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor, *, are_all: bool = True) -> Tensor:
         """Return the scores `(1, V)` of a slot's `logits`, behind the drafts `(1, k)`."""
         scores = self.scores(drafted, logits[:, None])[:, 0]
-        return fill_empty(scores, self._eos_token_ids)
+        return fill_empty(scores, self._eos_token_ids if are_all else ())
 
-    def commit(self, tokens: Tensor, num_accepted: int, can_be_drawn: bool) -> int:
-        """Append `tokens` `(n,)` up to where the row stops. Returns how many that are: none once it has failed."""
+    def commit(self, ids: list[int], tokens: Tensor, num_accepted: int, source: str, can_be_drawn: bool) -> int:
+        """Append `tokens` `(n,)`, known as `ids`, accepted drafts of `source` first, up to where the row stops.
+
+        Returns how many that are: none once it has failed.
+        """
         if self.is_sampling and not can_be_drawn and self.error is None:
             self.error = ValueError("`logits_processor` must leave a token that can be sampled, got none.")
         if self.error is not None:
             return 0
         count = 0
         with self._guarded():
-            (stop,) = self._rules.first_stops([0], [tokens], lambda length: None)
+            (stop,) = self._rules.first_stops([0], NewTokens([ids], [tokens]), lambda length: None)
             count = stop or len(tokens)
             self.is_finished = stop is not None
             self.sequences.append(0, tokens[:count])
-            self.statistics.add_tokens(0, [i < num_accepted for i in range(count)])
+            self.statistics.add_tokens(0, count, num_accepted, source)
             self._stream.flush({})
         return count
 
@@ -177,14 +209,29 @@ class RequestRows:
         """Return every row's last committed token, `(b,)`."""
         return torch.cat([row.sequences.last_tokens([0]) for row in self.rows])
 
-    def draft_scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it."""
+    @property
+    def goes_by_ids(self) -> bool:
+        """Whether draft scores are only to be had of the whole vocabulary, in the order of the ids."""
+        return any(row.goes_by_ids for row in self.rows)
+
+    @property
+    def num_left(self) -> int | None:
+        """How many of a slot's best tokens a draft of any row can be; None for any number."""
+        counts = [row.num_left for row in self.rows]
+        return None if None in counts else max(count for count in counts if count is not None)
+
+    def draft_scores(self, logits: Tensor, drafted: Tensor, *, are_all: bool = True) -> Tensor:
+        """Return the scores `(b, V)` of a slot's `logits` `(b, V)`, `drafted` `(b, k)` being the drafts before it.
+
+        Unless they `are_all`, the logits are those of some tokens, in any order.
+        """
         device = self.rows[0].sequences.device
         logits, drafted = logits.to(device), drafted.to(device)
         if not any(row.has_processors or row.is_sampling for row in self.rows):
             return logits
         rows = enumerate(self.rows)
-        return torch.cat([row.draft_scores(logits[i : i + 1], drafted[i : i + 1]) for i, row in rows])
+        parts = ((row, logits[i : i + 1], drafted[i : i + 1]) for i, row in rows)
+        return torch.cat([row.draft_scores(part, before, are_all=are_all) for row, part, before in parts])
 
     def scores(self, target_pass: TargetPass, drafts: Tensor) -> Tensor:
         """Return the scores `(b, W, V)` after processors, of a pass over `drafts` `(b, W - 1)` and what precedes."""
@@ -220,18 +267,28 @@ class RequestRows:
         """Return whether a token ends the text of a row."""
         return self.rows[index].is_end(token_id)
 
+    def with_noise(self, scores: Tensor, ahead: int, token_ids: Tensor | None = None) -> Tensor:
+        """Return `scores` `(b, W, V)` with noise where rows draw by it, from `ahead` tokens behind their text on."""
+        if not any(row.is_sampling and row.takes_the_best for row in self.rows):
+            return scores
+        ids = [
+            token_ids if token_ids is None or token_ids.ndim == 1 else token_ids[i : i + 1]
+            for i in range(len(self.rows))
+        ]
+        return torch.cat([row.with_noise(scores[i : i + 1], ahead, ids[i]) for i, row in enumerate(self.rows)])
+
     def probabilities(self, scores: Tensor) -> Tensor | None:
-        """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None if all rows are greedy."""
-        if not any(row.is_sampling for row in self.rows):
+        """Return what tokens are drawn from, fp32, shaped as `scores` `(b, *, V)`; None if all rows take the best."""
+        if all(row.takes_the_best for row in self.rows):
             return None
-        are_sampling = torch.tensor([row.is_sampling for row in self.rows], device=scores.device)
+        are_sampling = torch.tensor([not row.takes_the_best for row in self.rows], device=scores.device)
         # a greedy row draws from its best token alone; so does one without a distribution, which fails afterwards
         is_drawn = are_sampling.view(-1, *[1] * (scores.ndim - 2)) & _can_be_drawn(scores)
         best = torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
         return torch.where(is_drawn[..., None], torch.softmax(scores.float(), dim=-1), best)
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: NewTokens, record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
@@ -243,9 +300,16 @@ class RequestRows:
         if any(row.is_sampling for row in self.rows):
             drawn = _can_be_drawn(scores).tolist()
         num_accepted = [0] * len(self.rows) if record is None else record.num_accepted
+        sources = ["model" if record is None else record.drafts_of(i)[0] for i in range(len(self.rows))]
         num_kept = [
             # what stands behind the first rejected draft was not drawn from
-            row.commit(new_tokens[i], num_accepted[i], all(drawn[i][: num_accepted[i] + 1]))
+            row.commit(
+                new_tokens.ids[i],
+                new_tokens.tensors[i],
+                num_accepted[i],
+                sources[i],
+                all(drawn[i][: num_accepted[i] + 1]),
+            )
             for i, row in enumerate(self.rows)
         ]
         if record is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dspark_hf.generation.scheduling.adaptive.scheduler import AdaptiveScheduler
 from dspark_hf.generation.scheduling.asynchronous import AsynchronousScheduler
+from dspark_hf.generation.scheduling.counted import CountedScheduler
 from dspark_hf.generation.scheduling.fixed import FixedScheduler
 from dspark_hf.generation.scheduling.hardware_aware import HardwareAwareScheduler
 from dspark_hf.generation.scheduling.interface import Scheduler
@@ -19,6 +20,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         ThresholdScheduler,
         HardwareAwareScheduler,
         AsynchronousScheduler,
+        CountedScheduler,
         AdaptiveScheduler,
     )
 }
@@ -26,20 +28,23 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
 _TIMED = (HardwareAwareScheduler, AsynchronousScheduler, AdaptiveScheduler)
 
 
-def choose_scheduler(chosen: Any, threshold: float | None, *, is_tensor_parallel: bool = False) -> Scheduler:
+def choose_scheduler(
+    chosen: Any, threshold: float | None, *, is_tensor_parallel: bool = False, must_repeat: bool = False
+) -> Scheduler:
     """Return the scheduler of a call.
 
     Args:
         chosen: a name, a `Scheduler`, or None where the user chose nothing.
         threshold: `assistant_confidence_threshold` if the user set it; 0 means that every draft is verified.
         is_tensor_parallel: whether several processes run the target together, each with a clock of its own.
+        must_repeat: whether the text depends on how far is drafted, and a seed is to give the same again.
 
     Raises:
         ValueError: if the name is none, or the choices contradict each other.
         TypeError: if `chosen` is neither a name nor a scheduler.
     """
     if chosen is None:
-        return _implied(threshold, is_tensor_parallel)
+        return _implied(threshold, is_tensor_parallel, must_repeat)
     scheduler = _by_name(chosen, threshold) if isinstance(chosen, str) else chosen
     if not isinstance(scheduler, Scheduler):
         raise TypeError(
@@ -69,7 +74,9 @@ def _by_name(name: str, threshold: float | None) -> Scheduler:
     return SCHEDULERS[name]()
 
 
-def _implied(threshold: float | None, is_tensor_parallel: bool) -> Scheduler:
+def _implied(threshold: float | None, is_tensor_parallel: bool, must_repeat: bool) -> Scheduler:
     if threshold:
         return ThresholdScheduler(threshold, confidence="head")
-    return FixedScheduler() if threshold == 0 or is_tensor_parallel else AdaptiveScheduler()
+    if threshold == 0 or is_tensor_parallel:
+        return FixedScheduler()
+    return CountedScheduler() if must_repeat else AdaptiveScheduler()

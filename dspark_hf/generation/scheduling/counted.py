@@ -1,0 +1,98 @@
+"""Draft as far as this call's own drafts were accepted, whatever the clock says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dspark_hf.generation.drafting.interface import DraftedBlock
+from dspark_hf.generation.drafting.lookup import Offer
+from dspark_hf.generation.scheduling.defaults import (
+    ASSUMED_COST_OF_A_BLOCK,
+    ASSUMED_COST_OF_A_TOKEN,
+    COUNT_MEMORY,
+    COUNT_TRUST,
+    FIRST_TRIAL_GAP,
+    LONGEST_TRIAL_GAP,
+    PRIOR_CHANCE,
+    REQUIRED_GAIN,
+)
+from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Choice, RoundOutcome, Schedule, Scheduler
+
+
+class CountedScheduler(Scheduler):
+    """Decide how far to draft from counts alone: how many drafts of each place in a block this call has accepted.
+
+    Nothing is measured and nothing remembered from call to call, so that a seed gives the same sampled text on every
+    run. What passes cost is assumed to be usual.
+    """
+
+    name = "counted"
+
+    def start(self, call: CallInfo) -> Schedule:
+        return _Counted()
+
+
+class _Counted(Schedule):
+    def __init__(self) -> None:
+        # of each place in a block: drafts whose prefix was accepted, and how many of them were
+        self._seen: list[float] = []
+        self._accepted: list[float] = []
+        self._num_parked = 0
+        self._gap = FIRST_TRIAL_GAP
+
+    def num_drafts(self, batch: Batch) -> int:
+        if batch.max_drafts < 1:
+            return 0
+        count, rate = self._best(batch.max_drafts)
+        if rate > REQUIRED_GAIN or self._num_parked >= self._gap:
+            self.parked_because = None
+            return count
+        self.parked_because = (
+            f"drafting promises {rate:.2f} x the speed of plain decoding at usual costs, less than {REQUIRED_GAIN} x"
+        )
+        return 0
+
+    def choose(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
+        if batch.max_drafts and not self.num_drafts(batch):
+            # as without a drafter: what stood before may still go on
+            return super().choose(replace(batch, limits=(0,) * batch.num_rows), offers)
+        return super().choose(batch, offers)
+
+    def _best(self, most: int) -> tuple[int, float]:
+        """Return how many drafts promise most, and how many times the speed of plain decoding that would be."""
+        survival, tokens, best = 1.0, 1.0, (1, 0.0)
+        for count in range(1, most + 1):
+            survival *= self._chance(count - 1)
+            tokens += survival
+            rate = tokens / (1 + ASSUMED_COST_OF_A_BLOCK + ASSUMED_COST_OF_A_TOKEN * count)
+            best = max(best, (count, rate), key=lambda pair: pair[1])
+        return best
+
+    def _chance(self, place: int) -> float:
+        if place >= len(self._seen):
+            # of what was never verified: as the last place that was
+            return self._chance(len(self._seen) - 1) if self._seen else PRIOR_CHANCE
+        return (self._accepted[place] + COUNT_TRUST * PRIOR_CHANCE) / (self._seen[place] + COUNT_TRUST)
+
+    def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
+        return batch.cut(drafted.num_drafts)
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        if not outcome.num_drafted:
+            self._num_parked += self.parked_because is not None
+            return
+        for row in outcome.modelled_rows:
+            self._count(outcome.num_verified[row], outcome.num_accepted[row])
+        # a trial: the next comes later, unless this one changes the verdict
+        is_trial = self._num_parked >= self._gap
+        self._gap = min(2 * self._gap, LONGEST_TRIAL_GAP) if is_trial else FIRST_TRIAL_GAP
+        self._num_parked = 0
+
+    def _count(self, verified: int, accepted: int) -> None:
+        for place in range(min(verified, accepted + 1)):
+            if place == len(self._seen):
+                self._seen.append(0.0)
+                self._accepted.append(0.0)
+            self._seen[place] = COUNT_MEMORY * self._seen[place] + 1
+            self._accepted[place] = COUNT_MEMORY * self._accepted[place] + (place < accepted)
