@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from dspark_hf.prompts import Prompt, encode_prompt, end_token_id, has_chat_template
-from dspark_hf.serving.errors import ApiError
+from dspark_hf.prompts import Prompt, encode_prompt, end_token_id, has_chat_template, template_names
+from dspark_hf.serving.errors import ApiError, shorten
 from dspark_hf.serving.schemas import ChatBody, CompletionBody, GenerationBody
 
 # positions of a target that does not say how many it has
@@ -99,7 +101,8 @@ class ServedModel:
             # developer is the API's newer word, which few templates know
             roles = {"developer": "system"}
             messages = tuple({"role": roles.get(one.role, one.role), "content": one.text} for one in body.messages)
-            return encode_prompt(Prompt(messages=messages), self.tokenizer).tolist()
+            self._check_template_options(body.chat_template_kwargs)
+            return encode_prompt(Prompt(messages=messages), self.tokenizer, body.chat_template_kwargs).tolist()
         assert isinstance(body, CompletionBody)
         prompt = body.one_prompt
         if isinstance(prompt, list):
@@ -107,6 +110,17 @@ class ServedModel:
                 raise ValueError("`prompt` must have at least one token, got none. Add some.")
             return prompt
         return encode_prompt(Prompt(text=prompt), self.tokenizer).tolist()
+
+    def _check_template_options(self, options: Mapping[str, Any]) -> None:
+        # what the tokenizer's method itself takes would be more than a word to the template: another template, for one
+        taken = {"conversation", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        names = (template_names(self.tokenizer) - taken) if options else set()
+        for name in options:
+            if name not in names:
+                raise ValueError(
+                    "`chat_template_kwargs` must name something that the target's chat template asks for, got "
+                    f"{shorten(name)}. Leave it out, or correct it."
+                )
 
     def room(self, body: ChatBody | CompletionBody, prompt_length: int) -> int:
         """Return how many tokens the answer may have.

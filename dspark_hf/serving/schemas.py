@@ -148,6 +148,8 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    # vLLM's word for what the chat template is told besides
+    chat_template_kwargs: dict[str, Any] = {}
 
     @property
     def most_tokens(self) -> int | None:
