@@ -39,6 +39,10 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; default: MODEL.", rich_help_panel=_SERVING)
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="How far to draft, such as fixed; default: adaptive.", rich_help_panel=options.MODELS),
+    ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Requests decoded together.", rich_help_panel=_BOUNDS)] = 8,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Requests that wait; more are told to come back.", rich_help_panel=_BOUNDS)
@@ -67,7 +71,7 @@ def serve(
         if api_key == "":
             raise ValueError("`--api-key` must be a key, got an empty one. Leave it out to serve without.")
         served = _load(Asked(model, drafter, dtype.value, device), name or model, context, console)
-        engine = _start(served, console, max_rows=max_rows, max_waiting=max_waiting)
+        engine = _start(served, console, max_rows=max_rows, max_waiting=max_waiting, scheduler=scheduler)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except UnavailableError as error:
@@ -101,13 +105,13 @@ def _load(asked: Asked, name: str, context: int | None, console: Console) -> tup
         return ServedModel(name, target, tokenizer, context), drafter_for(target, asked)
 
 
-def _start(served: tuple[ServedModel, Any], console: Console, **bounds: int) -> Engine:
+def _start(served: tuple[ServedModel, Any], console: Console, **options: Any) -> Engine:
     """Return what will decode, after a word on who that is."""
     from dspark_hf.console import say
     from dspark_hf.serving.engine import Engine
 
     model, drafter = served
-    engine = Engine(model.target, drafter, **bounds)
+    engine = Engine(model.target, drafter, **options)
     dtype = str(model.target.dtype).removeprefix("torch.")
     say(
         console,

@@ -31,6 +31,7 @@ class Engine:
         max_rows: requests that are decoded at the same time.
         max_waiting: requests that may wait for a row.
         retry_after: seconds after which a client that was turned away may try again.
+        scheduler: as in `generate_stream`.
 
     Raises:
         ValueError: if the target cannot be decoded row by row, or the drafter does not fit.
@@ -44,9 +45,11 @@ class Engine:
         max_rows: int = 8,
         max_waiting: int = 64,
         retry_after: int = 2,
+        scheduler: str | None = None,
     ):
         self._target, self._drafter = target, drafter
         self._max_rows, self._max_waiting, self._retry_after = max_rows, max_waiting, retry_after
+        self._scheduler = scheduler
         self._line = WaitingLine(max_waiting)
         self._open: set[Request] = set()
         self._lock = Lock()
@@ -75,12 +78,31 @@ class Engine:
         """Start to decode."""
         self._thread.start()
 
+    def check_room(self, num_before: int = 0) -> None:
+        """Raise what `submit` would raise now, had `num_before` others been submitted before."""
+        if self._down is not None:
+            raise self._not_running()
+        if len(self._line) + num_before >= self._max_waiting:
+            raise self._full()
+
+    def _full(self) -> ApiError:
+        return ApiError(
+            429,
+            f"the server must have room for a request, got {self._max_waiting} that wait. Try again later.",
+            code="queue_full",
+            retry_after=self._retry_after,
+        )
+
+    def _not_running(self) -> ApiError:
+        return ApiError(503, f"the server must be running, got that {self._down}")
+
     def submit(self, answer: Answer, input_ids: list[int], options: dict[str, Any]) -> None:
         """Let a request wait for a row.
 
         Raises:
             ApiError: if too many wait already, or nothing is decoded any more.
         """
+        self.check_room()
         request = Request(input_ids, {**options, "streamer": answer}, key=answer)
         answer.request = request
         try:
@@ -88,14 +110,9 @@ class Engine:
                 self._line.put(request)
                 self._open.add(request)
         except Full:
-            raise ApiError(
-                429,
-                f"the server must have room for a request, got {self._max_waiting} that wait. Try again later.",
-                code="queue_full",
-                retry_after=self._retry_after,
-            ) from None
+            raise self._full() from None
         except ValueError:
-            raise ApiError(503, f"the server must be running, got that {self._down}") from None
+            raise self._not_running() from None
 
     def cancel(self, answer: Answer) -> None:
         """Let a request end where it is; nothing happens to one that has ended."""
@@ -119,9 +136,7 @@ class Engine:
     def _shut(self, reason: str) -> None:
         self._down = self._down or reason
         for request in self._line.close():
-            self._report(
-                FinishedRequest(request, error=ApiError(503, f"the server must be running, got that {reason}"))
-            )
+            self._report(FinishedRequest(request, error=self._not_running()))
 
     def _run(self) -> None:
         try:
@@ -151,7 +166,9 @@ class Engine:
                 self._report(finished)
 
     def _new_stream(self, requests: Any) -> RequestStream:
-        return generate_stream(self._target, requests, drafter=self._drafter, max_rows=self._max_rows)
+        return generate_stream(
+            self._target, requests, drafter=self._drafter, max_rows=self._max_rows, scheduler=self._scheduler
+        )
 
     def _report(self, finished: FinishedRequest) -> None:
         with self._lock:

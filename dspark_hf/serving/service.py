@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -39,7 +39,7 @@ class _Call:
     prompt_length: int
     form: ChatForm | TextForm
     wants_usage: bool
-    began: float = field(default_factory=time.monotonic)
+    began: float
     has_begun: bool = False
     is_over: bool = False
 
@@ -62,6 +62,7 @@ class Service:
     def __init__(self, model: ServedModel, engine: Engine, metrics: Metrics, seconds: float):
         self._model, self._engine, self._metrics, self._seconds = model, engine, metrics, seconds
         # one thread: prompts are encoded in turns, while the loop goes on
+        self._num_reading = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="dspark-hf reader")
 
     def close(self) -> None:
@@ -76,7 +77,7 @@ class Service:
         """
         began = time.monotonic()
         try:
-            call = await self._begin(body)
+            call = await self._begin(body, began)
         except ApiError as error:
             self._metrics.count_end(error.code if error.code == "queue_full" else "refused", time.monotonic() - began)
             raise
@@ -89,14 +90,14 @@ class Service:
             return await self._stream(call, http)
         return await self._whole(call, http)
 
-    async def _begin(self, body: ChatBody | CompletionBody) -> _Call:
+    async def _begin(self, body: ChatBody | CompletionBody, began: float) -> _Call:
         model = self._model
         if body.model != model.name:
             message = f"`model` must be {model.name!r} here, got {shorten(body.model)}. GET /v1/models tells it."
             raise ApiError(404, message, param="model", code="model_not_found")
-        if self._engine.down is not None:
-            raise ApiError(503, f"the server must be running, got that {self._engine.down}")
-        ids = await asyncio.get_running_loop().run_in_executor(self._reader, model.read, body)
+        # before any work: prompts that wait to be read take memory, too
+        self._engine.check_room(self._num_reading)
+        ids = await self._read(body)
         end_ids = model.end_ids(body)
         recorder = None if body.num_logprobs is None else LogprobRecorder(body.num_logprobs)
         options = read_options(
@@ -112,7 +113,14 @@ class Service:
         form_class = ChatForm if isinstance(body, ChatBody) else TextForm
         form = form_class(model.name, wants_logprobs=recorder is not None, wants_usage=body.wants_usage)
         self._engine.submit(answer, ids, options)
-        return _Call(answer, len(ids), form, body.wants_usage)
+        return _Call(answer, len(ids), form, body.wants_usage, began)
+
+    async def _read(self, body: ChatBody | CompletionBody) -> list[int]:
+        self._num_reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, self._model.read, body)
+        finally:
+            self._num_reading -= 1
 
     def _left(self, call: _Call) -> float:
         return call.began + self._seconds - time.monotonic()

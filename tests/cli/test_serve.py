@@ -68,6 +68,7 @@ def test_a_folder_is_served(tmp_path, monkeypatch):
         (("--api-key", ""), "`--api-key` must be a key, got an empty one."),
         (("--api-key", "schlüssel"), "`--api-key` must be of visible ASCII characters"),
         (("--context", "100000"), "`--context` must be at most the target's 512 positions, got 100000."),
+        (("--scheduler", "eager"), "`scheduler` must"),
         (("--max-rows", "0"), "--max-rows"),
     ],
 )
