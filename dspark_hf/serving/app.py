@@ -56,7 +56,7 @@ def create_app(
     # no pages: they would load scripts from elsewhere
     app = FastAPI(title="dspark-hf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
-    _add_errors(app)
+    _add_errors(app, metrics)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, http: Request) -> Response:
@@ -93,13 +93,14 @@ def _card(model: ServedModel) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "dspark-hf", "max_model_len": model.context}
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
         return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> Response:
+        metrics.count_end("refused")
         message, param = describe_slips(error.errors())
         return JSONResponse(ApiError(400, message, param=param).body(), 400)
 

@@ -49,10 +49,11 @@ class Metrics:
         )
         self._total = SpeculationStatistics()
 
-    def count_end(self, end: str, seconds: float) -> None:
-        """Count a request that has ended, however it did."""
+    def count_end(self, end: str, seconds: float | None = None) -> None:
+        """Count a request that has ended, however it did; without `seconds` it had not begun."""
         self._requests.labels(end).inc()
-        self._whole.observe(seconds)
+        if seconds is not None:
+            self._whole.observe(seconds)
 
     def count_first(self, seconds: float) -> None:
         """Count a request's first text."""

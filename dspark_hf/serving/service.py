@@ -79,12 +79,12 @@ class Service:
         try:
             call = await self._begin(body, began)
         except ApiError as error:
-            self._metrics.count_end(error.code if error.code == "queue_full" else "refused", time.monotonic() - began)
+            self._metrics.count_end(error.code if error.code == "queue_full" else "refused")
             raise
         except Exception as error:
             # a template is a program, which may fail in any way
             _LOGGER.exception("a prompt could not be read")
-            self._metrics.count_end("error", time.monotonic() - began)
+            self._metrics.count_end("error")
             raise ApiError(500, f"the prompt must be readable, got {type(error).__name__}. Change it.") from error
         if body.stream:
             return await self._stream(call, http)

@@ -14,7 +14,7 @@ import torch
 
 from dspark_hf.generation.noise import KeyedNoise
 from tests.closeness import assert_same_up_to_rounding
-from tests.serving.running import END, EOS, NAME, Running, serve
+from tests.serving.running import END, EOS, NAME, Running, serve, wait_until
 from tests.tiny import VOCAB_SIZE
 
 # every word is another length of prompt
@@ -108,6 +108,43 @@ def test_a_stop_string_ends_the_text_before_it(running, is_stream):
         answer = _chat(running, "w10 w11", max_tokens=20, stop=[stop, "never"], stream=is_stream)
         text, reasons = _streamed(answer) if is_stream else (_text(answer), [answer.choices[0].finish_reason])
         assert (text, reasons) == ((whole.partition(stop)[0], ["stop"]) if stop in whole else (whole, ["length"]))
+
+
+def test_nothing_is_written_behind_a_stop_string(running):
+    """A request with a stop string keeps its row until its last token."""
+    before = running.brake.num_passes
+    first = running.text(running.plain(running.ids("w10 w11"), 1))
+    used = running.brake.num_passes
+    answer = _chat(running, "w10 w11", max_tokens=200, stop=first)
+    assert (_text(answer), answer.usage.completion_tokens) == ("", 1)
+    wait_until(lambda: running.engine.num_running == 0)
+    assert used - before == 1 and running.brake.num_passes - used <= 2
+
+
+def test_numbers_add_up(running):
+    """Prometheus reads other numbers of requests, tokens or drafts than there were."""
+
+    def read() -> dict[str, float]:
+        ends = {end: running.metric(f'dspark_requests_total{{end="{end}"}}') for end in ("length", "refused")}
+        steps = ("drafted", "verified", "accepted")
+        drafts = {step: running.metric(f'dspark_drafts_total{{step="{step}"}}') for step in steps}
+        names = ("dspark_prompt_tokens_total", "dspark_generated_tokens_total", "dspark_request_seconds_count")
+        return {**ends, **drafts, **{name: running.metric(name) for name in names}}
+
+    before = read()
+    # two words by turns: looked-up drafts are right
+    bias = {"33": 100, "34": 99}
+    assert (
+        _chat(running, "w10", logit_bias=bias, frequency_penalty=1, max_tokens=40).choices[0].finish_reason == "length"
+    )
+    assert running.ask("/v1/chat/completions", _body(n=2))[0] == 400
+    change = {name: value - before[name] for name, value in read().items()}
+    assert (change["length"], change["refused"], change["dspark_request_seconds_count"]) == (1, 1, 1)
+    assert change["dspark_prompt_tokens_total"] == running.ids("w10").shape[1]
+    assert change["dspark_generated_tokens_total"] == 40
+    assert change["drafted"] >= change["verified"] >= change["accepted"] >= 0
+    tau = running.metric("dspark_round_tokens_total") / running.metric("dspark_rounds_total")
+    assert running.metric("dspark_tokens_per_round") == pytest.approx(tau)
 
 
 def _reference_logprobs(running: Running, ids: torch.Tensor, new: list[int]) -> torch.Tensor:
