@@ -36,7 +36,7 @@ class Ending:
 class Answer(BaseStreamer):
     """Turn tokens into text up to the first stop string, and hand both to an event loop.
 
-    The decoding thread calls `put` and `finish`; the loop's side reads `next`.
+    The decoding thread calls `put` and `finish`; a coroutine of the loop that made it reads `next`.
 
     Args:
         tokenizer: decodes the tokens; used by the decoding thread alone.
@@ -68,8 +68,6 @@ class Answer(BaseStreamer):
         self.request: Request | None = None
         self.num_tokens = 0
         self.ending: Ending | None = None
-
-    # ---- the decoding thread
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then one token a call."""
@@ -120,8 +118,6 @@ class Answer(BaseStreamer):
         # a loop that has ended has nobody who waits
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    # ---- the event loop
 
     async def next(self) -> Delta | None:
         """Wait for text, and return all that is there; None at the end, which `ending` tells of."""

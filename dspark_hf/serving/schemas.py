@@ -10,7 +10,7 @@ from dspark_hf.damage import is_text
 from dspark_hf.serving.errors import shorten
 
 # fields of the API that have one value here, and what to do where another was meant
-_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "n": ((1,), "Send a request for each answer: they are decoded together."),
     "best_of": ((1,), "Send a request for each answer."),
     "echo": ((False,), "The prompt is not scored: leave it out."),
@@ -114,13 +114,13 @@ class GenerationBody(_Body):
     def _check_fixed(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for name in values.keys() & _FIXED.keys():
-            value, (allowed, remedy) = values[name], _FIXED[name]
+        for name in values.keys() & FIXED.keys():
+            value, (allowed, remedy) = values[name], FIXED[name]
             # true equals 1, and is no number
             if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
                 rule = " or ".join(map(repr, allowed))
                 raise ValueError(f"`{name}` must be {rule}, got {shorten(value)}. {remedy}")
-        return {name: value for name, value in values.items() if name not in _FIXED}
+        return {name: value for name, value in values.items() if name not in FIXED}
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerationBody:
