@@ -34,7 +34,8 @@ class Engine:
         scheduler: as in `generate_stream`.
 
     Raises:
-        ValueError: if the target cannot be decoded row by row, or the drafter does not fit.
+        ValueError: if the target cannot be decoded row by row, its generation configuration asks for what a stream
+            does not do, or the drafter does not fit.
     """
 
     def __init__(
@@ -56,8 +57,7 @@ class Engine:
         self._num_failures = 0
         self._thread = Thread(target=self._run, name="dspark-hf engine", daemon=True)
         self._down: str | None = None
-        # before anybody is promised anything
-        self._new_stream(())
+        self._try()
 
     @property
     def down(self) -> str | None:
@@ -103,7 +103,7 @@ class Engine:
             ApiError: if too many wait already, or nothing is decoded any more.
         """
         self.check_room()
-        request = Request(input_ids, {**options, "streamer": answer}, key=answer)
+        request = _request(input_ids, {**options, "streamer": answer}, answer)
         answer.request = request
         try:
             with self._lock:
@@ -165,6 +165,12 @@ class Engine:
             for finished in stream.close():
                 self._report(finished)
 
+    def _try(self) -> None:
+        """Decode a token before anybody is promised anything: what no request could have is an error at once."""
+        (finished,) = self._new_stream([_request([0], {"max_new_tokens": 1, "do_sample": False})])
+        if finished.error is not None:
+            raise finished.error
+
     def _new_stream(self, requests: Any) -> RequestStream:
         return generate_stream(
             self._target, requests, drafter=self._drafter, max_rows=self._max_rows, scheduler=self._scheduler
@@ -174,6 +180,11 @@ class Engine:
         with self._lock:
             self._open.discard(finished.request)
         finished.request.key.finish(finished)
+
+
+def _request(input_ids: list[int], options: dict[str, Any], answer: Answer | None = None) -> Request:
+    # without a mask `generate` takes tokens for padding that look like it
+    return Request(input_ids, {**options, "attention_mask": [1] * len(input_ids)}, answer)
 
 
 def _breaks_device(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from dspark_hf.serving.held_text import Delta, TokenLogprobs
 
@@ -22,19 +22,6 @@ class Usage:
         """Return them and their sum."""
         total = self.prompt_tokens + self.completion_tokens
         return {**vars(self), "total_tokens": total}
-
-
-class Form(Protocol):
-    """How one endpoint writes its answers."""
-
-    def whole(self, delta: Delta, reason: str, usage: Usage) -> dict[str, Any]:
-        """Return the whole answer."""
-
-    def chunk(self, delta: Delta | None, reason: str | None = None) -> dict[str, Any]:
-        """Return a part of a stream: some text, or how it ended."""
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return the last part of a stream whose client wants to know its tokens."""
 
 
 @dataclass(frozen=True)

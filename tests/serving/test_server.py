@@ -240,8 +240,17 @@ def _penalised(
 def test_a_text_is_continued_and_tokens_are_taken(running):
     """Raw text goes through the chat template, or token ids are encoded again."""
     ids = torch.tensor([[10, 11, 12]])
-    expected = running.text(running.plain(ids, 5, eos_token_id=2))
+    expected = running.text(running.plain(ids, 5, eos_token_id=EOS))
     for prompt in ("w10 w11 w12", [10, 11, 12], [[10, 11, 12]], ["w10 w11 w12"]):
+        answer = running.client.completions.create(model=NAME, prompt=prompt, max_tokens=5, temperature=0)
+        assert answer.choices[0].text == expected
+
+
+def test_all_tokens_of_a_prompt_are_read(running):
+    """A prompt of token ids loses those that could be padding."""
+    ids = torch.tensor([[10, 0, 11, 0]])
+    expected = running.text(running.plain(ids, 5, eos_token_id=EOS, attention_mask=torch.ones_like(ids)))
+    for prompt in ([10, 0, 11, 0], "w10 <pad> w11 <pad>"):
         answer = running.client.completions.create(model=NAME, prompt=prompt, max_tokens=5, temperature=0)
         assert answer.choices[0].text == expected
 

@@ -175,7 +175,8 @@ def test_a_stream_tells_that_it_failed():
 def test_closing_answers_everybody():
     """A server is shut down, and requests wait for ever."""
     target = tiny_target()
-    brake, engine = Brake(target), Engine(target, max_rows=1)
+    engine = Engine(target, max_rows=1)
+    brake = Brake(target)
 
     async def ask_and_close() -> list[Answer]:
         answers = [Answer(tiny_tokenizer(), 2) for _ in range(3)]
@@ -196,6 +197,22 @@ def test_closing_answers_everybody():
     answers = asyncio.run(ask_and_close())
     assert [answer.ending is not None and answer.ending.reason for answer in answers] == [None] * 3
     assert all("shut down" in str(answer.ending.error) for answer in answers[1:])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_beams", 2, "`num_beams` must be 1"),
+        ("stop_strings", ["w10"], "stop string"),
+        ("typical_p", 0.5, "`generation_config` of the target must leave out `typical_p` to be served, got 0.5."),
+    ],
+)
+def test_a_target_that_cannot_be_served_is_refused_at_once(field, value, message):
+    """A server starts, and refuses every request for what its target's configuration says."""
+    target = tiny_target()
+    setattr(target.generation_config, field, value)
+    with pytest.raises(ValueError, match=message), serve(target=target):
+        pass
 
 
 def _resident_megabytes() -> float:
