@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _SERVING = "Serving"
 _BOUNDS = "Bounds"
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
@@ -78,9 +77,12 @@ def serve(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     from dspark_hf.serving.app import create_app
+    from dspark_hf.serving.gate import LOCAL_HOSTS
 
-    app = create_app(served[0], engine, api_key=api_key, seconds=timeout, max_body_bytes=max_body_bytes)
-    _run(console, app, host, port, is_open=api_key is None and host not in _LOCAL)
+    bounds: dict[str, Any] = {"seconds": timeout, "max_body_bytes": max_body_bytes}
+    has_no_key, is_here = api_key is None, host in LOCAL_HOSTS
+    app = create_app(served[0], engine, api_key=api_key, is_local=has_no_key and is_here, **bounds)
+    _run(console, app, host, port, is_open=has_no_key and not is_here)
 
 
 def _check_extra() -> None:

@@ -30,6 +30,7 @@ def create_app(
     api_key: str | None = None,
     seconds: float = 600.0,
     max_body_bytes: int = 2**20,
+    is_local: bool = False,
 ) -> FastAPI:
     """Return the application that serves a model; starting it starts the engine, and so on.
 
@@ -39,6 +40,7 @@ def create_app(
         api_key: what clients must know, or None.
         seconds: how long a request may take, waiting included.
         max_body_bytes: size of a request's body at most.
+        is_local: whether only requests are answered that were sent to a name of this machine itself.
     """
     metrics = Metrics(engine)
     service = Service(model, engine, metrics, seconds)
@@ -55,7 +57,7 @@ def create_app(
 
     # no pages: they would load scripts from elsewhere
     app = FastAPI(title="dspark-hf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
+    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes, is_local=is_local)
     _add_errors(app, metrics)
 
     @app.post("/v1/chat/completions")

@@ -1,9 +1,10 @@
-"""What every request passes first: the key, and a bound on its body."""
+"""What every request passes first: the key, the name it was sent to, and a bound on its body."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,8 @@ from dspark_hf.serving.errors import ApiError
 # whoever watches the server needs no key for this
 _OPEN_PATHS = ("/health",)
 _BODY_SECONDS = 30.0
+# how this machine calls itself
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 class Gate:
@@ -22,10 +25,12 @@ class Gate:
         app: what answers them.
         api_key: the key, or None: everybody may ask.
         max_body_bytes: size of a body at most.
+        is_local: whether a request must have been sent to a name of this machine itself. A page in a browser can let
+            its own name lead here, and would then be answered.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int):
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, is_local: bool = False):
+        self._app, self._max_body_bytes, self._is_local = app, max_body_bytes, is_local
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,6 +41,7 @@ class Gate:
         try:
             headers = dict(scope["headers"])
             self._check_key(scope["path"], headers)
+            self._check_host(headers)
             body = await self._read(headers, receive)
         except ApiError as error:
             # what is left of the body is not read
@@ -52,6 +58,16 @@ class Gate:
         if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
             message = "the header `Authorization` must be `Bearer KEY` with the server's key, got another. Correct it."
             raise ApiError(401, message, code="invalid_api_key")
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        # without the port; IPv6 has brackets
+        host = re.sub(rb":\d+$", b"", headers.get(b"host", b"")).strip(b"[]")
+        if self._is_local and host.decode("latin-1").lower() not in LOCAL_HOSTS:
+            raise ApiError(
+                403,
+                f"the header `Host` must be one of {', '.join(LOCAL_HOSTS)} for a server without a key, got another. "
+                "Set a key (DSPARK_HF_API_KEY).",
+            )
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """Return the whole body; None if the client left."""

@@ -349,6 +349,17 @@ def test_a_body_has_a_size():
         assert small.ask("/v1/chat/completions", _body())[0] == 200
 
 
+def test_pages_of_strangers_are_not_answered():
+    """A page in somebody's browser asks a server without a key, by plain text or by a name that leads here."""
+    with serve(is_local=True) as local:
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+            assert local.ask("/v1/chat/completions", _body(), {"Host": host})[0] == 200
+        for host in ("evil.example:8000", "127.0.0.1.evil.example", ""):
+            assert local.ask("/v1/chat/completions", _body(), {"Host": host})[0] == 403
+        plain = json.dumps(_body()).encode()
+        assert local.ask("/v1/chat/completions", plain, {"Content-Type": "text/plain"})[0] == 400
+
+
 def test_a_key_is_asked_for():
     """A server with a key answers without it, or with a part of it."""
     with serve(api_key="secret") as guarded:
