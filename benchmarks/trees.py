@@ -311,7 +311,7 @@ def measure_costs(packaged: Packaged) -> Costs:
         head = drafter.markov_head
 
         def step(count: int) -> Tensor:
-            previous = torch.arange(count)
+            previous = torch.arange(count) % adapter.vocab_size
             latent, _ = head.step(previous, states[:count], head.initial_state(states[:count]))
             logits: Tensor = base + head.project(latent)
             return logits
