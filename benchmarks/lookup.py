@@ -174,8 +174,10 @@ def _add(
     measured.tokens[run] += num_new_tokens(new, target.generation_config.eos_token_id)
     measured.passes[run] += passes * len(new)
     measured.texts.append(new)
-    if drafter is not None:
-        measured.count(drafter.last_statistics)
+    # a small model of Transformers, for its own assisted generation, has none
+    statistics = getattr(drafter, "last_statistics", None)
+    if statistics is not None:
+        measured.count(statistics)
 
 
 def table(measured: dict[str, MeasuredDrafts]) -> list[str]:
