@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -39,7 +38,7 @@ from benchmarks.lookup import PLAIN, PROMPT_LOOKUP_TOKENS, MeasuredDrafts, make_
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import LookupAssistant, provenance
-from dspark_hf.demo.packaged import PACKAGED_MODELS
+from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target
 from dspark_hf.figures import COLORS, GREY, STYLE, check_plotting, name_colors, name_figure, new_figure, to_png
 from dspark_hf.files import write_whole
 from dspark_hf.journal import Journal
@@ -176,14 +175,14 @@ def measure_fresh(case: Case, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def bandwidth() -> float:
+def bandwidth(clock: Callable[[], float]) -> float:
     """Return the bytes a second that are read from memory here, at best."""
     values = torch.ones(READ // 4)
     seconds = []
-    for _ in range(5):
-        start = perf_counter()
+    for _ in range(10):
+        start = clock()
         values.sum()
-        seconds.append(perf_counter() - start)
+        seconds.append(clock() - start)
     return READ / min(seconds)
 
 
@@ -296,8 +295,13 @@ def _draw_panel(panel: Any, key: Key, sets: Measurements, ways: Sequence[str]) -
     panel.set_ylim(bottom=0)
 
 
-def _split(value: str) -> list[str]:
-    return [one.strip() for one in value.split(",") if one.strip()]
+def _split(value: str, known: Sequence[str], option: str) -> list[str]:
+    """Return the comma-separated names, once each is known to be one."""
+    names = [one.strip() for one in value.split(",") if one.strip()]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"must name some of {', '.join(known)}, got {name!r}.", param_hint=option)
+    return names
 
 
 def main(
@@ -324,21 +328,27 @@ def main(
         print(json.dumps(measure_case(Case(**given["case"]), Settings(**given["settings"]))))
         return
     check_plotting()
-    chosen = _split(ways) or [AGAIN, PROMPT_LOOKUP, *([ASSISTED] if draft_model else []), DEFAULT, FIXED, LOOKUP]
+    all_ways = [AGAIN, PROMPT_LOOKUP, *([ASSISTED] if draft_model else []), DEFAULT, FIXED, LOOKUP]
+    targets = _split(models, list(PACKAGED_MODELS), "--models")
+    of_dtypes, of_sets = _split(dtypes, list(DTYPES), "--dtypes"), _split(sets, SETS, "--sets")
+    chosen = _split(ways, all_ways, "--ways") or all_ways
+    for name in targets:
+        # says what is not installed before anything is measured
+        converted_target(name)
     settings = Settings(str(prompts.resolve()), num_prompts, max_new_tokens, processor_time, draft_model)
     # run by run, so that a slow hour of the machine hits all of them
     cases = [
         Case(model, dtype, float(temperature), name, way, run)
         for run, model, dtype, temperature, name, way in product(
-            range(runs), _split(models), _split(dtypes), _split(temperatures), _split(sets), chosen
+            range(runs), targets, of_dtypes, temperatures.split(","), of_sets, chosen
         )
     ]
     here = provenance.describe_run()
     place = {**asdict(settings), "hardware": here.hardware, "commit": here.commit}
     with Journal(journal) as kept:
         records = [record for record in kept.records if record["settings"] == place]
-        known = [Case(**record["case"]) for record in records]
-        for case in track([case for case in cases if case not in known], "measuring"):
+        measured = {Case(**record["case"]) for record in records}
+        for case in track([case for case in cases if case not in measured], "measuring"):
             records.append({"settings": place, "case": asdict(case), "found": measure_fresh(case, settings)})
             kept.append(records[-1])
     results = Results.of(records, cases)
@@ -353,7 +363,7 @@ def main(
         f"![speed relative to plain]({output.stem}.png)",
         "",
         *describe_run(),
-        *results.lines(bandwidth()),
+        *results.lines(bandwidth(choose_clock(processor_time=processor_time))),
     ]
     Console().print(write_page(lines, output), markup=False, soft_wrap=True)
     write_whole(output.with_suffix(".png"), draw(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import compare as benchmark
-from benchmarks.compare import AGAIN, DEFAULT, FIXED, LOOKUP, PROMPT_LOOKUP, Case, Settings, measure_case, spread
+from benchmarks.compare import (
+    AGAIN,
+    ASSISTED,
+    DEFAULT,
+    FIXED,
+    LOOKUP,
+    PROMPT_LOOKUP,
+    Case,
+    Results,
+    Settings,
+    measure_case,
+    spread,
+)
 from benchmarks.loading import Packaged
 from benchmarks.loads import random_prompts
 from benchmarks.simulation import random_target
@@ -66,6 +79,26 @@ def test_ways_are_counted_over_cold_and_warm_runs(way, packaged):
     assert found["weight_bytes"] == sum(weights.values()) < found["peak_bytes"]
 
 
+def test_a_small_model_of_transformers_drafts(tmp_path, packaged):
+    """Transformers' own assisted generation is left out where a small model is at hand."""
+    packaged.target.save_pretrained(tmp_path)
+    settings = replace(SETTINGS, draft_model=str(tmp_path))
+    found = measure_case(Case("smollm2", "fp32", 0.0, "chat", ASSISTED, 0), settings)
+    assert found["identical"] == [2 * NUM_PROMPTS] * 2
+    # it is the target itself, and always right
+    assert found["tau"] > 2
+
+
+@pytest.mark.parametrize("option", ["--models", "--dtypes", "--sets", "--ways"])
+def test_unknown_names_are_refused_first(option, monkeypatch):
+    """A misspelt name comes to light after hours."""
+    monkeypatch.setattr(benchmark, "measure_fresh", lambda *args: pytest.fail("measured"))
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    result = CliRunner().invoke(app, [option, "nonsense"])
+    assert result.exit_code == 2 and "nonsense" in result.output
+
+
 def test_a_single_run_has_no_error():
     """An error is made up, or cold and warm are mixed."""
     runs = [{"ratios": [1.0, 2.0]}, {"ratios": [3.0, 2.0]}]
@@ -76,7 +109,6 @@ def test_a_single_run_has_no_error():
 
 def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     """What was measured is measured again, other settings' measurements are taken for it, or the page misses a way."""
-    pytest.importorskip("matplotlib")
     measured: list[Case] = []
 
     def count(case: Case, settings: Settings) -> dict[str, Any]:
@@ -85,13 +117,16 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "measure_fresh", count)
     monkeypatch.setattr(benchmark, "READ", 2**20)
+    monkeypatch.setattr(benchmark, "converted_target", lambda name: None)
+    monkeypatch.setattr(benchmark, "check_plotting", lambda: None)
+    monkeypatch.setattr(benchmark, "draw", lambda results: b"a figure")
     app = typer.Typer()
     app.command()(benchmark.main)
     page, journal = tmp_path / "compare.md", tmp_path / "compare.jsonl"
 
     def run(*options: str) -> str:
         few = ["--models", "smollm2", "--dtypes", "fp32", "--sets", "chat", "--temperatures", "0", "--runs", "1"]
-        few += ["--max-new-tokens", "6", "--output", str(page), "--journal", str(journal), *options]
+        few += ["--max-new-tokens", "4", "--output", str(page), "--journal", str(journal), *options]
         assert CliRunner().invoke(app, few, catch_exceptions=False).exit_code == 0
         return page.read_text(encoding="utf-8")
 
@@ -101,7 +136,15 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     assert [case.way for case in measured] == [AGAIN, LOOKUP, PROMPT_LOOKUP, DEFAULT, FIXED]
     assert all(text.count(f"\n| chat | {way} |") == 1 for way in (AGAIN, LOOKUP, PROMPT_LOOKUP, DEFAULT, FIXED))
     assert text.rstrip().splitlines()[-1].startswith("- A target, fp32, greedy, chat: ")
-    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    run("--num-prompts", "3")
-    assert len(measured) == 10
-    assert len([json.loads(line) for line in Path(journal).read_text(encoding="utf-8").splitlines()]) == 10
+    assert page.with_suffix(".png").read_bytes() == b"a figure"
+    run("--num-prompts", "3", "--ways", AGAIN)
+    assert len(measured) == 6
+    assert len([json.loads(line) for line in Path(journal).read_text(encoding="utf-8").splitlines()]) == 6
+
+
+def test_a_figure_is_drawn():
+    """There is no figure where a set lacks a way, or there was a single run."""
+    pytest.importorskip("matplotlib")
+    few = [{"ratios": [1.1, 1.2], "title": "A target"}]
+    sets = {"chat": {AGAIN: few, LOOKUP: few * 2}, "copying": {DEFAULT: few}}
+    assert benchmark.draw(Results({("smollm2", "fp32", 0.0): sets})).startswith(b"\x89PNG")
