@@ -304,7 +304,7 @@ def _verified_tokens(anchors: Tensor, drafted: DraftedBlock | None, num_drafts: 
 
 def _sent(values: list[int], device: torch.device) -> Tensor:
     """Return the values on a device whose queue is not waited for."""
-    tensor = torch.tensor(values)
+    tensor = torch.tensor(values, device="cpu")
     # a copy from ordinary memory is over only when all that was queued before it is
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -241,6 +241,7 @@ def test_the_file_stands_alone(tmp_path: Path) -> None:
     others = imported - {
         "__future__",
         "collections",
+        "contextlib",
         "copy",
         "inspect",
         "sys",
