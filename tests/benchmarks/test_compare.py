@@ -13,21 +13,10 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import compare as benchmark
-from benchmarks.compare import (
-    AGAIN,
-    ASSISTED,
-    DEFAULT,
-    FIXED,
-    LOOKUP,
-    PROMPT_LOOKUP,
-    Case,
-    Results,
-    Settings,
-    measure_case,
-    spread,
-)
+from benchmarks.compare import ASSISTED, FIXED, LOOKUP, PROMPT_LOOKUP, Settings, measure_case
+from benchmarks.compare_report import AGAIN, Case, Results, draw, spread
 from benchmarks.loading import Packaged
-from benchmarks.loads import random_prompts
+from benchmarks.loads import DEFAULT, random_prompts
 from benchmarks.simulation import random_target
 from dspark_hf import DSparkAssistantModel
 
@@ -147,4 +136,4 @@ def test_a_figure_is_drawn():
     pytest.importorskip("matplotlib")
     few = [{"ratios": [1.1, 1.2], "title": "A target"}]
     sets = {"chat": {AGAIN: few, LOOKUP: few * 2}, "copying": {DEFAULT: few}}
-    assert benchmark.draw(Results({("smollm2", "fp32", 0.0): sets})).startswith(b"\x89PNG")
+    assert draw(Results({("smollm2", "fp32", 0.0): sets})).startswith(b"\x89PNG")
