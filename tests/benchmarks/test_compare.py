@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from benchmarks.compare import ASSISTED, FIXED, LOOKUP, PROMPT_LOOKUP, Settings,
 from benchmarks.compare_report import AGAIN, Case, Results, draw, spread
 from benchmarks.loading import Packaged
 from benchmarks.loads import DEFAULT, random_prompts
+from benchmarks.provenance import describe_run
 from benchmarks.simulation import random_target
 from dspark_hf import DSparkAssistantModel
 
@@ -129,6 +131,12 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     run("--num-prompts", "3", "--ways", AGAIN)
     assert len(measured) == 6
     assert len([json.loads(line) for line in Path(journal).read_text(encoding="utf-8").splitlines()]) == 6
+
+
+def test_the_command_of_a_page_can_be_pasted(monkeypatch):
+    """A name of two words falls apart when the command is run again."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks/compare.py", "--sets", "writing code", "--runs", "1"])
+    assert describe_run()[-1] == "- again: `python -m benchmarks.compare --sets 'writing code' --runs 1`"
 
 
 def test_a_figure_is_drawn():
