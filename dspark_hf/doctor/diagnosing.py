@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from dspark_hf.prompts import Prompt
 _NUM_OTHER_MODE, _NUM_COMPARED = 2, 1
 # blocks of which the acceptance is known well enough
 _NUM_BLOCKS = 128
+# how much more text is looked at where so many blocks leave it open which reading is right
+_LONGER = 3
 _CONTEXT = 128
 _LEAST_ERRORS = 4.0
 
@@ -147,7 +150,14 @@ def _diagnose(
     texts = record(target, encoded, layer_ids, max_new_tokens=max_new_tokens)
     _check_lengths(texts, drafter)
     say("Trying the drafter's readings")
-    found = try_readings(drafter, texts, adapter, mask_ids, blocks_per_text=-(-_NUM_BLOCKS // len(texts)))
+    blocks_per_text = -(-_NUM_BLOCKS // len(texts))
+    found = try_readings(drafter, texts, adapter, mask_ids, blocks_per_text=blocks_per_text)
+    if found.is_doubtful:
+        say("Letting the target write more, since two readings are near each other")
+        longer = min(_LONGER * max_new_tokens, _room(adapter, encoded))
+        more = record(target, encoded, layer_ids, max_new_tokens=max(longer, max_new_tokens))
+        say("Trying the drafter's readings again")
+        found = try_readings(drafter, more, adapter, mask_ids, blocks_per_text=_LONGER * blocks_per_text)
     configured, expected = found.trials[0], expected_rate(found.configured)
     say("Trying text with and without thinking")
     thinking, preferred = _try_thinking(target, drafter, tokenizer, prompts, found, layer_ids, adapter, max_new_tokens)
@@ -181,6 +191,12 @@ def _diagnose(
         costs=costs,
         advice=advice,
     )
+
+
+def _room(target: TargetAdapter, prompts: Sequence[Tensor]) -> int:
+    """Return how many tokens the target's positions leave behind the longest prompt."""
+    positions = getattr(target.config, "max_position_embeddings", None) or sys.maxsize
+    return positions - max(len(prompt) for prompt in prompts)
 
 
 def _name(model: Any) -> str:

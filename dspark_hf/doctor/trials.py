@@ -22,7 +22,9 @@ from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 # accepted drafts a block by which a reading has to be better, in numbers and in standard errors: blocks of one text
 # overlap, and a dozen readings are compared
-_LEAST_GAIN, _LEAST_ERRORS = 0.25, 3.0
+_LEAST_GAIN, _LEAST_ERRORS = 0.15, 3.0
+# standard errors from which on it is worth a look at more text
+_DOUBTFUL_ERRORS = 2.0
 # things that may be mistaken at once
 _MOST_CHANGES = 3
 # tokens that are tried as the mask
@@ -32,12 +34,16 @@ _MASK_NAMES = ("<|MASK|>", "<|mask|>", "[MASK]", "<mask>", "<|fim_pad|>", "<|end
 
 @dataclass(frozen=True)
 class Findings:
-    """Trials, the configured one first; the best reading, its trial, and the configured one's outcome."""
+    """Trials, the configured one first; the best reading, its trial, and the configured one's outcome.
+
+    `is_doubtful` says that another reading seems better than the best one, and more text would tell.
+    """
 
     trials: list[Trial]
     best: Reading
     best_trial: Trial
     configured: Outcome
+    is_doubtful: bool
 
 
 def try_readings(
@@ -68,7 +74,9 @@ def try_readings(
         current = chosen
     trials = {reading: to_trial(reading.describe(config), reading, config, found) for reading, found in done.items()}
     first = next(iter(done))
-    return Findings(list(trials.values()), current, trials[current], done[first])
+    best = done[current].num_accepted
+    is_doubtful = any(is_better(done[one].num_accepted, best, _DOUBTFUL_ERRORS) for one in around)
+    return Findings(list(trials.values()), current, trials[current], done[first], is_doubtful)
 
 
 def _likeliest(current: Reading, others: Sequence[Reading], done: dict[Reading, Outcome]) -> Reading:
@@ -81,13 +89,16 @@ def _likeliest(current: Reading, others: Sequence[Reading], done: dict[Reading, 
     return next(as_good, best)
 
 
-def is_better(one: Tensor, other: Tensor) -> bool:
-    """Return whether blocks `(N,)` of one reading are surely accepted further than the same ones of another."""
+def is_better(one: Tensor, other: Tensor, least_errors: float = _LEAST_ERRORS) -> bool:
+    """Return whether blocks `(N,)` of one reading are accepted further than the same ones of another.
+
+    It is sure by `least_errors` standard errors of the gain.
+    """
     gains = one.double() - other.double()
     if len(gains) < 2:
         return False
     error = float(gains.std()) / len(gains) ** 0.5
-    return float(gains.mean()) > max(_LEAST_GAIN, _LEAST_ERRORS * error)
+    return float(gains.mean()) > max(_LEAST_GAIN, least_errors * error)
 
 
 def to_trial(label: str, reading: Reading, config: DSparkConfig, outcome: Outcome) -> Trial:

@@ -86,6 +86,28 @@ def test_a_misread_drafter_is_told_how_to_be_read(
     assert {name: getattr(drafter.config, name) for name in fields} == fields
 
 
+@pytest.mark.parametrize(
+    ("cause", "fields"), [("mask", {"mask_token_id": 0}), ("taps", {"target_layer_ids": [1]}), ("weak", {})]
+)
+def test_what_little_text_leaves_open_is_looked_at_again(target: Any, cause: str, fields: dict[str, Any]) -> None:
+    """A misread drafter gets the verdict of one read rightly where the first few blocks cannot tell the two apart."""
+    # of eight answers the drafter is of use in one alone: few blocks show what a reading is worth
+    others = world.walking(7, torch.Generator().manual_seed(4), 10)
+    said: list[str] = []
+    found = _diagnose(
+        target,
+        world.make_drafter(target, **fields),
+        tokenizer=world.make_tokenizer(),
+        prompts=[*world.prompts(1), *others],
+        max_new_tokens=8,
+        say=said.append,
+    )
+    assert found.verdict.cause == cause, found.verdict
+    # a drafter that is read rightly takes no second look
+    assert any("again" in step for step in said) == bool(fields)
+    assert found.is_identical
+
+
 @pytest.mark.slow
 def test_two_mistakes_are_found_together(target: Any) -> None:
     """A file that is mistaken twice seems to be beyond help, since no single correction helps much."""
