@@ -63,7 +63,9 @@ def train(
     preset: Annotated[Preset, typer.Option(help="What is not given below: the paper's drafter, or a small one.")] = (
         Preset.small
     ),
-    drafter: Annotated[str | None, typer.Option(help="Go on from this drafter instead of a fresh one.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Begin with this drafter, of any packaging, instead of a fresh one.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Drafter layers.", rich_help_panel=_DRAFTER)] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Drafts per round.", rich_help_panel=_DRAFTER)] = 7,
     markov_head: Annotated[
@@ -158,6 +160,7 @@ def train(
     from transformers import set_seed
 
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
+    from dspark_hf.training.adapting import adapt_drafter
     from dspark_hf.training.checkpoints import RESULT, check_output
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
@@ -208,7 +211,9 @@ def train(
         training, held_out = _read(data, tokenizer, max_length, num_held_out, _vocab_size(model))
         set_seed(seed)
         if drafter is not None:
+            # with it, an open choice is that of the drafter
             start = load_drafter(drafter, dtype="float32")
+            start = adapt_drafter(start, model, training, draft_vocab=draft_vocab)
         else:
             start = build_drafter(
                 model,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dspark_hf.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from dspark_hf.training.adapting import adapt_drafter
     from dspark_hf.training.arguments import DSparkTrainingArguments
     from dspark_hf.training.conversations import Conversation, read_conversations, split_held_out
     from dspark_hf.training.recipe import build_drafter, save_trained
@@ -16,6 +17,7 @@ __all__ = [
     "Conversation",
     "DSparkTrainer",
     "DSparkTrainingArguments",
+    "adapt_drafter",
     "build_drafter",
     "read_conversations",
     "save_trained",
@@ -28,6 +30,7 @@ __getattr__ = lazy_names(
         "Conversation": "conversations",
         "DSparkTrainer": "trainer",
         "DSparkTrainingArguments": "arguments",
+        "adapt_drafter": "adapting",
         "build_drafter": "recipe",
         "read_conversations": "conversations",
         "save_trained": "recipe",

@@ -196,3 +196,50 @@ def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch)
     code, output = _run(folder, "stopped")
     assert code == 130
     assert "The same command goes on from the newest checkpoint" in output
+
+
+@pytest.fixture(scope="module")
+def fine_tune(folder: Path) -> Path:
+    """A fine-tune of the tiny target that gained tokens, under a name of its own."""
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    target.resize_token_embeddings(72)
+    target.save_pretrained(folder / "fine-tune")
+    AutoTokenizer.from_pretrained(folder / "target").save_pretrained(folder / "fine-tune")
+    return folder / "fine-tune"
+
+
+def test_an_existing_drafter_is_adapted(folder: Path, fine_tune: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A fine-tune needs a drafter from nothing, or the adapted one still bears its old target's name."""
+    further = ("--drafter", str(folder / "drafter"), "--target", str(fine_tune), "--draft-vocab", "30")
+    code, output = _run(folder, "adapted", *further)
+    assert code == 0, output
+    config = DSparkAssistantModel.from_pretrained(folder / "adapted" / "drafter").config
+    assert (config.vocab_size, config.draft_vocab_size) == (72, 30)
+    assert config.base_model_name_or_path == str(fine_tune)
+    assert (
+        config.target_fingerprint != DSparkAssistantModel.from_pretrained(folder / "drafter").config.target_fingerprint
+    )
+
+
+def test_an_adapter_is_a_target(folder: Path) -> None:
+    """A LoRA cannot be named as the target, or a drafter is trained for the model without it."""
+    peft = pytest.importorskip("peft")
+    from dspark_hf.loading import load_target, load_tokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "target")
+    base.resize_token_embeddings(70)
+    options = {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": False}
+    tuned = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **options))
+    tuned.save_pretrained(folder / "lora")
+    loaded = load_target(str(folder / "lora"), dtype="fp32")
+    ids = torch.tensor([[5, 9, 7, 69]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, tuned.eval()(ids).logits)
+    assert load_tokenizer(str(folder / "lora")).vocab_size == 68
+    code, output = _run(folder, "for-lora", "--drafter", str(folder / "drafter"), "--target", str(folder / "lora"))
+    assert code == 0, output
+    config = DSparkAssistantModel.from_pretrained(folder / "for-lora" / "drafter").config
+    assert config.base_model_name_or_path == str(folder / "lora")
