@@ -1,4 +1,4 @@
-"""A drafter fitted to a target whose vocabulary grew, was padded, or shrank, or to text in which other tokens are many.
+"""A drafter fitted to a target whose vocabulary grew, was padded, or shrank, or to text that uses other tokens.
 
 V tokens, R markov rank.
 """
@@ -66,8 +66,8 @@ def choose_vocabulary(drafter: Any, token_ids: Tensor | None, target: TargetAdap
     """Return a drafter that may propose other tokens, and is otherwise the same.
 
     Rows of tokens that it could propose before are kept. A new one is favoured by the Markov head as the average token
-    is, and read by it as before: a head over the draft vocabulary read all others in one row. Rows of an output head of
-    the drafter's own are the target's.
+    is, and read by it as before: a head over the draft vocabulary read all others in one row. In an output head of the
+    drafter's own it has the target's row.
 
     Args:
         drafter: the drafter; left as it is.
@@ -113,7 +113,7 @@ def choose_vocabulary(drafter: Any, token_ids: Tensor | None, target: TargetAdap
 
 
 def _rows(drafter: Any, table: Tensor, wanted: Tensor, new: Tensor) -> Tensor:
-    """Return the rows `(len(wanted), *)` of `wanted` tokens: those of `table`, one for each proposable token, or `new`."""
+    """Return the rows of `wanted` tokens: those of `table`, with one for each proposable token, or else of `new`."""
     ids = drafter.draft_token_ids
     if ids is None:
         return table[wanted].clone()

@@ -231,7 +231,11 @@ def test_an_adapter_is_a_target(folder: Path) -> None:
 
     base = AutoModelForCausalLM.from_pretrained(folder / "target")
     base.resize_token_embeddings(70)
-    options = {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": False}
+    options = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "init_lora_weights": False,
+    }
     tuned = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **options))
     tuned.save_pretrained(folder / "lora")
     loaded = load_target(str(folder / "lora"), dtype="fp32")

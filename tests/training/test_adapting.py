@@ -89,7 +89,7 @@ def _check_drafts_exactly(drafter: DSparkAssistantModel, target: Any) -> None:
 
 @pytest.mark.parametrize("name", mostly_slow(PACKAGINGS, ("DeepSpec, Gemma", "speculators, reduced", "GGUF")))
 def test_every_packaging_goes_on_with_a_grown_target(name: str, tmp_path: Path) -> None:
-    """Somebody's drafter cannot be adapted: it does not load, fit the new tokens, learn, or come back from a folder."""
+    """Somebody's drafter cannot be adapted: it does not load, fit new tokens, learn, or come back from a folder."""
     target = _target(vocab_size=GROWN)
     path = PACKAGINGS[name](tmp_path / "theirs")
     drafter = adapt_drafter(load_drafter(str(path), dtype="bfloat16"), target, _texts())
