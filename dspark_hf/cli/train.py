@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,7 +162,8 @@ def train(
 
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
     from dspark_hf.training.adapting import adapt_drafter
-    from dspark_hf.training.checkpoints import RESULT, check_output
+    from dspark_hf.training.checkpoints import RESULT, check_output, last_whole_checkpoint
+    from dspark_hf.training.forecast import Forecast
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
 
@@ -230,18 +232,32 @@ def train(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
+        is_begun = last_whole_checkpoint(output) is not None
+        before = None if drafter is None or is_begun else trainer.evaluate()["eval_expected_tau"]
+        if before is not None and trainer.is_world_process_zero():
+            typer.echo(f"The drafter's held-out tau on this text: {before:.2f}.", err=True)
+        forecast = Forecast(
+            start, trainer.target, training, partial(typer.echo, err=True), max_minutes=max_minutes, start=before
+        )
+        trainer.add_callback(forecast)
         trainer.train()
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. The same command goes on from the newest checkpoint in {output}, if any.", err=True)
         raise typer.Exit(130) from None
     if trainer.is_world_process_zero():
         save_trained(trainer, output / RESULT)
-        typer.echo(describe_result(target, output / RESULT, trainer.best_tau))
+        typer.echo(describe_result(target, output / RESULT, trainer.best_tau, expected=forecast.tau, before=before))
 
 
-def describe_result(target: str, folder: Path, tau: float) -> str:
-    """Return what there is now, what its tau means, and what to do next."""
+def describe_result(
+    target: str, folder: Path, tau: float, *, expected: float | None = None, before: float | None = None
+) -> str:
+    """Return what there is now, what its tau means, what it was expected to be, and what to do next."""
     lines = [f"Saved: {folder}", f"Held-out tau {tau:.2f}: tokens that a pass of the target is expected to yield."]
+    if before is not None:
+        lines.append(f"It was {before:.2f} before.")
+    if expected is not None and tau > 0:
+        lines.append(f"The forecast was {expected:.2f}, {abs(expected / tau - 1):.0%} off.")
     if tau < _USEFUL_TAU:
         lines.append(
             "1.00 is what decoding yields without a drafter: this one is of no use yet. Train on, or on more text."

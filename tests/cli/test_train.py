@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -72,6 +73,12 @@ def test_trains_a_drafter_that_drafts(folder: Path) -> None:
     code, output = _run(folder, "small", "--tensorboard")
     assert code == 0, output
     assert "Held-out tau" in output
+    # six steps are too few to tell how fast they are
+    assert re.search(
+        r"expected held-out tau 1\.\d\d, about \d\.\d\d times plain speed after 6 steps \(96 blocks", output
+    )
+    assert "A guess: no run that this rests on had 96 blocks (fitted on 51,000 to 1,640,000)" in output
+    assert re.search(r"The forecast was 1\.\d\d, \d+% off\.", output)
     assert f"Next: dspark-hf eval --target {folder / 'target'} --drafter {folder / 'small' / 'drafter'}" in output
     drafter = DSparkAssistantModel.from_pretrained(folder / "small" / "drafter")
     assert drafter.dtype == torch.bfloat16
@@ -219,6 +226,8 @@ def test_an_existing_drafter_is_adapted(folder: Path, fine_tune: Path, caplog: p
     config = DSparkAssistantModel.from_pretrained(folder / "adapted" / "drafter").config
     assert (config.vocab_size, config.draft_vocab_size) == (72, 30)
     assert config.base_model_name_or_path == str(fine_tune)
+    assert "The drafter's held-out tau on this text: 1." in output
+    assert "before." in output
     assert (
         config.target_fingerprint != DSparkAssistantModel.from_pretrained(folder / "drafter").config.target_fingerprint
     )
