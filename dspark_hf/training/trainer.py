@@ -154,6 +154,39 @@ class DSparkTrainer(Trainer):
         losses = self._draft_losses(model, inputs, self.args.seed * 1_000_003 + self.state.global_step, self._metrics)
         return (losses.total, losses) if return_outputs else losses.total
 
+    def take_steps(self, conversations: Sequence[Conversation], num_steps: int) -> float:
+        """Take optimiser steps on other conversations, outside of `train`; return the mean loss.
+
+        For text that a target writes while it changes itself: head and states are those of this moment, the optimiser
+        and its rate go on. Nothing is scheduled, logged or saved.
+
+        Raises:
+            ValueError: if no conversation holds two of the target's own tokens in a row.
+        """
+        usable = _usable(conversations)
+        if not usable:
+            raise ValueError(
+                f"`conversations` must hold two of the target's own tokens in a row, got {len(conversations)} without "
+                "any. Check the loss masks."
+            )
+        self._read_vocabulary()
+        dataset, optimizer, total = ConversationDataset(usable), self.create_optimizer(), 0.0
+        self._drafter.train()
+        for _ in range(num_steps):
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+            chosen = torch.randperm(len(dataset), generator=generator)[: self.args.train_batch_size].tolist()
+            batch = self._prepare_inputs(collate([dataset[index] for index in chosen]))
+            with torch.enable_grad(), self.accelerator.autocast():
+                loss = self.compute_loss(self._drafter, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._drafter.parameters(), self.args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.state.global_step += 1
+            total += float(loss)
+        self._drafter.eval()
+        return total / max(num_steps, 1)
+
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
