@@ -32,7 +32,8 @@ def _steps(policy: Any, drafts: RolloutDrafter, count: int, inputs: Any, model: 
     state, texts = SimpleNamespace(global_step=0), []
     drafts.on_train_begin(_args(), state, None, model=model or policy)
     for _ in range(count):
-        texts.append((model or policy).generate(**inputs, generation_config=CONFIG))
+        # the default would not draft for long from a random drafter
+        texts.append((model or policy).generate(**inputs, generation_config=CONFIG, scheduler="fixed"))
         state.global_step += 1
         drafts.on_step_end(_args(), state, None)
     drafts.on_train_end(_args(), state, None)
@@ -46,14 +47,14 @@ def test_an_adapted_drafter_keeps_up() -> None:
     before = copy.deepcopy(policy.state_dict())
     inputs = ragged_prompts(4)
     plain = policy.generate(**inputs, generation_config=CONFIG)
-    options = {"adapt_steps": 12, "learning_rate": 5e-3, "num_anchors": 32}
+    options = {"adapt_steps": 40, "learning_rate": 2e-2, "num_anchors": 32}
     taus = {}
     for adapt_every in (None, 2):
         drafts = RolloutDrafter(_drafter(policy), adapt_every=adapt_every, **options)
-        for text in _steps(policy, drafts, 6, inputs):
+        for text in _steps(policy, drafts, 3, inputs):
             assert torch.equal(text, plain)
-        assert len(drafts.records) == 7
-        taus[adapt_every] = [record.tau for record in drafts.records[:6]]
+        assert len(drafts.records) == 4
+        taus[adapt_every] = [record.tau for record in drafts.records[:3]]
     assert taus[None][-1] == pytest.approx(taus[None][0], abs=0.3)
     assert taus[2][-1] > 1.4 * taus[None][-1]
     # the policy is as its trainer left it
