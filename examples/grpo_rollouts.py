@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5, help="the policy's")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args()
-    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    lines = arguments.prompts.read_text(encoding="utf-8").split("\n")
     prompts = Dataset.from_list([{"prompt": json.loads(line)["prompt"]} for line in lines if line.strip()])
     tokenizer = AutoTokenizer.from_pretrained(arguments.target, padding_side="left")
     taus = {}

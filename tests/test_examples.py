@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -23,6 +24,17 @@ def test_quickstart_notebook():
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "tokens per round" in printed
+
+
+@pytest.mark.slow
+def test_adapt_drafter_notebook():
+    """A fine-tune's owner is shown steps that do not work."""
+    notebook = nbformat.read(EXAMPLES / "adapt_drafter.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "72 tokens, for" in printed
+    before, after = re.search(r"held-out tau ([\d.]+) before, ([\d.]+) after", printed).groups()
+    assert float(after) > float(before)
 
 
 def test_pipeline(tmp_path, monkeypatch, capsys):
