@@ -18,7 +18,7 @@ from benchmarks.provenance import describe_run
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.evaluation.loading import encode_sets, load_models, read_prompt_sets
 from dspark_hf.evaluation.results import SetResult
-from dspark_hf.evaluation.run import evaluate, num_turns
+from dspark_hf.evaluation.run import evaluate, num_trials
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.generation.scheduling import FixedScheduler
 
@@ -41,7 +41,7 @@ def main(
     models = load_models(target_folder, {"drafter": drafter_folder}, dtype="fp32", device="cpu")
     prompts = encode_sets(sets, models, max_new_tokens)
     with Progress(transient=True) as progress:
-        task = progress.add_task("warming up", total=num_turns(prompts, settings))
+        task = progress.add_task("warming up", total=num_trials(prompts, settings))
         evaluation = evaluate(
             models, prompts, settings, advance=lambda name: progress.update(task, advance=1, description=name)
         )

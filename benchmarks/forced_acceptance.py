@@ -77,11 +77,13 @@ def main(num_texts: Annotated[int, typer.Option(min=1)] = 8, most_tokens: int = 
         target_logits = torch.cat([logits[place : place + block] for place in places])
         noise = KeyedNoise(number).add_to(torch.zeros_like(target_logits)[None], [0], [0])[0]
         for name, drafter in ways.items():
+            head, token_ids = drafter.markov_head, drafter.draft_token_ids
+            assert head is not None and token_ids is not None  # the shipped drafters have both
             out = drafter(states, ids[:, places], torch.tensor([places]), previous, adapter)
             base = drafter.draft_head(adapter)(out.hidden_states)[0].flatten(0, 1)
-            full = (base + drafter.markov_head.project(out.latents)[0].flatten(0, 1)).float()
+            full = (base + head.project(out.latents)[0].flatten(0, 1)).float()
             for top in TOPS if name == "bf16" else (0,):
-                chances = accepted(full, base, drafter.draft_token_ids, target_logits, noise, top)
+                chances = accepted(full, base, token_ids, target_logits, noise, top)
                 found.setdefault(f"{name}, {top or 'all'}", []).append(chances.view(-1, block, 3))
     print(f"| drafter, tokens corrected | {' | '.join(RULES)} | tau, {' | tau, '.join(RULES)} |")
     print("| --- |" + " ---: |" * 6)

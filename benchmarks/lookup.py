@@ -9,7 +9,6 @@ them. Functions to complete and to edit are Python's own; questions come from a 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -39,6 +38,7 @@ from benchmarks.provenance import describe_run
 from dspark_hf import LookupAssistant
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.statistics import SpeculationStatistics
+from dspark_hf.prompts import read_prompts
 
 PLAIN = "plain"
 # what Transformers' own documentation uses
@@ -96,7 +96,7 @@ def make_sets(packaged: Packaged, prompts: Path, count: int) -> dict[str, list[T
         return found
 
     code = functions(count)
-    questions = [json.loads(line)["turns"][0] for line in prompts.read_text(encoding="utf-8").splitlines()]
+    questions = [prompt.messages[0]["content"] for prompt in read_prompts(prompts, count) if prompt.messages]
     heads = [source[: len(source) // 2] for source in code]
     return {
         "questions": [ask(text) for text in questions[:count]],

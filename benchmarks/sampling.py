@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from benchmarks.loading import (
     DTYPES,
@@ -36,7 +36,7 @@ from dspark_hf.generation.drafting.interface import Sampler
 from dspark_hf.generation.slots import SlotSampler
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.heads import build_markov_head
-from dspark_hf.prompts import encode_prompt, read_prompts
+from dspark_hf.prompts import Prompt, encode_prompt, read_prompts
 
 # vocabulary and rank of heads over all tokens: SmolLM2's, DeepSpec's released drafters for Qwen3, Gemma's
 FULL_HEADS = {"49k, rank 64": (49_152, 64), "151k, rank 256": (151_936, 256), "262k, rank 256": (262_144, 256)}
@@ -57,9 +57,15 @@ def samplers(target: Any) -> dict[str, Sampler]:
         config = GenerationConfig(do_sample=is_sampling, max_length=1000, **warpers)
         chain = target._get_logits_processor(config) if is_sampling else LogitsProcessorList()
         rows = CallRows(
-            torch.tensor([[1, 2, 3]]), config, chain, [], None, num_drafts=7, returns_cache=False,
+            torch.tensor([[1, 2, 3]]),
+            config,
+            chain,
+            StoppingCriteriaList(),
+            None,
+            num_drafts=7,
+            returns_cache=False,
             is_invariant=is_invariant,
-        )  # fmt: skip
+        )
         found[name] = SlotSampler(rows, wants_margins=False)
     return found
 
@@ -113,7 +119,11 @@ def head_costs(size: int, rank: int, clock: Callable[[], float], turns: int, tar
 
 @torch.no_grad()
 def accepted_lengths(
-    packaged: Packaged, texts: list[str], max_new_tokens: int, options: dict[str, Any], drafter: DSparkAssistantModel
+    packaged: Packaged,
+    texts: list[Prompt],
+    max_new_tokens: int,
+    options: dict[str, Any],
+    drafter: DSparkAssistantModel,
 ) -> list[float]:
     """Return the tokens per round of every prompt."""
     lengths = []
@@ -134,7 +144,7 @@ def accepted_lengths(
     return lengths
 
 
-def lengths_table(packaged: Packaged, texts: list[str], max_new_tokens: int, tops: list[int]) -> list[str]:
+def lengths_table(packaged: Packaged, texts: list[Prompt], max_new_tokens: int, tops: list[int]) -> list[str]:
     """Return the table of accepted lengths: greedy and sampled, by either rule, and by how many are corrected."""
     lines = ["| drawn | " + " | ".join(f"{top or 'all'} corrected" for top in tops) + " |"]
     lines.append("| --- |" + " ---: |" * len(tops))

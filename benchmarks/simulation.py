@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter, Sampler
+from dspark_hf.generation.fixed_size import FixedSize
 from dspark_hf.generation.targets.adapter import TargetAdapter
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -132,6 +133,9 @@ class _SimulatedContext(DraftContext):
         logits = torch.zeros(len(right), vocab_size, device=right.device)
         margin = (chance.clamp(0.02, 0.98).logit() + math.log(9)).clamp_min(0.0)
         return logits.scatter_(1, proposed[:, None], margin.to(right.device)[:, None] + 1e-3)
+
+    def fix_size(self, size: FixedSize) -> None:
+        self._context.fix_size(size)
 
     def select_rows(self, rows: Tensor) -> None:
         self._context.select_rows(rows)

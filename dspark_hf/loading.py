@@ -14,9 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dspark_hf.adapters import adapted_name, is_adapter, load_adapted
 from dspark_hf.damage import first_line, index_files, read_object, weights_damage
+from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
+from dspark_hf.modeling.formats import gguf
+from dspark_hf.modeling.formats.choosing import find_packaging
+from dspark_hf.modeling.formats.deepseek_v4 import is_released
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
 DTYPES: Mapping[str, torch.dtype | str] = {
@@ -30,6 +34,7 @@ _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TARGET = "the folder or hub name of a causal language model"
 _DRAFTER = "the folder or hub name of a DSpark drafter"
+_ASSISTANT = "the folder or hub name of a drafter, or of another causal language model"
 
 
 def check_dtype(dtype: str) -> None:
@@ -62,6 +67,7 @@ def load_tokenizer(target: str, option: str = "--target") -> Any:
     Raises:
         ValueError: if it cannot be read; the message names `option`.
     """
+    target = local_name(target)
     with _named(option, _TARGET, target):
         if is_adapter(target) and not (Path(target) / "tokenizer_config.json").exists():
             return AutoTokenizer.from_pretrained(adapted_name(target))
@@ -74,6 +80,7 @@ def read_drafter_config(drafter: str, option: str = "--drafter") -> DSparkConfig
     Raises:
         ValueError: if it cannot be read, or is none of a DSpark drafter; the message names `option`.
     """
+    drafter = local_name(drafter)
     with _named(option, _DRAFTER, drafter):
         return DSparkConfig.from_pretrained(drafter)
 
@@ -84,8 +91,38 @@ def load_drafter(drafter: str, option: str = "--drafter", **options: Any) -> DSp
     Raises:
         ValueError: if it cannot be read, or is no DSpark drafter; the message names `option`.
     """
+    drafter = local_name(drafter)
     with _named(option, _DRAFTER, drafter):
         return DSparkAssistantModel.from_pretrained(drafter, **options).eval()
+
+
+def load_assistant(name: str, option: str, **options: Any) -> Any:
+    """Return the drafter of a folder or hub name, or any other causal language model, in evaluation mode.
+
+    `options` go to `from_pretrained`.
+
+    Raises:
+        ValueError: if it cannot be read; the message names `option`.
+    """
+    name = local_name(name)
+    model_class: Any = DSparkAssistantModel if is_drafter(name, option) else AutoModelForCausalLM
+    with _named(option, _ASSISTANT, name):
+        return model_class.from_pretrained(name, **options).eval()
+
+
+def is_drafter(name: str, option: str) -> bool:
+    """Return whether a folder or hub name holds a DSpark drafter, in a layout that is read.
+
+    Raises:
+        ValueError: if its configuration cannot be read; the message names `option`.
+    """
+    name = local_name(name)
+    with _named(option, _ASSISTANT, name):
+        if gguf.find_file(name, {}) is not None:
+            return True
+        fields, _ = PreTrainedConfig.get_config_dict(name)
+        is_ours = fields.get("model_type") == DSparkConfig.model_type or is_released(fields)
+        return is_ours or find_packaging(fields) is not None
 
 
 def load_target(
@@ -115,6 +152,7 @@ def load_target(
         ValueError: if the dtype, the device, the attention implementation or the target is not there.
     """
     check_dtype(dtype)
+    target = local_name(target)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "device_map": {"": find_device(device)}}
     if attention != "auto":
         options["attn_implementation"] = attention

@@ -1,15 +1,37 @@
 """One thread, one seed, no stored profile and nothing learnt for every test."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from dspark_hf import figures
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.costs.storing import FOLDER_VARIABLE
+from dspark_hf.registry.entries import DRAFTERS_VARIABLE
+from tests.fresh import FreshInterpreter
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported: PyTorch and Transformers are a million objects.
+
+    It would look through all of them whenever a run of the trainer begins, half a second each time, and now and then
+    anywhere else.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Draw few pixels: nobody looks at the figures of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_RESOLUTION", 50)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +44,14 @@ def nothing_learnt() -> None:
     reset_learned_state()
 
 
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshInterpreter]:
+    """An interpreter that has not imported the package."""
+    interpreter = FreshInterpreter(tmp_path_factory.mktemp("fresh"))
+    yield interpreter
+    interpreter.close()
+
+
 @pytest.fixture(autouse=True)
 def profiles(tmp_path: Path) -> Iterator[Path]:
     """The folder of measured profiles: none of this machine's is read, and none written."""
@@ -30,3 +60,12 @@ def profiles(tmp_path: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def own_drafters(tmp_path: Path) -> Iterator[Path]:
+    """The registry file of the user's drafters, absent at first: none of this machine's is read, and none written."""
+    file = tmp_path / "own-drafters.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DRAFTERS_VARIABLE, str(file))
+        yield file

@@ -15,6 +15,7 @@ import torch
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.modeling.formats.remote_code import write_custom_generate
 from tests.modeling.drafting import draft_greedily
 from tests.tiny import tiny_target
 
@@ -33,6 +34,15 @@ def test_shipped_drafters_load_and_are_small(name: str) -> None:
     assert drafter.confidence_head is not None
     assert (folder / "model.safetensors").stat().st_size <= MAX_BYTES[name]
     assert (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", MAX_BYTES)
+def test_shipped_drafters_can_be_named_in_generate(name: str, tmp_path: Path) -> None:
+    """A drafter's folder in the repository lacks what every folder gets that is saved today, or has an older form."""
+    write_custom_generate(tmp_path)
+    for path in (tmp_path / "custom_generate").iterdir():
+        shipped = DRAFTERS / name / "custom_generate" / path.name
+        assert shipped.read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
 
 
 def test_packing_rounds_to_the_nearest() -> None:

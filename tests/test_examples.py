@@ -55,7 +55,7 @@ def test_train_drafter(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in words))
     arguments = ["train_drafter.py", str(target), "--output", str(tmp_path / "mine"), "--num-conversations", "20"]
     arguments += ["--prompts", str(tmp_path / "prompts.jsonl")]
-    arguments += ["--max-new-tokens", "24", "--max-steps", "3", "--draft-vocab", "50"]
+    arguments += ["--max-new-tokens", "24", "--max-steps", "2", "--draft-vocab", "50"]
     monkeypatch.setattr(sys, "argv", arguments)
     for _ in range(2):
         runpy.run_path(str(EXAMPLES / "train_drafter.py"), run_name="__main__")

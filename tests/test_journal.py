@@ -136,10 +136,12 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     """After a crash nobody could go on before removing a lock by hand."""
     path = tmp_path / "journal.jsonl"
     code = (
-        "import sys, time; from dspark_hf.journal import Journal; journal = Journal(sys.argv[1]); "
+        "import runpy, sys, time; journal = runpy.run_path(sys.argv[2])['Journal'](sys.argv[1]); "
         "journal.append({'number': 1}); print('ready', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    # the file alone, which needs nothing of the package
+    source = sys.modules[Journal.__module__].__file__
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(source)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "ready\n"

@@ -17,6 +17,7 @@ SHARED = {
     "damage",
     "figures",
     "files",
+    "hubs",
     "journal",
     "lazy",
     "moved",
@@ -31,6 +32,7 @@ BELOW: dict[str, set[str]] = {
     # what a person looks at of the costs that `generation` learns
     "profiling": {"generation"},
     "modeling": {"generation"},
+    "registry": {"generation", "modeling", "loading"},
     # only the metrics, see below
     "evaluation": {"generation", "modeling", "calibration", "loading"},
     "calibration": {"generation", "modeling", "loading"},
@@ -39,6 +41,7 @@ BELOW: dict[str, set[str]] = {
     # how answers look in a terminal, whoever answers
     "terminal": {"generation"},
     "demo": {"generation", "modeling", "terminal", "loading", ""},
+    "doctor": {"generation", "modeling", "profiling", "loading"},
     "cli": {
         "generation",
         "profiling",
@@ -47,15 +50,17 @@ BELOW: dict[str, set[str]] = {
         "evaluation",
         "data",
         "training",
+        "registry",
         "terminal",
         "demo",
+        "doctor",
         "loading",
         "",
     },
 }
 # top-level files with a place of their own: the public names, the command line as a program, and models from folders
 # or the hub
-TOP = {"__init__": {"generation", "modeling"}, "__main__": {"cli"}, "loading": {"modeling"}}
+TOP = {"__init__": {"generation", "modeling", "registry", "doctor"}, "__main__": {"cli"}, "loading": {"modeling"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

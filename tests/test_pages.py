@@ -44,7 +44,9 @@ def test_commands_have_the_options_that_are_given(page):
     given = [found for line in lines if (found := re.search(r"dspark[-_]hf (\w+) (.*)", line))]
     assert given
     for name, options in (found.groups() for found in given):
-        known = {option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        known = {
+            option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert set(re.findall(r"--[a-z][\w-]+", options)) <= known, (name, options)
 
 

@@ -78,8 +78,8 @@ def open_speaker(asked: Asked, folder: str, tokenizer: Any, writing: Writing, co
 def drafter_for(target: Any, asked: Asked) -> Drafter:
     """Return the drafter that was named, else the one that is known for the target, else one that looks drafts up."""
     from dspark_hf.demo.packaged import PACKAGED_MODELS, UnavailableError, shipped_drafter
-    from dspark_hf.generation.lookup_assistant import LookupAssistant
     from dspark_hf.loading import load_drafter
+    from dspark_hf.registry.finding import load_drafter_for
 
     name = asked.drafter
     if name is None and asked.packaged is not None:
@@ -89,7 +89,7 @@ def drafter_for(target: Any, asked: Asked) -> Drafter:
             # an installed package has no drafters/ folder
             name = None
     if name is None:
-        return LookupAssistant()
+        return load_drafter_for(target)
     return load_drafter(name, dtype=target.dtype).to(target.device)
 
 

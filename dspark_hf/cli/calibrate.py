@@ -1,7 +1,5 @@
 """`dspark-hf calibrate`: temperatures for a drafter's confidence, fitted on prompts it was not trained on."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from enum import Enum
@@ -120,7 +118,7 @@ def calibrate(
 
 def _check_request(
     drafter: str, prompts: Path, num_prompts: int | None, output: Path | None, report: Path | None
-) -> list[Prompt]:
+) -> "list[Prompt]":
     """Return the prompts, after all checks that need no model."""
     from dspark_hf.calibration.observations import check_confidence_head
     from dspark_hf.calibration.saving import check_destination
@@ -161,8 +159,8 @@ def _check_min_reached(min_reached: int, num_prompts: int, max_new_tokens: int) 
 
 
 def _load(
-    target: str, drafter: str, prompts: list[Prompt], dtype: str, device: str, max_new_tokens: int
-) -> tuple[Models, list[Tensor]]:
+    target: str, drafter: str, prompts: "list[Prompt]", dtype: str, device: str, max_new_tokens: int
+) -> "tuple[Models, list[Tensor]]":
     """Return the models and the prompts' token ids `(T,)`, after the checks that need them."""
     from dspark_hf.calibration.observations import check_pair
     from dspark_hf.evaluation.loading import encode_sets, load_models
@@ -173,7 +171,7 @@ def _load(
     return models, [token_ids[0] for token_ids in encoded["--prompts"]]
 
 
-def _fit(observations: Observations, objective: Objective, min_reached: int) -> CalibrationReport:
+def _fit(observations: "Observations", objective: Objective, min_reached: int) -> "CalibrationReport":
     """Return the fit that helps, the one with the lower Brier score if both do, or the paper's if none does."""
     from dspark_hf.calibration.report import calibrate as fit_and_score
     from dspark_hf.calibration.sts import OBJECTIVES
@@ -185,7 +183,7 @@ def _fit(observations: Observations, objective: Objective, min_reached: int) -> 
     return min(helpful, key=lambda result: result.validation.after.mean_brier)
 
 
-def _show(console: Console, result: CalibrationReport) -> None:
+def _show(console: Console, result: "CalibrationReport") -> None:
     result.print_tables(console)
     for note in result.notes:
         console.print(note, soft_wrap=True)
@@ -200,7 +198,7 @@ def _show(console: Console, result: CalibrationReport) -> None:
 
 
 def _write_report(
-    folder: Path, result: CalibrationReport, observations: Observations, title: str, *, is_on_cpu: bool
+    folder: Path, result: "CalibrationReport", observations: "Observations", title: str, *, is_on_cpu: bool
 ) -> None:
     from dspark_hf.calibration.diagrams import draw_reliability
     from dspark_hf.files import write_whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ class PackageCommand(TyperCommand):
     # Any: a context of click's, or of the copy of click inside newer versions of typer
     def invoke(self, ctx: Any) -> Any:
         load_package()
+        gc.enable()
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:

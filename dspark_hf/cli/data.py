@@ -1,7 +1,5 @@
 """`dspark-hf data`: training conversations in the target's own words."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

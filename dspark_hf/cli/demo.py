@@ -1,7 +1,5 @@
 """`dspark-hf demo`: a packaged model answers questions, plain and with its drafter."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`dspark-hf estimate`: memory and FLOPs of a DeepSeek-V4 model from its configuration alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +31,8 @@ def estimate(
     """Estimate memory and FLOPs from the configuration alone, beside DeepSeek-V3.2; which devices suffice."""
     # imported here, so that the help is instant
     from dspark_hf.files import write_whole
-    from dspark_hf.modeling.deepseek_v4.estimation.display import print_report
     from dspark_hf.modeling.deepseek_v4.estimation.report import EstimationSettings, make_report, to_json
+    from dspark_hf.modeling.deepseek_v4.estimation.report_tables import print_report
 
     console = Console()
     try:

@@ -1,7 +1,5 @@
 """`dspark-hf eval`: drafters on prompt files, measured and written down."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +34,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Drafts per round; default: the block size.", rich_help_panel=MEASURING)
     ] = None,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Answers per prompt and way; speeds are medians.", rich_help_panel=MEASURING)
+        int, typer.Option(min=1, help="Answers per prompt and variant; speeds are medians.", rich_help_panel=MEASURING)
     ] = 3,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Also measure speed with this many rows per call.", rich_help_panel=MEASURING)
@@ -59,9 +57,9 @@ def evaluate(
 ) -> None:
     """Measure drafters on prompt files: accepted length, speed, reliability; after Ctrl-C the same command goes on."""
     # imported here, so that the help is instant
-    from dspark_hf.evaluation.display import print_evaluation
     from dspark_hf.evaluation.run import EvaluationRequest, run_request
     from dspark_hf.evaluation.settings import DEFAULT_SCHEDULERS, EvaluationSettings
+    from dspark_hf.evaluation.terminal import print_evaluation
     from dspark_hf.evaluation.writing import write_evaluation
 
     console = Console()

@@ -34,6 +34,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dspark-hf eval --target TARGET --drafter run/drafter questions.jsonl",
         "dspark-hf eval --target TARGET --drafter new --baseline old questions.jsonl",
     ),
+    "doctor": (
+        "dspark-hf doctor TARGET run/drafter",
+        "dspark-hf doctor TARGET run/drafter --no-costs --json",
+    ),
     "version": ("dspark-hf version",),
 }
 

@@ -1,7 +1,5 @@
 """`dspark-hf export`: a drafter in the layout of another project."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +17,12 @@ class Layout(str, Enum):
     deepspec = "deepspec"
     speculators = "speculators"
     specforge = "specforge"
+    custom_generate = "custom_generate"
 
 
 def export(
     drafter: Annotated[str, typer.Argument(help="Folder or hub name of the drafter, in any layout that is read.")],
-    to: Annotated[Layout, typer.Option(help="Whose layout to write.")],
+    to: Annotated[Layout, typer.Option(help="Whose layout to write; custom_generate: code for Transformers alone.")],
     output: Annotated[Path, typer.Option(help="Folder to write, absent or empty.")],
     target: Annotated[
         str | None, typer.Option(help="Its target, for drafters that borrow the target's vocabulary.")

@@ -3,8 +3,6 @@
 No file of `dspark_hf.cli` imports PyTorch, Transformers or what needs them outside of a function: see `dspark_hf_cli`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
@@ -14,6 +12,7 @@ from dspark_hf.cli.chat import chat
 from dspark_hf.cli.command import PackageCommand
 from dspark_hf.cli.data import data
 from dspark_hf.cli.demo import DRAFTERS, demo
+from dspark_hf.cli.doctor import doctor
 from dspark_hf.cli.estimate import estimate
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.examples import epilog
@@ -38,6 +37,7 @@ for command in (generate, chat, data, train, calibrate, profile, export):
 app.command(epilog=epilog("estimate"))(estimate)
 app.command(cls=PackageCommand, epilog=epilog("tiny-v4"))(tiny_v4)
 app.command("eval", cls=PackageCommand, epilog=epilog("eval"))(evaluate)
+app.command(cls=PackageCommand, epilog=epilog("doctor"))(doctor)
 
 
 @app.command(epilog=epilog("version"))

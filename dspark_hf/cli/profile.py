@@ -1,7 +1,5 @@
 """`dspark-hf profile`: what passes and drafts cost on this machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +51,7 @@ def profile(
     from dspark_hf.generation.scheduling.costs.workload import StepTimer
     from dspark_hf.generation.targets.adapter import TargetAdapter
     from dspark_hf.loading import load_target
-    from dspark_hf.profiling.display import print_costs
+    from dspark_hf.profiling.cost_tables import print_costs
     from dspark_hf.profiling.plots import draw_costs
 
     console = Console()
@@ -109,7 +107,7 @@ def _check_request(
     sizes: tuple[str | None, str | None, str | None],
     output: Path | None,
     figure: Path | None,
-) -> Grid:
+) -> "Grid":
     """Return what to measure, after all checks that need no model."""
     from transformers import AutoConfig
 
@@ -148,7 +146,7 @@ def _load_drafter(drafter: str, target: Any) -> Any:
     return load_drafter(drafter, dtype=target.dtype).to(target.device)
 
 
-def _check_sizes(workload: StepTimer, grid: Grid) -> None:
+def _check_sizes(workload: "StepTimer", grid: "Grid") -> None:
     """Run a plain step, and the most rows and the widest pass once, on hardly any context."""
     rows, width = grid.rows[-1], grid.widths[-1]
     # a target that no drafter can assist says so whatever the sizes
@@ -165,7 +163,7 @@ def _check_sizes(workload: StepTimer, grid: Grid) -> None:
             raise
 
 
-def _measure(workload: StepTimer, grid: Grid, repeats: int, progress: Progress) -> tuple[CostTable, list[str]]:
+def _measure(workload: "StepTimer", grid: "Grid", repeats: int, progress: "Progress") -> "tuple[CostTable, list[str]]":
     """Return the costs, and what could not be measured for lack of memory."""
     from dspark_hf.damage import first_line
     from dspark_hf.generation.scheduling.costs.profile import measure_costs

@@ -1,7 +1,5 @@
 """`dspark-hf tiny-v4`: a tiny random DeepSeek-V4 checkpoint in the released layout."""
 
-from __future__ import annotations
-
 import shlex
 from enum import Enum
 from pathlib import Path

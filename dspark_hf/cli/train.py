@@ -1,7 +1,5 @@
 """`dspark-hf train`: a drafter for any causal LM, from conversations that model wrote."""
 
-from __future__ import annotations
-
 import shlex
 from enum import Enum
 from functools import partial
@@ -286,7 +284,7 @@ def _arguments(output: Path, chosen: dict[str, Any], **options: Any) -> Any:
 
 def _read(
     data: list[Path], tokenizer: Any, max_length: int, num_held_out: int, vocab_size: int
-) -> tuple[list[Conversation], list[Conversation]]:
+) -> "tuple[list[Conversation], list[Conversation]]":
     """Return training and held-out conversations; every file gives its share of the latter."""
     from dspark_hf.training.conversations import read_conversations, split_held_out
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dspark_hf.console import printable, progress_bar, quiet_transformers, say
 from dspark_hf.demo.comparison import Answer, Comparison, answer, encode_prompt
-from dspark_hf.demo.display import print_results
 from dspark_hf.demo.dtypes import choose_dtype, measure_bf16
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
+from dspark_hf.demo.printing import print_results
 from dspark_hf.demo.prompts import DEMO_PROMPTS, MOST_PROMPTS
 from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from dspark_hf.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from dspark_hf.evaluation.display import print_evaluation
     from dspark_hf.evaluation.loading import Models, encode_sets, load_models, read_prompt_sets
     from dspark_hf.evaluation.results import Evaluation
     from dspark_hf.evaluation.run import evaluate
     from dspark_hf.evaluation.settings import EvaluationSettings
+    from dspark_hf.evaluation.terminal import print_evaluation
     from dspark_hf.evaluation.writing import write_evaluation
 
 __all__ = [
@@ -35,7 +35,7 @@ __getattr__ = lazy_names(
         "encode_sets": "loading",
         "evaluate": "run",
         "load_models": "loading",
-        "print_evaluation": "display",
+        "print_evaluation": "terminal",
         "read_prompt_sets": "loading",
         "write_evaluation": "writing",
     },

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_hf.evaluation.recording import Recording, Turn
+from dspark_hf.evaluation.recording import Recording, Trial
 from dspark_hf.evaluation.records import Answer, round_records
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.generation.scheduling import FixedScheduler
@@ -26,15 +26,15 @@ _WARM_UP_TOKENS = 8
 
 @dataclass
 class SetMeasurement:
-    """The answers to one prompt file at one temperature; whole turns only, whenever one looks.
+    """The answers to one prompt file at one temperature; whole trials only, whenever one looks.
 
-    `turns` were measured row by row, `batched_turns` with `batch_size` rows per call.
+    `trials` were measured row by row, `batched_trials` with `batch_size` rows per call.
     """
 
     name: str
     temperature: float
-    turns: list[Turn] = field(default_factory=list)
-    batched_turns: list[Turn] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    batched_trials: list[Trial] = field(default_factory=list)
 
     @property
     def is_greedy(self) -> bool:
@@ -43,14 +43,14 @@ class SetMeasurement:
 
 
 class Measuring:
-    """A run over prompt sets that can end at any time without losing whole turns.
+    """A run over prompt sets that can end at any time without losing whole trials.
 
     Args:
         target: the model that answers.
         drafters: who assists, by name.
         sets: every set's prompts, token ids `(1, T)` each.
         settings: how to measure.
-        recording: where turns are written as they come, and looked for first; None for nowhere.
+        recording: where trials are written as they come, and looked for first; None for nowhere.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Measuring:
         self._recording = recording
         self._target = target
         self._drafters = drafters
-        self._ways: dict[str, tuple[DSparkAssistantModel, str] | None] = {PLAIN: None}
+        self._variants: dict[str, tuple[DSparkAssistantModel, str] | None] = {PLAIN: None}
         for name, drafter in drafters.items():
             for scheduler in all_schedulers(settings):
-                self._ways[way_name(name, scheduler)] = drafter, scheduler
+                self._variants[variant_name(name, scheduler)] = drafter, scheduler
         self._sets = sets
         self._settings = settings
         self.measurements = [
@@ -75,7 +75,7 @@ class Measuring:
         ]
 
     def run(self, advance: Callable[[str], None]) -> None:
-        """Measure everything; `advance` is called after every turn with the name of its set.
+        """Measure everything; `advance` is called after every trial with the name of its set.
 
         Raises:
             ValueError: before anything is measured, if a drafter was not made for the target, or its confidence is no
@@ -86,10 +86,10 @@ class Measuring:
         for measurement in self.measurements:
             prompts = self._sets[measurement.name]
             for index, token_ids in enumerate(prompts):
-                measurement.turns.append(self._known_turn([token_ids], measurement, index, is_batch=False))
+                measurement.trials.append(self._known_trial([token_ids], measurement, index, is_batch=False))
                 advance(measurement.name)
             for index, batch in enumerate(self._batches(prompts)):
-                measurement.batched_turns.append(self._known_turn(batch, measurement, index, is_batch=True))
+                measurement.batched_trials.append(self._known_trial(batch, measurement, index, is_batch=True))
                 advance(measurement.name)
 
     def _batches(self, prompts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -103,40 +103,46 @@ class Measuring:
 
     def _warm_up(self) -> None:
         token_ids = next(iter(self._sets.values()))[0]
-        for way in self._ways:
-            answer = self._answer([token_ids], way, 0.0, seed=0, max_new_tokens=_WARM_UP_TOKENS)
+        for variant in self._variants:
+            answer = self._answer([token_ids], variant, 0.0, seed=0, max_new_tokens=_WARM_UP_TOKENS)
             if not all(one.has_finite_confidence for one in answer.rounds or ()):
                 raise ValueError(
-                    f"`--drafter` and `--baseline` must have a confidence in [0, 1], got NaN from {way}. Its weights "
-                    "are damaged: fetch or train it anew."
+                    f"`--drafter` and `--baseline` must have a confidence in [0, 1], got NaN from {variant}. Its "
+                    "weights are damaged: fetch or train it anew."
                 )
 
-    def _known_turn(
+    def _known_trial(
         self, prompts: Sequence[Tensor], measurement: SetMeasurement, index: int, *, is_batch: bool
-    ) -> Turn:
+    ) -> Trial:
         key = (measurement.name, measurement.temperature, is_batch, index)
-        turn = None if self._recording is None else self._recording.get(key)
-        if turn is None:
-            turn = self._turn(prompts, measurement.temperature, index)
+        trial = None if self._recording is None else self._recording.get(key)
+        if trial is None:
+            trial = self._trial(prompts, measurement.temperature, index)
             if self._recording is not None:
-                self._recording.add(key, turn)
-        return turn
+                self._recording.add(key, trial)
+        return trial
 
-    def _turn(self, prompts: Sequence[Tensor], temperature: float, index: int) -> Turn:
-        ways = list(self._ways)
-        turn: Turn = {way: [] for way in ways}
+    def _trial(self, prompts: Sequence[Tensor], temperature: float, index: int) -> Trial:
+        variants = list(self._variants)
+        trial: Trial = {variant: [] for variant in variants}
         for repeat in range(self._settings.repeats):
             number = index * self._settings.repeats + repeat
-            # another way goes first each time
-            first = number % len(ways)
-            for way in [*ways[first:], *ways[:first]]:
-                turn[way].append(self._answer(prompts, way, temperature, seed=self._settings.seed + number))
-        return turn
+            # another variant goes first each time
+            first = number % len(variants)
+            for variant in [*variants[first:], *variants[:first]]:
+                trial[variant].append(self._answer(prompts, variant, temperature, seed=self._settings.seed + number))
+        return trial
 
     def _answer(
-        self, prompts: Sequence[Tensor], way: str, temperature: float, *, seed: int, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Tensor],
+        variant: str,
+        temperature: float,
+        *,
+        seed: int,
+        max_new_tokens: int | None = None,
     ) -> Answer:
-        chosen = self._ways[way]
+        chosen = self._variants[variant]
         inputs = pad_left([token_ids[0] for token_ids in prompts], input_device(self._target))
         options = {
             "max_new_tokens": max_new_tokens or self._settings.max_new_tokens,
@@ -184,7 +190,7 @@ def all_schedulers(settings: EvaluationSettings) -> list[str]:
     return list(dict.fromkeys((*settings.schedulers, WHOLE_BLOCKS)))
 
 
-def way_name(drafter: str, scheduler: str) -> str:
+def variant_name(drafter: str, scheduler: str) -> str:
     """Return what answers of a drafter under a scheduler are filed under."""
     return drafter if scheduler == WHOLE_BLOCKS else f"{drafter}, {scheduler}"
 

@@ -17,16 +17,16 @@ from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.journal import InUseError, Journal
 from dspark_hf.provenance import describe_run
 
-# what one prompt, or one batch of them, was answered: one list per way, one answer per repeat
-Turn = dict[str, list[Answer]]
+# what one prompt, or one batch of them, was answered: one list per variant, one answer per repeat
+Trial = dict[str, list[Answer]]
 # set, temperature, whether a batch, number
-TurnKey = tuple[str, float, bool, int]
+TrialKey = tuple[str, float, bool, int]
 
 
 class Recording:
-    """A file of turns in an evaluation's folder, `measured-KEY.jsonl`, open for writing.
+    """A file of trials in an evaluation's folder, `measured-KEY.jsonl`, open for writing.
 
-    The key follows from all that decides the numbers, so that turns of another evaluation are never found.
+    The key follows from all that decides the numbers, so that trials of another evaluation are never found.
 
     Args:
         folder: the evaluation's.
@@ -39,7 +39,7 @@ class Recording:
     def __init__(self, folder: Path, description: Mapping[str, Any]):
         digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
         self.path = folder / f"measured-{digest[:12]}.jsonl"
-        self._turns: dict[TurnKey, Turn] = {}
+        self._trials: dict[TrialKey, Trial] = {}
         try:
             self._journal = Journal(self.path, self._check)
         except InUseError as error:
@@ -47,15 +47,15 @@ class Recording:
         self._journal.records.clear()
 
     def __len__(self) -> int:
-        return len(self._turns)
+        return len(self._trials)
 
-    def get(self, key: TurnKey) -> Turn | None:
-        """Return a turn that was measured before, or None."""
-        return self._turns.get(key)
+    def get(self, key: TrialKey) -> Trial | None:
+        """Return a trial that was measured before, or None."""
+        return self._trials.get(key)
 
-    def add(self, key: TurnKey, turn: Turn) -> None:
-        """Write a turn; from here on a killed process loses it no more."""
-        answers = {way: [asdict(answer) for answer in some] for way, some in turn.items()}
+    def add(self, key: TrialKey, trial: Trial) -> None:
+        """Write a trial; from here on a killed process loses it no more."""
+        answers = {variant: [asdict(answer) for answer in some] for variant, some in trial.items()}
         self._journal.append({"turn": list(key), "answers": answers})
 
     def close(self) -> None:
@@ -70,8 +70,8 @@ class Recording:
         try:
             name, temperature, is_batch, index = record["turn"]
             key = (str(name), _number(temperature), bool(is_batch), _count(index))
-            self._turns[key] = {
-                str(way): [_answer(answer) for answer in some] for way, some in record["answers"].items()
+            self._trials[key] = {
+                str(variant): [_answer(answer) for answer in some] for variant, some in record["answers"].items()
             }
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(

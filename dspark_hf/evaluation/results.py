@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dspark_hf.evaluation.acceptance import Acceptance, summarize_acceptance
-from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, all_schedulers, way_name
-from dspark_hf.evaluation.recording import Turn
+from dspark_hf.evaluation.measuring import PLAIN, SetMeasurement, all_schedulers, variant_name
+from dspark_hf.evaluation.recording import Trial
 from dspark_hf.evaluation.records import RoundRecord
 from dspark_hf.evaluation.reliability import Reliability, measure_reliability
 from dspark_hf.evaluation.sample import SampleAnswer
@@ -126,29 +126,29 @@ class Evaluation:
 def summarize_set(
     measurement: SetMeasurement, drafters: Sequence[str], num_wanted: int, settings: EvaluationSettings
 ) -> SetResult:
-    """Return the result of a set of which at least one turn was measured."""
+    """Return the result of a set of which at least one trial was measured."""
     return SetResult(
         name=measurement.name,
         temperature=measurement.temperature,
-        num_prompts=len(measurement.turns),
+        num_prompts=len(measurement.trials),
         num_wanted=num_wanted,
         drafters=tuple(_summarize_drafter(name, measurement, settings) for name in drafters),
     )
 
 
 def _summarize_drafter(name: str, measurement: SetMeasurement, settings: EvaluationSettings) -> DrafterResult:
-    rounds = [_rounds(turn, name, is_greedy=measurement.is_greedy) for turn in measurement.turns]
+    rounds = [_rounds(trial, name, is_greedy=measurement.is_greedy) for trial in measurement.trials]
     speeds = [
         summarize_speed(
-            [turn[PLAIN] for turn in turns],
-            [turn[way_name(name, scheduler)] for turn in turns],
+            [trial[PLAIN] for trial in trials],
+            [trial[variant_name(name, scheduler)] for trial in trials],
             scheduler=scheduler,
             batch_size=size,
             is_greedy=measurement.is_greedy,
         )
         for scheduler in all_schedulers(settings)
-        for size, turns in ((1, measurement.turns), (settings.batch_size, measurement.batched_turns))
-        if turns
+        for size, trials in ((1, measurement.trials), (settings.batch_size, measurement.batched_trials))
+        if trials
     ]
     return DrafterResult(
         drafter=name,
@@ -156,24 +156,26 @@ def _summarize_drafter(name: str, measurement: SetMeasurement, settings: Evaluat
         speeds=tuple(speeds),
         sweep=sweep_thresholds(rounds),
         reliability=measure_reliability(rounds),
-        prompts=tuple(_summarize_prompt(turn, name, one) for turn, one in zip(measurement.turns, rounds, strict=True)),
+        prompts=tuple(
+            _summarize_prompt(trial, name, one) for trial, one in zip(measurement.trials, rounds, strict=True)
+        ),
     )
 
 
-def _rounds(turn: Turn, name: str, *, is_greedy: bool) -> list[RoundRecord]:
+def _rounds(trial: Trial, name: str, *, is_greedy: bool) -> list[RoundRecord]:
     # greedy answers repeat themselves; sampled ones are all new
-    answers = turn[name][:1] if is_greedy else turn[name]
+    answers = trial[name][:1] if is_greedy else trial[name]
     rounds = [one for answer in answers for one in answer.rounds or ()]
     # a head that overflows on some text has said nothing there
     return [one if one.has_finite_confidence else replace(one, confidence=None) for one in rounds]
 
 
-def _summarize_prompt(turn: Turn, name: str, rounds: Sequence[RoundRecord]) -> PromptResult:
+def _summarize_prompt(trial: Trial, name: str, rounds: Sequence[RoundRecord]) -> PromptResult:
     return PromptResult(
-        num_plain_tokens=tuple(answer.num_tokens for answer in turn[PLAIN]),
-        num_tokens=tuple(answer.num_tokens for answer in turn[name]),
-        plain_seconds=tuple(answer.seconds for answer in turn[PLAIN]),
-        seconds=tuple(answer.seconds for answer in turn[name]),
+        num_plain_tokens=tuple(answer.num_tokens for answer in trial[PLAIN]),
+        num_tokens=tuple(answer.num_tokens for answer in trial[name]),
+        plain_seconds=tuple(answer.seconds for answer in trial[PLAIN]),
+        seconds=tuple(answer.seconds for answer in trial[name]),
         num_rounds=len(rounds),
         num_committed=sum(one.num_committed for one in rounds),
         num_verified=sum(one.num_verified for one in rounds),

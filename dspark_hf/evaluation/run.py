@@ -53,7 +53,7 @@ def evaluate(
     try:
         measuring.run(advance)
     except (KeyboardInterrupt, RuntimeError) as error:
-        if not measuring.measurements[0].turns:
+        if not measuring.measurements[0].trials:
             raise
         ended_by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     return Evaluation(
@@ -67,20 +67,20 @@ def evaluate(
         sets=tuple(
             summarize_set(measurement, list(models.drafters), len(sets[measurement.name]), settings)
             for measurement in measuring.measurements
-            if measurement.turns
+            if measurement.trials
         ),
         sample=_sample(models, measuring.measurements[0]),
     )
 
 
 def _sample(models: Models, measurement: SetMeasurement) -> SampleAnswer | None:
-    if models.tokenizer is None or not measurement.turns:
+    if models.tokenizer is None or not measurement.trials:
         return None
-    answer = measurement.turns[0][next(iter(models.drafters))][0]
+    answer = measurement.trials[0][next(iter(models.drafters))][0]
     return sample_answer(answer, models.tokenizer, measurement.name, measurement.temperature)
 
 
-def num_turns(sets: Mapping[str, Sequence[Tensor]], settings: EvaluationSettings) -> int:
+def num_trials(sets: Mapping[str, Sequence[Tensor]], settings: EvaluationSettings) -> int:
     """Return how often `evaluate` will call `advance`."""
     sizes = [len(prompts) for prompts in sets.values()]
     batches = [0 if settings.batch_size == 1 else -(-size // settings.batch_size) for size in sizes]
@@ -144,9 +144,9 @@ def run_request(request: EvaluationRequest, console: Console) -> tuple[Evaluatio
         description = describe(models.target, {"target": request.target, **folders}, encoded, request.settings)
         recording = Recording(request.output, description)
         if len(recording):
-            say(console, f"Going on after {len(recording)} turns measured before, in {recording.path}.")
+            say(console, f"Going on after {len(recording)} trials measured before, in {recording.path}.")
         with closing(recording), progress_bar(console) as progress:
-            task = progress.add_task("warming up", total=num_turns(encoded, request.settings))
+            task = progress.add_task("warming up", total=num_trials(encoded, request.settings))
             evaluation = evaluate(
                 models,
                 encoded,

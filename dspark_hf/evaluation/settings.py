@@ -23,7 +23,7 @@ class EvaluationSettings:
         max_new_tokens: length of an answer at most, in tokens.
         temperatures: 0 is greedy; any other samples, with neither top-k nor top-p.
         num_drafts: drafts per round, Transformers' `num_assistant_tokens`; None means each drafter's block size.
-        repeats: answers per prompt and way. Speeds are medians over them; sampled acceptance is over all of them.
+        repeats: answers per prompt and variant. Speeds are medians over them; sampled acceptance is over all of them.
         batch_size: rows per call of an additional measurement of speed; 1 means none.
         schedulers: names of those to measure the speed with; `"fixed"`, which shows what becomes of every draft, is
             always measured, too.

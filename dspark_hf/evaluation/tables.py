@@ -159,8 +159,8 @@ def speed_table(evaluation: Evaluation) -> TextTable:
     medians = f"; medians of {repeats} repeats, and the range of the repeats' ratios" if repeats > 1 else ""
     return TextTable(
         "Speed",
-        f"Tokens per second of all ways, which answered in turns{medians}. The scheduler decides how many drafts are "
-        "made and verified; fixed takes whole blocks. Identical: greedy outputs equal to those of plain generate, "
+        f"Tokens per second of all variants, which answered in turns{medians}. The scheduler decides how many drafts "
+        "are made and verified; fixed takes whole blocks. Identical: greedy outputs equal to those of plain generate, "
         "token for token.",
         (*labels, *(heading for heading in wanted if heading)),
         tuple(rows),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PrefixConstrainedLogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PrefixConstrainedLogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # transformers 5.24 renamed the cache argument of every forward pass, of generate and of its output
 CACHE_KEY = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
@@ -144,3 +149,34 @@ def attention_implementation(model: PreTrainedModel) -> str:
 def empty_cache_like(model: PreTrainedModel) -> transformers.DynamicCache:
     """Return a fresh dynamic cache with the layer kinds of `model`."""
     return transformers.DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def is_static(cache: Any) -> bool:
+    """Return whether a cache has its size from the start."""
+    return isinstance(cache, transformers.StaticCache)
+
+
+def compiled_call(
+    model: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+) -> Callable[..., Any] | None:
+    """Return the model's compiled forward pass if plain `generate` would run it in this call, else None."""
+    target: Any = model
+    if not target._valid_auto_compile_criteria(model_kwargs, generation_config):
+        return None
+    call: Callable[..., Any] = target.get_compiled_call(generation_config.compile_config)
+    # transformers 5.24: of Llama 4 the bare call is returned
+    return None if call == model.__call__ else call
+
+
+def run_compiled(call: Callable[..., Any], *args: Any, **inputs: Any) -> Any:
+    """Run a compiled pass whose earlier outputs are no longer needed."""
+    # CUDA graphs then know that they may write over them
+    torch.compiler.cudagraph_mark_step_begin()
+    return call(*args, **inputs)
+
+
+def compile_options(model: PreTrainedModel, generation_config: GenerationConfig) -> dict[str, Any]:
+    """Return the keywords of `torch.compile` with which `get_compiled_call` compiles."""
+    config: Any = generation_config.compile_config or model._default_compile_config()
+    options: dict[str, Any] = config.to_dict()
+    return options

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
@@ -21,13 +21,14 @@ from dspark_hf.generation.call.checks import check_request
 from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.call.outputs import DSparkGenerateOutput
 from dspark_hf.generation.call.rows import CallRows
-from dspark_hf.generation.compat import CACHE_KEY, was_given_by_user
+from dspark_hf.generation.compat import CACHE_KEY, is_static, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
-from dspark_hf.generation.drafting.lookup import Lookups, with_lookups
+from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.drawing import draw
-from dspark_hf.generation.rows import Rows
-from dspark_hf.generation.scheduling.interface import Batch, Choice, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.proposing import outcome_of, propose
+from dspark_hf.generation.rows import NewTokens, Rows
+from dspark_hf.generation.scheduling.interface import Batch, Schedule, Scheduler
 from dspark_hf.generation.slots import SlotSampler
 from dspark_hf.generation.statistics import RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.stepwise import accept_in_steps
@@ -35,6 +36,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.choosing import choose_target
 from dspark_hf.generation.targets.interface import TargetPass, TargetState
 from dspark_hf.generation.targets.padding import prompt_tokens
+from dspark_hf.generation.targets.static import StaticTarget
 from dspark_hf.generation.verification import verify, verify_greedy
 
 
@@ -85,6 +87,7 @@ def decode(
             num_drafts=options.num_drafts,
             num_looked_up=options.num_looked_up,
             returns_cache=was_given_by_user(model_kwargs[CACHE_KEY]),
+            has_fixed_size=is_static(model_kwargs[CACHE_KEY]),
             is_invariant=options.is_invariant,
         )
         # there from the start, so that a streamer can ask where a token came from
@@ -93,6 +96,8 @@ def decode(
         widest = options.most_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
         context = options.start_context(drafter, adapter, len(input_ids))
+        if isinstance(target, StaticTarget) and target.size.compile_options is not None:
+            context.fix_size(target.size)
         schedule = options.scheduler.start(rows.describe(adapter, drafter))
         lookups = None
         if options.num_looked_up:
@@ -148,13 +153,14 @@ class Rounds:
         rows = self._rows
         with self._statistics.timed("prefill_seconds", self._adapter.device):
             target_pass = self._target.prefill()
+        self._statistics.settle()
         self._statistics.num_target_passes += 1
         last = torch.tensor(target_pass.num_tokens, device=target_pass.positions.device) - 1
         self._num_processed = (target_pass.positions.gather(1, last[:, None])[:, 0] + 1).tolist()
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, target_pass.num_tokens)
         nothing = [0] * len(target_pass.num_tokens)
         scores, _, first = self._accept(target_pass, target_pass.positions[:, :0], None, nothing)
-        choices = list(first[:, None])
+        _, choices = _accepted_tokens(first[:, None], nothing, first)
         self._look_back(choices, rows.commit(target_pass, scores, choices, None))
         self.drop_rows()
 
@@ -163,28 +169,17 @@ class Rounds:
         rows, batch = self._rows, self._batch()
         with self._recorded(batch) as record:
             anchors = rows.anchors()
-            drafted = self._propose(batch, anchors, record)
+            drafted = propose(
+                self._schedule, self._lookups, batch, partial(self._draft, anchors), record, anchors.device
+            )
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
-            scores, record.num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
-            new_tokens = _accepted_tokens(tokens, record.num_accepted, bonus)
+            scores, num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
+            record.num_accepted, new_tokens = _accepted_tokens(tokens, num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
             self._keep(target_pass, num_kept)
             self._look_back(new_tokens, num_kept)
             self.drop_rows()
-
-    def _propose(self, batch: Batch, anchors: Tensor, record: RoundInProgress) -> DraftedBlock | None:
-        """Return the drafts of all rows, made or looked up, if any; record them and how many are to be verified."""
-        offers = [] if self._lookups is None else self._lookups.offers(batch.rooms)
-        choice = self._schedule.choose(batch, offers) if offers else Choice(self._schedule.num_drafts(batch))
-        drafted = self._draft(anchors, choice.num_drafts)
-        if any(choice.num_looked_up):
-            record.num_looked_up = choice.num_looked_up
-            drafted = with_lookups(drafted, offers, choice.num_looked_up, anchors.device)
-        if drafted is not None:
-            record.num_drafted, record.confidence = drafted.num_modelled_drafts, drafted.confidence
-            record.num_verified = self._schedule.admit(drafted, choice.limit(batch))
-        return drafted
 
     def drop_rows(self) -> None:
         """Take rows that are over out of the batch and the caches."""
@@ -239,7 +234,7 @@ class Rounds:
 
     def _accept(
         self, target_pass: TargetPass, drafts: Tensor, drafted: DraftedBlock | None, num_verified: list[int]
-    ) -> tuple[Tensor, list[int], Tensor]:
+    ) -> tuple[Tensor, Tensor | list[int], Tensor]:
         """Return the pass's scores `(b, W, V)`, how many drafts each row accepts, and its bonus token `(b,)`."""
         if self._rows.accept_in_steps:
             return accept_in_steps(self._rows, target_pass, drafts, drafted, num_verified)
@@ -248,7 +243,7 @@ class Rounds:
         noisy = self._rows.with_noise(scores, 0)
         if drafted is None or num_drafts == 0:
             return scores, [0] * len(num_verified), _draw(noisy[:, 0], self._rows.probabilities(noisy[:, 0]))
-        limits = torch.tensor(num_verified, device=scores.device)
+        limits = _sent(num_verified, scores.device)
         draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
         target_probs = self._rows.probabilities(noisy)
         if target_probs is None:
@@ -259,7 +254,7 @@ class Rounds:
                 for values in (drafted.probs, drafted.is_certain)
             )
             num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits, is_certain)
-        return scores, num_accepted.tolist(), bonus
+        return scores, num_accepted, bonus
 
     def _keep(self, target_pass: TargetPass, num_kept: list[int]) -> None:
         """Roll the target back to the kept tokens, and let the drafter read their hidden states."""
@@ -267,13 +262,10 @@ class Rounds:
         self._target.keep([range(count) for count in num_kept])
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
 
-    def _look_back(self, new_tokens: list[Tensor], num_kept: list[int]) -> None:
+    def _look_back(self, new_tokens: NewTokens, num_kept: list[int]) -> None:
         """Let the rows' texts grow by their kept tokens."""
         if self._lookups is not None:
-            kept = [tokens[:count] for tokens, count in zip(new_tokens, num_kept, strict=True)]
-            # one transfer for all rows
-            flat = iter(torch.cat(kept).tolist())
-            self._lookups.read([list(islice(flat, count)) for count in num_kept])
+            self._lookups.read([ids[:count] for ids, count in zip(new_tokens.ids, num_kept, strict=True)])
 
     @contextmanager
     def _recorded(self, batch: Batch) -> Iterator[RoundInProgress]:
@@ -282,19 +274,12 @@ class Rounds:
         start, drafting, verifying = perf_counter(), statistics.draft_seconds, statistics.verify_seconds
         is_typical = not self._context.is_behind
         yield record
+        # behind the round's transfer there is nothing to wait for
+        statistics.settle()
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         statistics.count_parking(self._schedule.parked_because, record.num_drafted)
-        outcome = RoundOutcome(
-            Choice(record.num_drafted, record.num_looked_up).limit(batch),
-            record.num_drafted,
-            record.num_verified,
-            record.num_accepted,
-            drafting,
-            seconds - drafting,
-            is_typical,
-            record.num_looked_up,
-        )
+        outcome = outcome_of(batch, record, drafting, seconds - drafting, is_typical=is_typical)
         self._schedule.observe(outcome)
         if self._lookups is not None:
             self._schedule.compare(outcome)
@@ -317,7 +302,20 @@ def _verified_tokens(anchors: Tensor, drafted: DraftedBlock | None, num_drafts: 
     return torch.cat([anchors[:, None], drafted.token_ids[:, :num_drafts].to(anchors.device)], dim=1)
 
 
-def _accepted_tokens(tokens: Tensor, num_accepted: list[int], bonus: Tensor) -> list[Tensor]:
-    """Return each row's accepted drafts, of the verified `tokens` `(b, W)`, with its bonus token behind them."""
-    tokens = tokens.to(bonus.device)
-    return [torch.cat([tokens[i, 1 : 1 + count], bonus[i : i + 1]]) for i, count in enumerate(num_accepted)]
+def _sent(values: list[int], device: torch.device) -> Tensor:
+    """Return the values on a device whose queue is not waited for."""
+    tensor = torch.tensor(values, device="cpu")
+    # a copy from ordinary memory is over only when all that was queued before it is
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _accepted_tokens(tokens: Tensor, num_accepted: Tensor | list[int], bonus: Tensor) -> tuple[list[int], NewTokens]:
+    """Return how many drafts each row accepts of the verified `tokens` `(b, W)`, and these with its bonus token."""
+    counts = torch.as_tensor(num_accepted, device=bonus.device)[:, None]
+    places = torch.arange(tokens.shape[1], device=bonus.device)
+    drafts = nn.functional.pad(tokens.to(bonus.device)[:, 1:], (0, 1))
+    new_tokens = torch.where(places < counts, drafts, bonus[:, None])
+    # the one moment of a round in which the host waits for the device
+    known: list[list[int]] = torch.cat([counts, new_tokens], dim=1).tolist()
+    ids = [row[1 : row[0] + 2] for row in known]
+    return [row[0] for row in known], NewTokens(ids, [new_tokens[i, : len(row)] for i, row in enumerate(ids)])

@@ -3,9 +3,9 @@
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Three more methods are wrapped
 because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=`, `drafts=`
-and `sampling=` among them, which `generate` does not know, that an assistant was passed to a mode that ignores it, and
-a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is wrapped to refuse
-it.
+and `sampling=` among them, which `generate` does not know, that an assistant was passed by its name or to a mode that
+ignores it, and a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is
+wrapped to refuse it. Pipelines have a seam of their own (`pipelines.py`).
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
-from dspark_hf.generation.call.checks import check_mode
-from dspark_hf.generation.call.knobs import choose_knobs
+from dspark_hf.generation.call.names import find_assistant
 from dspark_hf.generation.compat import DRAFTS, EXPLICIT, SAMPLING, SCHEDULER, SEAM, is_installed
-from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.drafting.interface import Drafter
-from dspark_hf.generation.wrappers import unwrap
+from dspark_hf.generation.pipelines import install_in_pipelines, uninstall_from_pipelines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation import GenerationMode
+
+# `import dspark_hf` brings this file: what only a call of `generate` needs is imported in one
 
 NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
@@ -64,6 +67,7 @@ def install() -> None:
     setattr(GenerationMixin, _MODE_SEAM, _check_mode(getattr(GenerationMixin, _MODE_SEAM)))
     setattr(GenerationMixin, _DOOR_SEAM, _keep_streamer(getattr(GenerationMixin, _DOOR_SEAM)))
     setattr(_owner(_BATCH), _BATCH, _refuse_drafter(getattr(GenerationMixin, _BATCH)))
+    install_in_pipelines()
 
 
 def uninstall() -> None:
@@ -72,6 +76,7 @@ def uninstall() -> None:
         method = getattr(GenerationMixin, name)
         if getattr(method, "is_dspark", False):
             setattr(_owner(name), name, method.__wrapped__)
+    uninstall_from_pipelines()
 
 
 def install_unless_refused() -> None:
@@ -104,6 +109,8 @@ def _route(original: Any) -> Any:
     def assisted_decoding(self: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
         if not isinstance(kwargs.get("assistant_model"), Drafter):
             return original(self, input_ids, **kwargs)
+        from dspark_hf.generation.decoding import decode
+
         return decode(self, input_ids, drafter=kwargs.pop("assistant_model"), **kwargs)
 
     # mypy knows no attributes of functions
@@ -116,6 +123,8 @@ def _remember_knobs(original: Any) -> Any:
     def prepare_generation_config(
         self: PreTrainedModel, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> Any:
+        from dspark_hf.generation.call.knobs import choose_knobs
+
         chosen = choose_knobs(kwargs, generation_config, getattr(self, "generation_config", None))
         # generate takes what it does not know for an input of the model, and refuses it
         ours = {kept: kwargs.pop(name, None) for name, kept in _OURS.items()}
@@ -151,15 +160,16 @@ def _check_mode(original: Any) -> Any:
         generation_config: GenerationConfig,
         generation_mode_kwargs: dict[str, Any],
     ) -> Any:
+        from dspark_hf.generation.call.checks import check_mode
+        from dspark_hf.generation.wrappers import unwrap
+
         assistant = generation_mode_kwargs.get("assistant_model")
         if isinstance(assistant, str):
-            raise TypeError(
-                f"`assistant_model` must be a model, got the name {assistant!r}. Load it once: `drafter = "
-                f"AutoModelForCausalLM.from_pretrained({assistant!r})`, after `import dspark_hf` if it is a drafter."
-            )
+            assistant = find_assistant(assistant, self)
+            # the decoding method is called with what these hold
+            generation_mode_kwargs["assistant_model"] = assistant
         drafter = unwrap(assistant)
         if isinstance(drafter, Drafter):
-            # the decoding method is called with what these hold
             generation_mode_kwargs["assistant_model"] = drafter
             check_mode(self, generation_mode, generation_config, generation_mode_kwargs)
             return None
@@ -195,11 +205,12 @@ def _keep_streamer(original: Any) -> Any:
 def _refuse_drafter(original: Any) -> Any:
     @functools.wraps(original)
     def generate_batch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get("assistant_model"), Drafter):
+        assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, (Drafter, str)):
             raise ValueError(
                 "`assistant_model` must be left out of `generate_batch`, which does not assist, got "
-                f"{type(kwargs['assistant_model']).__name__}. Use `dspark_hf.generate_stream(target, requests, "
-                "drafter=drafter)`, or `generate`."
+                f"{assistant if isinstance(assistant, str) else type(assistant).__name__}. Use "
+                "`dspark_hf.generate_stream(target, requests, drafter=drafter)`, or `generate`."
             )
         return original(self, *args, **kwargs)
 

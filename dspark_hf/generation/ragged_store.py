@@ -78,6 +78,44 @@ class RaggedStore:
         self.keys, self.values = _stacked(self.keys, other.keys), _stacked(self.values, other.values)
 
 
+class StaticStore(RaggedStore):
+    """Keys and values of one layer that are made at the first write and never again, so that passes can be compiled.
+
+    Args:
+        num_slots: slots C of a row.
+    """
+
+    def __init__(self, num_slots: int):
+        super().__init__()
+        self.num_slots = num_slots
+
+    def write(self, keys: Tensor, values: Tensor, starts: Sequence[int], starts_tensor: Tensor) -> None:
+        """Write keys and values `(B, H, T, E)` into the slots from `starts_tensor[r]` on; the host's are not read."""
+        if self.keys is None or self.values is None:
+            self.make(keys, values)
+        assert self.keys is not None and self.values is not None
+        slots = starts_tensor.to(keys.device)[:, None] + torch.arange(keys.shape[2], device=keys.device)
+        for stored, states in ((self.keys, keys), (self.values, values)):
+            stored.scatter_(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]), states)
+
+    def make(self, keys: Tensor, values: Tensor) -> None:
+        """Make room for all slots, like `keys` and `values` `(B, H, T, E)`."""
+        # zeros, since a masked slot still enters a product and must not be NaN
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.num_slots, states.shape[3]) for states in (keys, values)
+        )
+        for stored in (self.keys, self.values):
+            # a graph that is replayed then writes in place
+            torch._dynamo.mark_static_address(stored)
+
+    def read(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values `(B, H, length, E)`."""
+        if length == self.num_slots and self.keys is not None and self.values is not None:
+            # the very tensors, whose place is known
+            return self.keys, self.values
+        return super().read(length)
+
+
 def _reserve(states: Tensor, length: int) -> Tensor:
     # room to grow; zeros, since a masked slot still enters a product and must not be NaN
     capacity = 64 * (length // 64 + 2)
@@ -129,6 +167,15 @@ class RaggedLengths:
     def append_rows(self, other: RaggedLengths) -> None:
         """Append the rows of other lengths."""
         self.set(self.host + other.host)
+
+
+class StaticLengths(RaggedLengths):
+    """Lengths of rows, whose tensor stays where it is: a compiled pass reads it."""
+
+    def set(self, lengths: Sequence[int]) -> None:
+        """Set every row's length."""
+        self.host = list(lengths)
+        self.device.copy_(torch.tensor(self.host, dtype=torch.long))
 
 
 def fill_gaps(live: Sequence[int]) -> list[int]:

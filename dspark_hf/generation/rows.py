@@ -6,6 +6,7 @@ b rows in the batch, k drafts so far, W positions of a verify pass, V vocab.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -13,6 +14,17 @@ from torch import Tensor
 from dspark_hf.generation.scheduling.interface import Batch
 from dspark_hf.generation.statistics import RoundInProgress
 from dspark_hf.generation.targets.interface import TargetPass
+
+
+@dataclass
+class NewTokens:
+    """What every row would get in a round: its accepted drafts and a bonus token behind them.
+
+    `ids[r]` are known to the host, `tensors[r]` `(n,)` hold the same on the device.
+    """
+
+    ids: list[list[int]]
+    tensors: list[Tensor]
 
 
 class Rows(Protocol):
@@ -84,7 +96,7 @@ class Rows(Protocol):
         ...
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: NewTokens, record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class RoundInProgress:
 class SourceCounts:
     """Drafts of one source: how many were made, how many the target checked, how many became output.
 
-    The last two tell it by position in the draft, as those of `SpeculationStatistics` do for both sources together.
+    The last two tell it by position in the draft, as those of `SpeculationStatistics` do for the drafter.
     """
 
     num_drafted: int = 0
@@ -60,11 +61,15 @@ class SourceCounts:
     verified_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
 
-    def add(self, num_drafted: int, num_verified: int, num_accepted: int, num_output: int) -> None:
-        """Count the drafts of one row's round, of which `num_output` became output."""
+    def add(
+        self, num_drafted: int, num_verified: int, num_accepted: int, num_output: int, *, has_positions: bool = True
+    ) -> None:
+        """Count the drafts of one row's round, of which `num_output` became output; by position only on request."""
         self.num_drafted += num_drafted
         self.num_verified += num_verified
         self.num_accepted += num_output
+        if not has_positions:
+            return
         missing = num_verified - len(self.verified_by_position)
         self.verified_by_position.extend([0] * missing)
         self.accepted_by_position.extend([0] * missing)
@@ -96,8 +101,9 @@ class SpeculationStatistics(SourceCounts):
         num_committed: tokens of the rounds' output: accepted drafts and the target's own, up to each row's end. The
             prefill's token is not among them.
         by_source: drafts of the drafter under `"model"`, those looked up under `"lookup"`.
-        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k.
-        accepted_by_position: number of rounds in which draft k was accepted.
+        verified_by_position: number of rounds whose prefix was accepted up to position k and that verified draft k, of
+            the drafter's drafts alone: one that was looked up has no place in its block.
+        accepted_by_position: number of these rounds in which draft k was accepted.
         draft_seconds: time in the drafter.
         verify_seconds: time in the target, the prefill left out.
         prefill_seconds: time in the prefill.
@@ -126,6 +132,7 @@ class SpeculationStatistics(SourceCounts):
     scheduler: str | None = None
     num_parked: int = 0
     parked_because: str | None = None
+    _events: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def tau(self) -> float:
@@ -189,7 +196,9 @@ class SpeculationStatistics(SourceCounts):
         self.num_committed += num_committed
         num_output = min(num_accepted, num_committed)
         for counts in (self, self.by_source[source]):
-            counts.add(num_drafted, num_verified, num_accepted, num_output)
+            # positions of both together would tell of neither
+            has_positions = counts is not self or source == "model"
+            counts.add(num_drafted, num_verified, num_accepted, num_output, has_positions=has_positions)
 
     def add_tokens(self, row: int, num_tokens: int, num_accepted: int, source: str = "model") -> None:
         """Remember where a row's new tokens came from: accepted drafts of `source`, then the target's own."""
@@ -199,12 +208,25 @@ class SpeculationStatistics(SourceCounts):
 
     @contextmanager
     def timed(self, name: str, device: torch.device) -> Iterator[None]:
-        """Add the time of a block to `name`; on an accelerator, after the queue has drained."""
-        start = perf_counter()
-        yield
+        """Add the time of a block to `name`; on an accelerator, its own time, which `settle` adds later."""
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        setattr(self, name, getattr(self, name) + perf_counter() - start)
+            with torch.cuda.device(device):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                yield
+                end.record()
+            self._events.append((name, start, end))
+            return
+        began = perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + perf_counter() - began)
+
+    def settle(self) -> None:
+        """Add the times that an accelerator has taken; it has finished what was timed, or is waited for."""
+        for name, start, end in self._events:
+            end.synchronize()
+            setattr(self, name, getattr(self, name) + start.elapsed_time(end) / 1000)
+        self._events.clear()
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -114,6 +114,7 @@ def check_kinds(fields: Mapping[str, Any]) -> None:
         _check_ids(name, fields[name])
     _check_rope(fields["rope_parameters"])
     _check_temperatures(fields["sts_temperatures"], fields["block_size"])
+    _check_rates(fields["accept_rates"], fields["block_size"])
     _check_vocabulary(fields)
 
 
@@ -152,6 +153,15 @@ def _check_temperatures(temperatures: Any, block_size: int) -> None:
         and all(is_finite(value) and value > 0 for value in temperatures)
     )
     require(is_right, "sts_temperatures", f"be {block_size} positive numbers (block_size)", temperatures)
+
+
+def _check_rates(rates: Any, block_size: int) -> None:
+    is_right = rates is None or (
+        isinstance(rates, (list, tuple))
+        and len(rates) == block_size
+        and all(is_finite(value) and 0 <= value <= 1 for value in rates)
+    )
+    require(is_right, "accept_rates", f"be {block_size} numbers in [0, 1] (block_size)", rates)
 
 
 def _check_vocabulary(fields: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats import choosing, gguf, remote_code
@@ -76,6 +77,8 @@ class DSparkConfig(PreTrainedConfig):
             the buffer `d2t` of the weights.
         sts_temperatures: `block_size` temperatures of the confidence, from Sequential Temperature Scaling; `None`
             means uncalibrated.
+        accept_rates: of each of the `block_size` drafts, how often it is accepted if those before it are, on text kept
+            aside: what decoding expects of the drafter until it has seen more. Training writes it, `None` is unknown.
         initializer_range: standard deviation of fresh weights.
         base_model_name_or_path: name or path of the target that the drafter was made for, if that is known.
         target_fingerprint: what tells that target from others of its shape, see `modeling/provenance.py`.
@@ -135,6 +138,7 @@ class DSparkConfig(PreTrainedConfig):
         confidence_head_bias: bool = True,
         draft_vocab_size: int | None = None,
         sts_temperatures: list[float] | None = None,
+        accept_rates: list[float] | None = None,
         initializer_range: float = 0.02,
         base_model_name_or_path: str | None = None,
         target_fingerprint: str | None = None,
@@ -182,6 +186,7 @@ class DSparkConfig(PreTrainedConfig):
         self.confidence_head_bias = confidence_head_bias
         self.draft_vocab_size = draft_vocab_size
         self.sts_temperatures = sts_temperatures
+        self.accept_rates = accept_rates
         self.initializer_range = initializer_range
         self.base_model_name_or_path = base_model_name_or_path
         self.target_fingerprint = target_fingerprint
@@ -218,6 +223,7 @@ class DSparkConfig(PreTrainedConfig):
         Raises:
             ValueError: if there is no DSpark drafter.
         """
+        pretrained_model_name_or_path = local_name(pretrained_model_name_or_path)
         file = gguf.find_file(pretrained_model_name_or_path, kwargs)
         if file is not None:
             unused = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *_LOADING)}

@@ -16,23 +16,27 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from dspark_hf.generation.compat import run_compiled
 from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
+from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
 from dspark_hf.generation.statistics import SpeculationStatistics
-from dspark_hf.generation.targets.adapter import TargetAdapter, cap_logits
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.hubs import is_elsewhere, local_name
 from dspark_hf.modeling import from_target, quantization
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.checkpoints.dspark_module import load_module
 from dspark_hf.modeling.deepseek_v4.layer import init_weights
 from dspark_hf.modeling.deepseek_v4.stage import DeepseekV4Stage, StageRotary, StreamEnds
+from dspark_hf.modeling.draft_head import DraftHead
 from dspark_hf.modeling.formats import gguf
 from dspark_hf.modeling.formats.choosing import find_packaging, load_gguf, load_tensors
 from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
 from dspark_hf.modeling.formats.recommendation import read_recommendation
-from dspark_hf.modeling.formats.remote_code import AUTO_MAP
+from dspark_hf.modeling.formats.remote_code import AUTO_MAP, write_custom_generate
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
 from dspark_hf.modeling.heads import DEFAULT_MARKOV_TOP_K, LARGE_HEAD, ConfidenceHead, build_markov_head
 from dspark_hf.modeling.provenance import Acquaintance
@@ -182,6 +186,7 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
     ) -> Any:
         """Load a drafter from a folder or a hub name: our own layout, a foreign one, or DeepSeek-V4.
 
+        `modelscope://AUTHOR/MODEL` is fetched from ModelScope.
         Of a GGUF file, name the path itself, or with `gguf_file` the file inside a folder or hub name.
 
         Of foreign folders configurations and tensors are read; code that they bring is never run. With a
@@ -194,6 +199,9 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
             ValueError: if the folder holds no DSpark drafter, or its tensors are not exactly the drafter's: one left
                 at random would draft badly without an error.
         """
+        if is_elsewhere(str(pretrained_model_name_or_path)):
+            revision = kwargs.pop("revision", None)
+            pretrained_model_name_or_path = local_name(str(pretrained_model_name_or_path), revision=revision)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         fields: dict[str, Any] = {}
         file = None
@@ -243,7 +251,8 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         The knobs that `generation_config` recommends, if there is one, are saved too.
 
         The folder also holds a shim, so that `trust_remote_code=True` loads the installed class without
-        `import dspark_hf`, and without the package Transformers says what to install; `remote_code=False` leaves it
+        `import dspark_hf`, and without the package Transformers says what to install, and `custom_generate/`, so that
+        `target.generate(..., custom_generate=folder, trust_remote_code=True)` does; `remote_code=False` leaves both
         out. A model card or a tokenizer that is there already stays.
         """
         if remote_code:
@@ -255,7 +264,9 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         if self.generation_config is not None:
             # Transformers saves those of models that generate by themselves
             self.generation_config.save_pretrained(save_directory)
-        complete_folder(save_directory, self.config)
+        if remote_code:
+            write_custom_generate(save_directory)
+        complete_folder(save_directory, self.config, self._origin)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]  # every argument is passed on
         """Upload what `save_pretrained` writes; takes the arguments of `PreTrainedModel.push_to_hub`.
@@ -264,9 +275,16 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         """
         if not kwargs.get("create_pr") and kwargs.get("revision") is None:
             # Transformers keeps the card that it finds, and else writes an empty one
-            upload_card(repo_id, self.config, private=kwargs.get("private"), token=kwargs.get("token"))
+            upload_card(
+                repo_id, self.config, origin=self._origin, private=kwargs.get("private"), token=kwargs.get("token")
+            )
         # mypy takes the inherited method, a copy that Transformers decorates, for a function
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+
+    @property
+    def _origin(self) -> str | None:
+        """The folder that the drafter was loaded from, if any."""
+        return self.name_or_path if self.name_or_path and os.path.isdir(self.name_or_path) else None
 
     def _init_weights(self, module: nn.Module) -> None:
         deepseek = self.config.deepseek_v4
@@ -299,6 +317,11 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
             is_large = self.config.num_draft_logits > LARGE_HEAD
             chosen = DEFAULT_MARKOV_TOP_K if is_large else 0
         return chosen or None
+
+    @property
+    def accept_rates(self) -> list[float] | None:
+        """How often each draft is accepted if those before it are, as evaluated; None if it was not."""
+        return self.config.accept_rates
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -506,9 +529,9 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
             _, state = head.step(anchor_ids, normed[..., 0, :], head.initial_state(normed[..., 0, :]))
         return normed[..., 1:, :], unnormed[..., 1:, :], state
 
-    def draft_head(self, target: TargetAdapter) -> _DraftHead:
+    def draft_head(self, target: TargetAdapter) -> DraftHead:
         """Return the function from hidden states to logits over the proposable tokens."""
-        return _DraftHead(self, target)
+        return DraftHead(self, target)
 
 
 def _options_for_tensors(
@@ -527,33 +550,6 @@ def _wrong_map(message: str) -> ValueError:
     return ValueError(f"{message}. The map of draft tokens is damaged: fetch or save the drafter anew.")
 
 
-class _DraftHead:
-    """Base logits over the proposable tokens, through the drafter's own head or the target's."""
-
-    def __init__(self, drafter: DSparkAssistantModel, target: TargetAdapter):
-        self._target = target
-        self._own_head = drafter.lm_head if drafter.config.owns_head else None
-        self._is_bare = drafter.config.borrows_bare_weights
-        self._cap = drafter.config.final_logit_softcapping
-        self._ids = drafter.draft_token_ids
-        self._device = drafter.device
-        # a full copy of the head is never made; the rows of a reduced vocabulary are few
-        self.rows = target.head_rows(self._ids) if self._ids is not None and self._own_head is None else None
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """Return logits `(*, V_draft)` on the drafter's device for hidden states `(*, D)`."""
-        if self._own_head is not None:
-            return cap_logits(self._own_head(hidden_states), self._cap)
-        if self.rows is not None:
-            weight, bias = self.rows
-            states = hidden_states.to(device=weight.device, dtype=weight.dtype)
-            logits = nn.functional.linear(states, weight, bias)
-            return (logits if self._is_bare else self._target.finish_logits(logits)).to(self._device)
-        head = self._target.head_bare if self._is_bare else self._target.head
-        logits = head(hidden_states).to(self._device)
-        return logits if self._ids is None else logits[..., self._ids]
-
-
 class _DSparkContext(DraftContext):
     """The drafter's context cache over one call of `generate`."""
 
@@ -562,42 +558,58 @@ class _DSparkContext(DraftContext):
         self._target = target
         self._head = drafter.draft_head(target)
         self._ids = drafter.draft_token_ids
+        self._num_slots = drafter.config.num_slots
         self._windows = [drafter.config.window_of(layer) for layer in range(len(drafter.layers))]
         # what no layer sees any more is forgotten
         window = None if None in self._windows else drafter.config.context_window
         self.cache = ContextCache(len(drafter.layers), batch_size, drafter.device, window)
         temperatures = drafter.config.sts_temperatures
         self._temperatures = None if temperatures is None else torch.tensor(temperatures, device=drafter.device)
+        self._widths: Sequence[int] = ()
+        self._compiled_read: Any = None
+        self._compiled_block: Any = None
+
+    def fix_size(self, size: FixedSize) -> None:
+        self.cache.fix_size(size.num_slots)
+        if size.compile_options is not None:
+            # modules of the target's take part: whatever of them cannot be compiled is run as it is
+            options = {**size.compile_options, "fullgraph": False}
+            self._widths = size.widths
+            self._compiled_read = torch.compile(self._read, **options)
+            self._compiled_block = torch.compile(self._run_block, **options)
 
     def extend(self, hidden_states: Tensor, positions: Tensor, num_tokens: Sequence[int]) -> None:
         drafter, window = self._drafter, self.cache.window
         if window is not None and hidden_states.shape[1] > window:
             hidden_states, positions, num_tokens = _latest(hidden_states, positions, num_tokens, window)
-        features = drafter.project_context(hidden_states)
-        states = drafter.context_keys_and_values(features, positions.to(drafter.device))
-        self.cache.append(states, num_tokens)
+        positions = positions.to(drafter.device)
+        if hidden_states.shape[1] in self._widths and self.cache.is_made:
+            fix_shapes([hidden_states, positions])
+            run_compiled(self._compiled_read, hidden_states, positions)
+        else:
+            self._read(hidden_states, positions)
+        self.cache.lengthen(num_tokens)
+
+    def _read(self, hidden_states: Tensor, positions: Tensor) -> None:
+        features = self._drafter.project_context(hidden_states)
+        self.cache.write(self._drafter.context_keys_and_values(features, positions))
 
     def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
         drafter = self._drafter
         anchors, positions = anchor_ids.to(drafter.device), positions.to(drafter.device)
         context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
-        # all slots run even if fewer drafts are wanted: the block was trained at its full width
         masks = {window: self.cache.mask(window) for window in set(self._windows)}
-        normed, unnormed = (
-            states[:, 0]
-            for states in drafter.run_blocks(
-                anchors[:, None],
-                positions[:, None],
-                drafter.config.num_slots,
-                context,
-                [masks[window] for window in self._windows],
-                self._target,
+        seen = [masks[window] for window in self._windows]
+        if self._compiled_block is None:
+            hidden_states, unnormed, state, logits = self._run_block(anchors, positions, num_drafts, context, seen)
+        else:
+            fix_shapes([mask for mask in masks.values() if mask is not None])
+            hidden_states, unnormed, state, logits = run_compiled(
+                self._compiled_block, anchors, positions, drafter.block_size, context, seen
             )
-        )
-        hidden_states, unnormed, state = drafter.drafting_slots(normed, unnormed, anchors)
-        hidden_states, unnormed = hidden_states[:, :num_drafts], unnormed[:, :num_drafts]
+            hidden_states, unnormed, logits = (x[:, :num_drafts] for x in (hidden_states, unnormed, logits))
         token_ids, probs, previous_ids = sample_block(
-            self._head(hidden_states),
+            logits,
             hidden_states,
             anchors,
             sampler,
@@ -607,10 +619,28 @@ class _DSparkContext(DraftContext):
             markov_top_k=drafter.markov_top_k,
             state=state,
         )
-        logits = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
-        if logits is not None and self._temperatures is not None:
-            logits = logits / self._temperatures[:num_drafts]
-        return DraftedBlock(token_ids, probs, None if logits is None else logits.sigmoid())
+        beliefs = drafter.confidence_logits(drafter.confidence_features(hidden_states, unnormed), previous_ids)
+        if beliefs is not None and self._temperatures is not None:
+            beliefs = beliefs / self._temperatures[:num_drafts]
+        return DraftedBlock(token_ids, probs, None if beliefs is None else beliefs.sigmoid())
+
+    def _run_block(
+        self,
+        anchors: Tensor,
+        positions: Tensor,
+        num_drafts: int,
+        context: Sequence[tuple[Tensor, Tensor]],
+        masks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return the states of `num_drafts` slots `(B, K, D)`, normed and not, the head's state, and base logits."""
+        drafter = self._drafter
+        # all slots run even if fewer drafts are wanted: the block was trained at its full width
+        normed, unnormed = drafter.run_blocks(
+            anchors[:, None], positions[:, None], self._num_slots, context, masks, self._target
+        )
+        hidden_states, unnormed, state = drafter.drafting_slots(normed[:, 0], unnormed[:, 0], anchors)
+        hidden_states, unnormed = hidden_states[:, :num_drafts], unnormed[:, :num_drafts]
+        return hidden_states, unnormed, state, self._head(hidden_states)
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)

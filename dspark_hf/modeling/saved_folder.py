@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers.utils.hub import cached_file
 
+from dspark_hf.modeling.card import EVALUATION, GENERATED, TRAINING_LOG, describe, read_measured
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 
 _CARD = "README.md"
@@ -25,11 +26,17 @@ _TOKENIZER_FILES = (
 )
 
 
-def complete_folder(folder: str | os.PathLike, config: DSparkConfig) -> None:
-    """Write a model card, and copy the target's tokenizer if it lies on this machine; what is there already stays."""
+def complete_folder(folder: str | os.PathLike, config: DSparkConfig, origin: str | None = None) -> None:
+    """Write a model card, and copy the target's tokenizer if it lies on this machine; what is there already stays.
+
+    What was measured in `origin`, the folder that the drafter was loaded from, comes along, and the card says it.
+    """
     path = Path(folder)
+    for name in (TRAINING_LOG, EVALUATION):
+        if origin and not (path / name).exists() and Path(origin, name).is_file():
+            shutil.copyfile(Path(origin, name), path / name)
     if not (path / _CARD).exists():
-        (path / _CARD).write_text(describe(config), encoding="utf-8")
+        (path / _CARD).write_text(describe(config, measured=read_measured(path)), encoding="utf-8")
     if config.base_model_name_or_path and not any((path / name).exists() for name in _TOKENIZER_FILES):
         _copy_tokenizer(config.base_model_name_or_path, path)
 
@@ -45,57 +52,24 @@ def _copy_tokenizer(target: str, folder: Path) -> None:
             shutil.copyfile(found, folder / name)
 
 
-def upload_card(repo_id: str, config: DSparkConfig, *, private: bool | None = None, token: Any = None) -> None:
-    """Give a hub repository a drafter's model card, unless it has one; the repository is made if it is not there."""
+def upload_card(
+    repo_id: str, config: DSparkConfig, *, origin: str | None = None, private: bool | None = None, token: Any = None
+) -> None:
+    """Give a hub repository a drafter's model card, unless it has one; the repository is made if it is not there.
+
+    The card says what was measured in `origin`, the folder that the drafter was loaded from. A card that somebody
+    wrote there goes along instead.
+    """
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if not api.file_exists(repository, _CARD):
-        api.upload_file(path_or_fileobj=describe(config).encode(), path_in_repo=_CARD, repo_id=repository)
+        own = Path(origin, _CARD) if origin else None
+        # the card that saving writes names a folder, not the repository
+        text = own.read_text(encoding="utf-8") if own and own.is_file() and not _is_generated(own) else None
+        if text is None:
+            text = describe(config, measured=read_measured(origin or ""), name=repository)
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=_CARD, repo_id=repository)
 
 
-def describe(config: DSparkConfig, *, data: str | None = None, tau: dict[str, float] | None = None) -> str:
-    """Return a model card of what is known of a drafter.
-
-    Args:
-        config: its configuration.
-        data: what it was trained on, in words.
-        tau: measured accepted length by prompt set, tokens per round.
-
-    Example:
-
-        >>> from dspark_hf import DSparkConfig
-        >>> from dspark_hf.modeling.saved_folder import describe
-        >>> config = DSparkConfig(vocab_size=64, hidden_size=32, num_attention_heads=4, base_model_name_or_path="a/b")
-        >>> print(describe(config, tau={"GSM8K": 3.1}).splitlines()[1])
-        base_model: a/b
-    """
-    target = config.base_model_name_or_path
-    is_on_hub = target is not None and not os.path.isabs(target) and target.count("/") <= 1
-    header = ["---", *([f"base_model: {target}"] if is_on_hub else []), "library_name: dspark-hf"]
-    header += ["pipeline_tag: text-generation", "tags:", "- dspark", "- speculative-decoding", "---", ""]
-    shown = Path(target).name if target else "its target"
-    head = "no Markov head" if config.markov_rank == 0 else f"{config.markov_head_type} Markov head"
-    words = "all tokens" if config.draft_vocab_size is None else f"{config.draft_vocab_size:,} tokens"
-    lines = [
-        f"# DSpark drafter for {shown}",
-        "",
-        f"Drafts up to {config.block_size} tokens a round for {shown}, which verifies them: the text stays its own.",
-        "",
-        f"- {config.num_hidden_layers} layers of the kind {config.backbone_type}, reading the target's layers "
-        f"{', '.join(map(str, config.target_layer_ids))} of {config.num_target_layers}",
-        f"- {head}, {'a' if config.enable_confidence_head else 'no'} confidence head, {words} proposable",
-        *([f"- Trained on {data}"] if data else []),
-        *[f"- Accepted length on {name}: {value:.2f} tokens per round" for name, value in (tau or {}).items()],
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "from dspark_hf import DSparkAssistantModel",
-        "",
-        f'target = AutoModelForCausalLM.from_pretrained("{target or "TARGET"}")',
-        'drafter = DSparkAssistantModel.from_pretrained("THIS_FOLDER")',
-        "target.generate(**inputs, assistant_model=drafter)",
-        "```",
-        "",
-        "`pip install dspark-hf` brings the class.",
-    ]
-    return "\n".join([*header, *lines, ""])
+def _is_generated(card: Path) -> bool:
+    return GENERATED in card.read_text(encoding="utf-8", errors="replace")

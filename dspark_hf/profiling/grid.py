@@ -1,4 +1,4 @@
-"""Which batch sizes, widths, contexts and numbers of drafts a profile measures."""
+"""The batch sizes, widths, context lengths and numbers of drafts that a profile measures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dspark_hf.generation.scheduling.costs.table import Point
 
 _ROWS = (1, 2, 4, 8)
 _CONTEXTS = (128, 1024)
-# drafts of the block that is assumed where no drafter says so
+# the block size that is assumed when there is no drafter
 _NUM_DRAFTS = 7
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Numbers of rows, widths, context lengths, and numbers of drafts (none without a drafter), each ascending."""
+    """What to measure, each in ascending order: rows, widths, context lengths, drafts (none without a drafter)."""
 
     rows: tuple[int, ...]
     widths: tuple[int, ...]
@@ -24,36 +24,37 @@ class Grid:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """All pairs of rows and context length, the smallest first."""
+        """All pairs of rows and context length, those with the fewest tokens first."""
         pairs = [(rows, context) for rows in self.rows for context in self.contexts]
         return sorted(pairs, key=lambda pair: pair[0] * pair[1])
 
     def passes(self, shape: tuple[int, int]) -> list[Point]:
-        """Return the target's passes of a shape."""
+        """Return the passes of the target to measure for a pair of `shapes`."""
         return [(*shape, width) for width in self.widths]
 
     def blocks(self, shape: tuple[int, int]) -> list[Point]:
-        """Return the drafted blocks of a shape."""
+        """Return the drafted blocks to measure for a pair of `shapes`."""
         return [(*shape, num_drafts) for num_drafts in self.drafts]
 
 
 def make_grid(
     rows: str | None, widths: str | None, contexts: str | None, *, block_size: int | None, max_positions: int | None
 ) -> Grid:
-    """Return the grid for the options of `dspark-hf profile`; None stands for the default of an option.
+    """Return the grid that the options of `dspark-hf profile` ask for; None means an option's default.
 
     One row, passes of a single token and passes over a drafter's whole block are always measured, since every decision
     compares drafting with plain decoding.
 
     Args:
         rows: numbers of rows, as in `"1,2,4"`.
-        widths: tokens of each row in a pass; default: all up to a whole block, so that no step is missed.
-        contexts: tokens of each row before the pass.
-        block_size: the drafter's, or None without a drafter.
-        max_positions: positions that the target knows, or None if it does not say.
+        widths: tokens per row in a pass; by default every width up to a whole block, so that no step in the costs is
+            missed.
+        contexts: tokens that each row already holds before the pass.
+        block_size: the drafter's block size, or None without a drafter.
+        max_positions: how many positions the target has, or None if its configuration does not say.
 
     Raises:
-        ValueError: if an option holds something else than positive integers, or contexts are too long.
+        ValueError: if an option holds anything but positive integers, or a context is too long for the target.
     """
     num_drafts = _NUM_DRAFTS if block_size is None else block_size
     given_widths = range(1, num_drafts + 2) if widths is None else _parse(widths, "--widths")
@@ -82,5 +83,5 @@ def make_grid(
 def _parse(text: str, option: str) -> tuple[int, ...]:
     parts: Sequence[str] = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"`{option}` must be positive integers with commas between, got {text!r}. Try 1,2,4.")
+        raise ValueError(f"`{option}` must be positive integers separated by commas, got {text!r}. Try 1,2,4.")
     return tuple(sorted(set(map(int, parts))))

@@ -193,6 +193,8 @@ class DSparkTrainer(Trainer):
     ) -> dict[str, float]:
         """Return loss, expected tau and accept rates on the held-out conversations, always on the same blocks.
 
+        The rates also go into the drafter's configuration, for decoding to start from.
+
         Raises:
             ValueError: if there are none.
         """
@@ -207,7 +209,11 @@ class DSparkTrainer(Trainer):
             batch = self._prepare_inputs(collate(mine[start : start + self.args.eval_batch_size]))
             with self.accelerator.autocast():
                 self._draft_losses(self._drafter, batch, self.args.seed, metrics)
-        summary = {f"{metric_key_prefix}_{name}": value for name, value in self._summary(metrics).items()}
+        found = self._summary(metrics)
+        rates = [found.get(f"accept_rate_{position}", 0.0) for position in range(1, self._drafter.block_size + 1)]
+        # rounding may leave the interval by a hair
+        self._drafter.config.accept_rates = [min(max(rate, 0.0), 1.0) for rate in rates]
+        summary = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(summary))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, summary)
         return summary

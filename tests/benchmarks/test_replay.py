@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from benchmarks import replay as benchmark
 from benchmarks.loading import Packaged
 from benchmarks.loads import make_load, random_prompts
-from benchmarks.recordings import CONTEXT, Clock, Draft, Written, fewer_right, record, replay
+from benchmarks.recordings import CONTEXT, Clock, Draft, Text, Written, fewer_right, record, replay
 from benchmarks.simulation import random_target
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DSparkAssistantModel, LookupAssistant
 from dspark_hf.generation.scheduling import CallInfo, FixedScheduler
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -53,11 +53,12 @@ def drafter(target: Any) -> ScriptedDrafter:
 def test_recorded_blocks_are_right_as_far_as_the_text_goes(target, drafter):
     """Drafts are compared with tokens of another position, or right ones behind a wrong one count."""
     texts = record(target, drafter, PROMPTS, LENGTH)
-    assert [len(text) for text in texts] == [LENGTH] * 3
+    assert [len(text.blocks) for text in texts] == [LENGTH] * 3
     for row, text in enumerate(texts):
         gap = 4 - row
-        assert [one.num_right for one in text] == [min(gap - 1 - place % gap, BLOCK_SIZE) for place in range(LENGTH)]
-        assert all(len(one.margins) == BLOCK_SIZE for one in text)
+        right = [min(gap - 1 - place % gap, BLOCK_SIZE) for place in range(LENGTH)]
+        assert [one.num_right for one in text.blocks] == right
+        assert all(len(one.margins) == BLOCK_SIZE for one in text.blocks)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 5])
@@ -86,7 +87,7 @@ def test_replayed_rounds_are_those_of_generate(num_drafts, target, drafter):
 
 def test_rounds_cost_what_the_table_says():
     """Speeds are those of other costs, or rows that have left still cost."""
-    texts = [[Draft(2, (1.0,) * 5)] * 4, [Draft(0, (1.0,) * 5)] * 4]
+    texts = [Text((Draft(count, (1.0,) * 5),) * 4) for count in (2, 0)]
     schedule = FixedScheduler().start(
         CallInfo(TargetAdapter(random_target("tiny", torch.float32, "cpu"), []), None, 2, 2)
     )
@@ -101,12 +102,12 @@ def test_rounds_cost_what_the_table_says():
 
 def test_blocks_are_made_wrong_and_look_as_before():
     """A worst case gives itself away by its margins, or is none."""
-    texts = [[Draft(3, (float(place),) * 5) for place in range(300)]]
+    texts = [Text(tuple(Draft(3, (float(place),) * 5) for place in range(300)))]
     assert fewer_right(texts, 1.0) == texts
     [fewer] = fewer_right(texts, 1 / 3)
-    assert 70 < sum(one.num_right == 3 for one in fewer) < 130
-    assert [one.margins for one in fewer] == [one.margins for one in texts[0]]
-    assert not any(one.num_right for one in fewer_right(texts, 0.0)[0])
+    assert 70 < sum(one.num_right == 3 for one in fewer.blocks) < 130
+    assert [one.margins for one in fewer.blocks] == [one.margins for one in texts[0].blocks]
+    assert not any(one.num_right for one in fewer_right(texts, 0.0)[0].blocks)
 
 
 def test_a_page_is_written(target, tmp_path, monkeypatch):
@@ -128,3 +129,24 @@ def test_a_page_is_written(target, tmp_path, monkeypatch):
     # seven drafts cost most, and nothing is accepted
     three, five, seven = (float(cell) for cell in hopeless.split("|")[2:5])
     assert 1 > three > five > seven
+
+
+def test_replayed_lookups_are_those_of_generate(target, drafter):
+    """What is simulated looks up other tokens than `generate` does, or reads the text too early or too late."""
+    prompts = [torch.cat([prompt, prompt]) for prompt in PROMPTS[:1]]
+    [text] = record(target, drafter, prompts, LENGTH)
+    assistant = LookupAssistant()
+    target.generate(
+        prompts[0][None],
+        max_new_tokens=LENGTH,
+        assistant_model=assistant,
+        scheduler="fixed",
+        pad_token_id=0,
+        **GREEDY,
+    )
+    schedule = FixedScheduler().start(CallInfo(TargetAdapter(target, []), assistant, 1, 15))
+    clock = Clock(_costs(), 0.0, random.Random(0))
+    written = replay(schedule, [text], LENGTH, clock, 0, longest_lookup=15)
+    real = [round_.num_verified[0] for round_ in assistant.last_statistics.rounds]
+    assert any(real)
+    assert [verified for _, verified in written.rounds] == real

@@ -54,7 +54,7 @@ def test_known_temperatures_are_found(objective, tolerance):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("seed", [0, 1, *map(slow, range(2, 6))])
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 6))])
 def test_fitted_blocks_never_get_worse(seed, objective):
     """Temperatures are saved that do harm on the very blocks they were fitted to."""
     observations = synthetic_observations(150, [1.3, 1.0, 0.9, 1.1], share_cut=0.2, seed=seed)

@@ -127,7 +127,7 @@ def test_an_early_end_writes_what_was_measured(folder, monkeypatch):
     """Ctrl-C leaves nothing, or looks like success."""
     from dspark_hf.evaluation import measuring
 
-    run, calls = measuring.Measuring._turn, []
+    run, calls = measuring.Measuring._trial, []
 
     def interrupt(self, *args):
         calls.append(None)
@@ -135,7 +135,7 @@ def test_an_early_end_writes_what_was_measured(folder, monkeypatch):
             raise KeyboardInterrupt
         return run(self, *args)
 
-    monkeypatch.setattr(measuring.Measuring, "_turn", interrupt)
+    monkeypatch.setattr(measuring.Measuring, "_trial", interrupt)
     code, output = _run(folder, "--output", str(folder / "partial"))
     assert code == 1
     assert "partial result" in output
@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on(folder, monkeypatch):
     """Hours of answers are lost to a kill, or answers of other settings are taken for those asked for."""
     from dspark_hf.evaluation import measuring
 
-    run, calls = measuring.Measuring._turn, []
+    run, calls = measuring.Measuring._trial, []
 
     def kill(self, *args):
         calls.append(args)
@@ -160,14 +160,14 @@ def test_a_stopped_run_goes_on(folder, monkeypatch):
 
     arguments = ("--output", str(folder / "stopped"))
     with monkeypatch.context() as patch:
-        patch.setattr(measuring.Measuring, "_turn", kill)
+        patch.setattr(measuring.Measuring, "_trial", kill)
         assert _run(folder, *arguments)[0] == 1
     (recorded,) = (folder / "stopped").glob("measured-*.jsonl")
     first = json.loads(recorded.read_text(encoding="utf-8"))
     assert not (folder / "stopped" / "evaluation.json").exists()
 
     calls.clear()
-    monkeypatch.setattr(measuring.Measuring, "_turn", lambda self, *args: calls.append(args) or run(self, *args))
+    monkeypatch.setattr(measuring.Measuring, "_trial", lambda self, *args: calls.append(args) or run(self, *args))
     # another evaluation finds nothing, and leaves the file alone
     code, output = _run(folder, *arguments, "--max-new-tokens", "7")
     assert code == 0 and len(calls) == 2 and "Going on" not in output
@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on(folder, monkeypatch):
     calls.clear()
     code, output = _run(folder, *arguments)
     assert code == 0, output
-    assert len(calls) == 1 and "Going on after 1 turns" in output
+    assert len(calls) == 1 and "Going on after 1 trials" in output
     fields = json.loads((folder / "stopped" / "evaluation.json").read_text(encoding="utf-8"))
     prompt = fields["sets"][0]["drafters"][0]["prompts"][0]
     assert prompt["plain_seconds"] == [first["answers"]["plain"][0]["seconds"]]

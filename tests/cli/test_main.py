@@ -28,6 +28,7 @@ COMMANDS = (
     "estimate",
     "tiny-v4",
     "eval",
+    "doctor",
     "version",
 )
 # these run without the package
@@ -36,7 +37,7 @@ MODEL = "deepseek-ai/DeepSeek-V4-Flash"
 
 # what the installed script does, then what it has loaded
 SCRIPT = """
-import sys
+import gc, sys
 from dspark_hf_cli import main
 try:
     main()
@@ -44,6 +45,7 @@ finally:
     package = sys.modules["dspark_hf"]
     print("loaded:", *(name for name in ("torch", "transformers") if name in sys.modules))
     print("complete:", hasattr(package, "DSparkConfig"))
+    print("collects garbage:", gc.isenabled())
 """
 
 
@@ -74,12 +76,13 @@ def test_what_does_not_wait_for_pytorch(arguments, expected):
     assert "loaded:\n" in output
 
 
-def test_a_command_finds_the_whole_package(tmp_path):
-    """The package is left half imported, so that models are not registered and `generate` is not extended."""
-    code, output = _run_script("tiny-v4", "--out", str(tmp_path / "tiny"))
-    assert code == 0, output
-    assert "loaded: torch transformers\n" in output
-    assert "complete: True" in output
+def test_a_command_finds_the_whole_package(fresh, tmp_path):
+    """The package is left half imported, so that models are not registered, or a long run never frees its garbage."""
+    result = fresh.run(SCRIPT, "tiny-v4", "--out", str(tmp_path / "tiny"))
+    assert result.returncode == 0, result.stderr
+    assert "loaded: torch transformers\n" in result.stdout
+    assert "complete: True" in result.stdout
+    assert "collects garbage: True" in result.stdout
 
 
 def test_every_command_loads_the_package_but_the_light_ones():
@@ -162,8 +165,9 @@ def test_version_without_an_installation():
     assert result.stdout == "0+unknown\n"
 
 
-def test_runs_as_a_module():
+def test_runs_as_a_module(fresh):
     """`python -m dspark_hf` stops working."""
-    command = [sys.executable, "-m", "dspark_hf", "--version"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    code = "import runpy; runpy.run_module('dspark_hf', run_name='__main__', alter_sys=True)"
+    result = fresh.run(code, "--version")
+    assert result.returncode == 0, result.stderr
     assert result.stdout == f"dspark-hf {dspark_hf.__version__}\n"

@@ -92,7 +92,7 @@ def test_the_target_alone(folder, profiles, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rows", "1,x"), "`--rows` must be positive integers with commas between, got '1,x'. Try 1,2,4."),
+        (("--rows", "1,x"), "`--rows` must be positive integers separated by commas, got '1,x'. Try 1,2,4."),
         (("--widths", "0"), "`--widths` must be positive integers"),
         (
             ("--contexts", "600"),
@@ -145,7 +145,7 @@ def test_deepseek_v4(profiles, tmp_path, monkeypatch, with_drafter):
     """A DeepSeek-V4 checkpoint is refused, or its costs are not those that `use_dspark=True` looks for."""
     write_tiny_checkpoint(tmp_path / "target")
     drafter = ("--drafter", str(tmp_path / "target")) if with_drafter else ()
-    code, output = _run(tmp_path, "--contexts", "64", *drafter)
+    code, output = _run(tmp_path, "--contexts", "64", "--widths", "1,2", *drafter)
     assert code == 0, output
     assert "DeepseekV4DSparkForCausalLM, bfloat16" in output
     monkeypatch.setattr(profile, "_TABLES", {})

@@ -107,7 +107,7 @@ def test_folders_of_others_are_left_alone(folder: Path) -> None:
     assert thesis.read_text() == export.read_text() == "precious"
 
 
-@pytest.mark.parametrize("head", [slow("gated"), "rnn", "none"])
+@pytest.mark.parametrize("head", [slow("gated"), "rnn", slow("none")])
 def test_all_heads(head: str, folder: Path) -> None:
     """A kind of head could not be trained from the command line."""
     code, output = _run(folder, head, "--markov-head", head, "--preset", "paper", "--draft-vocab", "0")

@@ -141,7 +141,10 @@ def test_a_target_without_ideas_is_told(tmp_path: Path) -> None:
             source.take(1)
 
 
-@pytest.mark.parametrize("chat_template", [None, MISTRAL_TEMPLATE], ids=["base", "text_ends_a_turn"])
+@pytest.mark.parametrize(
+    "chat_template",
+    [pytest.param(None, id="base", marks=pytest.mark.slow), pytest.param(MISTRAL_TEMPLATE, id="text_ends_a_turn")],
+)
 def test_a_real_target_writes_prompts(chat_template: str | None, tmp_path: Path) -> None:
     """A template's opening or end would not survive the tokenizer and `generate`."""
     tokenizer = tiny_tokenizer(chat_template)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from dspark_hf.evaluation.display import print_evaluation
 from dspark_hf.evaluation.plots import draw_figures
 from dspark_hf.evaluation.prediction import best, speed_by_drafts, speed_by_threshold
 from dspark_hf.evaluation.results import DrafterResult, Evaluation, PromptResult
 from dspark_hf.evaluation.run import evaluate
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.evaluation.tables import recommendation
+from dspark_hf.evaluation.terminal import print_evaluation
 from tests.evaluation.examples import BLOCK_SIZE, tiny_models, tiny_sets
 
 

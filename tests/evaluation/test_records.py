@@ -10,13 +10,18 @@ from dspark_hf.evaluation.records import round_records
 from tests.evaluation.examples import tiny_models
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 PROMPT = torch.tensor([[5, 9, 23, 8]])
 
 
-@pytest.mark.parametrize("accuracy", [1.0, 0.7, 0.0])
-@pytest.mark.parametrize("length", [2, 3, 17, 40])
+@pytest.mark.parametrize(
+    ("accuracy", "length"),
+    [(1.0, 2), (0.0, 3), (0.7, 17), (1.0, 40)]
+    + [slow(1.0, 3), slow(1.0, 17), slow(0.7, 2), slow(0.7, 3), slow(0.7, 40)]
+    + [slow(0.0, 2), slow(0.0, 17), slow(0.0, 40)],
+)
 def test_rounds_add_up_to_the_statistics(accuracy, length):
     """Counts of an evaluation differ from those of the run, above all where a length limit cuts the last round."""
     target = tiny_target()

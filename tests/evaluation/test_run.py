@@ -10,7 +10,7 @@ import torch
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.evaluation.measuring import PLAIN, Measuring
 from dspark_hf.evaluation.results import to_json
-from dspark_hf.evaluation.run import evaluate, num_turns
+from dspark_hf.evaluation.run import evaluate, num_trials
 from dspark_hf.evaluation.settings import EvaluationSettings
 from dspark_hf.evaluation.tables import headline, remarks
 from tests.evaluation.examples import tiny_models, tiny_sets
@@ -26,7 +26,7 @@ def test_everything_is_measured_and_greedy_outputs_are_identical():
     settings = EvaluationSettings(temperatures=(0.0, 1.0), batch_size=2, max_new_tokens=6, repeats=1)
     names: list[str] = []
     evaluation = evaluate(models, sets, settings, advance=names.append)
-    assert len(names) == num_turns(sets, settings) == 2 * (3 + 2 + 2 + 1)
+    assert len(names) == num_trials(sets, settings) == 2 * (3 + 2 + 2 + 1)
     expected = [("left", 0.0, 3), ("right", 0.0, 2), ("left", 1.0, 3), ("right", 1.0, 2)]
     assert [(one.name, one.temperature, one.num_prompts) for one in evaluation.sets] == expected
     for one_set in evaluation.sets:
@@ -84,20 +84,24 @@ def test_sampled_answers_differ_between_repeats_and_agree_between_runs():
         measuring = Measuring(models.target, models.drafters, sets, settings)
         measuring.run(lambda name: None)
         texts.append(
-            [answer.token_ids for way in (PLAIN, "dspark") for answer in measuring.measurements[0].turns[0][way]]
+            [
+                answer.token_ids
+                for variant in (PLAIN, "dspark")
+                for answer in measuring.measurements[0].trials[0][variant]
+            ]
         )
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]
 
 
-def test_ways_take_turns(monkeypatch):
+def test_variants_take_turns(monkeypatch):
     """Plain decoding always goes first, on a cold or on a warm machine."""
     models, sets, order = tiny_models(("one", "two")), tiny_sets(only=2), []
     answer = Measuring._answer
 
-    def record(self, prompts, way, *args, **kwargs):
-        order.append(way)
-        return answer(self, prompts, way, *args, **kwargs)
+    def record(self, prompts, variant, *args, **kwargs):
+        order.append(variant)
+        return answer(self, prompts, variant, *args, **kwargs)
 
     monkeypatch.setattr(Measuring, "_answer", record)
     evaluate(models, sets, EvaluationSettings(schedulers=("fixed",), **SHORT))
@@ -158,10 +162,10 @@ def test_a_mismatch_is_told(monkeypatch):
     """A text that differs in fp32 is reported like any other."""
     answer = Measuring._answer
 
-    def spoil(self, prompts, way, *args, **kwargs):
-        given = answer(self, prompts, way, *args, **kwargs)
+    def spoil(self, prompts, variant, *args, **kwargs):
+        given = answer(self, prompts, variant, *args, **kwargs)
         changed = ((*given.token_ids[0][:-1], -1),)
-        return given if way == PLAIN else type(given)(changed, given.seconds, given.rounds)
+        return given if variant == PLAIN else type(given)(changed, given.seconds, given.rounds)
 
     monkeypatch.setattr(Measuring, "_answer", spoil)
     evaluation = evaluate(tiny_models(), tiny_sets(only=2), EvaluationSettings(**SHORT))
@@ -179,10 +183,10 @@ def test_rows_end_where_they_end():
     sets = {"only": [torch.tensor([[5, 9, 23]]), torch.tensor([[7, 30, 2, 11]])]}
     measuring = Measuring(models.target, models.drafters, sets, EvaluationSettings(batch_size=2, **SHORT))
     measuring.run(lambda name: None)
-    rows = [row for turn in measuring.measurements[0].batched_turns for row in turn[PLAIN][0].token_ids]
+    rows = [row for trial in measuring.measurements[0].batched_trials for row in trial[PLAIN][0].token_ids]
     assert list(rows[0]) == text[: text.index(text[4]) + 1]
-    for row, turn in zip(rows, measuring.measurements[0].turns, strict=True):
-        assert row == turn[PLAIN][0].token_ids[0]
+    for row, trial in zip(rows, measuring.measurements[0].trials, strict=True):
+        assert row == trial[PLAIN][0].token_ids[0]
 
 
 def test_an_answer_of_one_token_has_no_tau():

@@ -95,7 +95,7 @@ def _rounds(target: torch.nn.Module, drafter: object, prompt: Tensor, threshold:
     ("threshold", "kind"),
     [
         (0.3, "scripted"),
-        (0.5, "scripted"),
+        slow(0.5, "scripted"),
         (0.8, "scripted"),
         slow(0.3, "untrained"),
         slow(0.5, "untrained"),

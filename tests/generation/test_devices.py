@@ -224,8 +224,11 @@ def test_requests_for_an_offloaded_target(offloaded_target):
     assert torch.equal(finished.token_ids, offloaded_target.generate(prompt, **options)[0])
 
 
-@pytest.mark.parametrize("scheduler", ["adaptive", "threshold", "hardware_aware"])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(
+    ("scheduler", "num_rows"),
+    [("adaptive", 1), ("threshold", 3), ("hardware_aware", 3)]
+    + [slow("adaptive", 3), slow("threshold", 1), slow("hardware_aware", 1)],
+)
 def test_default_device_is_elsewhere(scheduler, num_rows):
     """Numbers on the host are made on the user's default device, where they cannot be read."""
     target = tiny_target()

@@ -11,7 +11,7 @@ from tests.generation.prompts import num_padded, ragged_prompts
 from tests.thinning import slow
 from tests.tiny import FAMILIES, SLIDING_FAMILIES, VOCAB_SIZE, tiny_target
 
-NEW_TOKENS = 24
+NEW_TOKENS = 18
 # Gemma 2 has no sdpa: its attention is soft-capped
 PAIRS = [(family, attention) for family in FAMILIES for attention in ("eager", "sdpa") if family != "gemma2"]
 PAIRS.append(("gemma2", "eager"))
@@ -36,7 +36,9 @@ def test_output_is_token_identical(family, attention, num_rows):
     target = tiny_target(family, attn_implementation=attention)
     inputs = ragged_prompts(num_rows)
     plain = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    for kind in ("untrained", "right", "wrong", "often right"):
+    # how a round ends does not depend on the family: one without and one with sliding layers see all of it
+    kinds = ("untrained", "right", "wrong", "often right") if family in ("llama", "gemma3_text") else ("often right",)
+    for kind in kinds:
         drafter = _drafter(kind, target, plain, inputs)
         assisted = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter)
         assert torch.equal(assisted, plain), kind
@@ -57,9 +59,9 @@ def test_prompts_longer_than_the_window(family, num_rows):
     """Rolling back a sliding-window cache loses or keeps a token too many."""
     target = tiny_target(family)
     inputs = ragged_prompts(num_rows, lengths=(29, 21, 40))
-    plain = target.generate(**inputs, max_new_tokens=40, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=24, do_sample=False)
     drafter = ScriptedDrafter(target, plain, num_padded(inputs), 0.7)
-    assert torch.equal(target.generate(**inputs, max_new_tokens=40, do_sample=False, assistant_model=drafter), plain)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=24, do_sample=False, assistant_model=drafter), plain)
 
 
 def test_one_padded_row():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import GenerationMixin
@@ -90,15 +87,15 @@ def test_changed_seam_is_reported(restored, monkeypatch):
         install()
 
 
-def test_environment_variable_prevents_installation():
+def test_environment_variable_prevents_installation(fresh):
     """There is no way to import us without the patch, or an empty variable prevents it, too."""
     code = (
         "import os, dspark_hf; from dspark_hf.generation.integration import install_unless_refused, is_installed\n"
         "before = is_installed(); os.environ['DSPARK_HF_NO_INSTALL'] = ''; install_unless_refused()\n"
         "raise SystemExit(2 * before + is_installed())"
     )
-    environment = {"DSPARK_HF_NO_INSTALL": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 1
+    result = fresh.run(code, environment={"DSPARK_HF_NO_INSTALL": "1"})
+    assert result.returncode == 1 and not result.stderr, result.stderr
 
 
 def test_user_values_of_the_knobs_are_told_from_defaults():

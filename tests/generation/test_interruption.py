@@ -127,8 +127,8 @@ def test_no_rejected_drafts_stay(family, num_rows, what):
     """After an error of the user's own code, the next turn with the same cache reads drafts that were rejected."""
     target, inputs = _target(family), ragged_prompts(num_rows)
     plain = target.generate(**inputs, **OPTIONS)
-    lengths = (inputs["input_ids"].shape[1] + 1, LENGTH, LENGTH + 2)
-    for length in lengths[: 2 if family == "deepseek_v4" else 3]:
+    # in the first round, and once the text is longer than the window; a pass of DeepSeek-V4 takes long
+    for length in (LENGTH,) if family == "deepseek_v4" else (inputs["input_ids"].shape[1] + 1, LENGTH + 2):
         drafter = _erring_drafter(target, plain, num_padded(inputs), length)
         cache = _empty_cache(target)
         with pytest.raises(Interrupt):
@@ -140,7 +140,8 @@ def test_no_rejected_drafts_stay(family, num_rows, what):
 
 @pytest.mark.parametrize(
     ("family", "scheduler"),
-    [(family, None) for family in ("llama", "gemma3_text", "gemma4_text", "deepseek_v4", "falcon_h1", "bamba")]
+    [(family, None) for family in ("llama", "gemma3_text", "gemma4_text", "deepseek_v4", "bamba")]
+    + [slow("falcon_h1", None)]
     + [("llama", PlainSteps()), ("gemma3_text", PlainSteps()), ("qwen3_5_text", PlainSteps())],
 )
 def test_a_pass_that_ends_early_leaves_nothing(family, scheduler):

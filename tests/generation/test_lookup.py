@@ -6,7 +6,6 @@ B batch, n samples, S prompt length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -41,7 +40,7 @@ from tests.tiny import tiny_target
 NEW_TOKENS = 40
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SOURCES = ("lookup", "both")
-NUM_SAMPLES = 3000
+NUM_SAMPLES = 2000
 
 
 def _repeating_target(family: str = "llama", **fields: Any) -> Any:
@@ -386,8 +385,8 @@ def test_costs_decide_whether_to_look_up(price, is_worth_it):
     output = target.generate(**inputs, **GREEDY, assistant_model=assistant, scheduler=scheduler)
     assert torch.equal(output, target.generate(**inputs, **GREEDY))
     looked_up = [one for one in assistant.last_statistics.rounds if any(one.num_looked_up)]
-    # tried once all the same
-    assert (len(looked_up) > 5) if is_worth_it else (len(looked_up) <= 1)
+    # tried all the same, ever more rarely
+    assert (len(looked_up) > 5) if is_worth_it else (len(looked_up) <= 3)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -409,8 +408,7 @@ def test_every_token_tells_who_gave_it(streams):
         source = "lookup" if any(one.num_looked_up) else "model"
         expected += [source] * one.num_accepted[0] + ["target"]
     assert sources == expected[: len(sources)]
-    drafted = [counts.verified_by_position for counts in statistics.by_source.values()]
-    assert statistics.verified_by_position == [sum(counts) for counts in zip_longest(*drafted, fillvalue=0)]
+    assert statistics.verified_by_position == statistics.by_source["model"].verified_by_position
 
 
 def _statistics_of(target: Any, inputs: Any, drafter: Any, *, streams: bool) -> Any:

@@ -93,7 +93,15 @@ def _check(told: Told, text: list[int], target: Any) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["fixed", EveryThirdRound()], ids=["every round", "some rounds parked"])
-@pytest.mark.parametrize("lengths", [(7,), (7, 7), (7, 11), (9, 4, 17)], ids=["one", "even", "padded", "three"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param((7,), id="one"),
+        pytest.param((7, 7), id="even", marks=pytest.mark.slow),
+        pytest.param((7, 11), id="padded", marks=pytest.mark.slow),
+        pytest.param((9, 4, 17), id="three"),
+    ],
+)
 def test_positions_are_those_of_the_tokens(lengths, scheduler):
     """The drafter is told wrong positions, reads rejected drafts, or reads too late."""
     target = tiny_target("llama")

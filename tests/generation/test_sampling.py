@@ -37,8 +37,8 @@ from tests.generation.frequencies import (
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 from tests.thinning import mostly_slow, slow
 
-NUM_SAMPLES = 3000
-NUM_SINGLE_ROW_SAMPLES = 240
+NUM_SAMPLES = 2000
+NUM_SINGLE_ROW_SAMPLES = 150
 NEW_TOKENS = 5
 EOS = 3
 

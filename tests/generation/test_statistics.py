@@ -94,3 +94,12 @@ def test_a_stream_tells_its_scheduler():
     list(stream)
     assert stream.statistics.scheduler == "adaptive"
     assert stream.statistics.num_parked > 0
+
+
+def test_positions_tell_of_the_drafter_alone():
+    """Drafts that were looked up count as the drafter's: its acceptance by position is not its own."""
+    statistics = SpeculationStatistics()
+    statistics.add_round(2, 2, 1, 2)
+    statistics.add_round(9, 9, 9, 10, "lookup")
+    assert statistics.accept_rate_by_position == [1.0, 0.0]
+    assert statistics.num_accepted == 10

@@ -87,7 +87,7 @@ def test_texts_are_those_of_each_thread_alone(has_own_drafter, eager_switches):
     """Calls of `generate` in several threads fail, or write each other's text."""
     target = tiny_target()
     shared = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
-    options = {"max_new_tokens": 24, "do_sample": False}
+    options = {"max_new_tokens": 12, "do_sample": False}
     expected = [target.generate(**ragged_prompts(1 + number), **options) for number in range(NUM_THREADS)]
 
     def work(number: int) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dspark_hf import DSparkAssistantModel, DSparkConfig, Request, generate_stream
+from dspark_hf.generation.call import names
 from dspark_hf.generation.wrappers import unwrap
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
@@ -71,11 +72,11 @@ def test_adapters_in_layers(target, drafter):
         generate_stream(prompted, [], drafter=drafter)
 
 
-def test_name_in_place_of_a_model(target, drafter, tmp_path):
-    """The name of a folder fails for want of a configuration."""
-    drafter.save_pretrained(tmp_path)
+def test_a_name_that_nobody_loads(target, monkeypatch):
+    """The name of a folder fails for want of a configuration where the decoding loop is used alone."""
+    monkeypatch.setattr(names, "_FINDERS", [])
     with pytest.raises(TypeError, match=r"`assistant_model` must be a model, got the name .*from_pretrained\("):
-        target.generate(**ragged_prompts(1), **OPTIONS, assistant_model=str(tmp_path))
+        target.generate(**ragged_prompts(1), **OPTIONS, assistant_model="folder")
 
 
 def test_roles_swapped(target, drafter):

@@ -35,6 +35,8 @@ VALID: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_hea
         ({"draft_vocab_size": 65}, r"`draft_vocab_size` must lie in \[1, 64\], got 65"),
         ({"sts_temperatures": [1.0]}, r"`sts_temperatures` must be 7 positive numbers \(block_size\), got \[1.0\]"),
         ({"sts_temperatures": [1.0] * 6 + [0.0]}, "`sts_temperatures` must be 7 positive numbers"),
+        ({"accept_rates": [0.5]}, r"`accept_rates` must be 7 numbers in \[0, 1\] \(block_size\), got \[0.5\]"),
+        ({"accept_rates": [0.5] * 6 + [1.5]}, "`accept_rates` must be 7 numbers in"),
     ],
 )
 def test_invalid_fields_are_named(fields: dict[str, Any], message: str) -> None:
@@ -57,6 +59,7 @@ _KINDS: list[tuple[str, Any]] = [
     *(("rope_parameters", value) for value in ("x", 3, [1])),
     *(("hidden_act", value) for value in ("nope", None, 3)),
     *(("sts_temperatures", [1.0] * 6 + [value]) for value in (float("nan"), float("inf"), "1", None, True)),
+    *(("accept_rates", [0.5] * 6 + [value]) for value in (float("nan"), "1", None, True)),
     *(("sts_temperatures", value) for value in (7, "1111111")),
     *(("owns_embeddings", value) for value in ("false", 0, None)),
     *(("markov_head_type", value) for value in (None, 1, ["rnn"])),

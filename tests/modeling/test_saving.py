@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -30,6 +27,7 @@ from transformers import (
 import dspark_hf
 from dspark_hf import DSparkAssistantModel, DSparkConfig
 from dspark_hf.modeling import saved_folder
+from tests.fresh import FreshInterpreter
 from tests.tiny import tiny_target
 
 REPOSITORY = Path(dspark_hf.__file__).parents[1]
@@ -61,7 +59,7 @@ def test_round_trip(loader: type, dtype: torch.dtype, drafter: DSparkAssistantMo
     _assert_equal(again, drafter)
     assert type(AutoConfig.from_pretrained(tmp_path)) is DSparkConfig
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["README.md", "config.json", "dspark_hf_shim.py", "model.safetensors"]
+    assert written == ["README.md", "config.json", "custom_generate", "dspark_hf_shim.py", "model.safetensors"]
 
 
 def test_options_of_from_pretrained(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
@@ -99,30 +97,10 @@ def test_remote_code_is_kept_until_taken_out(drafter: DSparkAssistantModel, tmp_
     for name, has_shim in (("first", True), ("second", True), ("third", False)):
         folder = tmp_path / name
         assert (folder / "dspark_hf_shim.py").exists() == has_shim
+        assert (folder / "custom_generate" / "generate.py").exists() == has_shim
         assert ("auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))) == has_shim
         # with the package imported, its class is used without asking for trust
         assert type(AutoModel.from_pretrained(folder)) is DSparkAssistantModel
-
-
-def _run_python(code: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "HF_MODULES_CACHE": str(home / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    # elsewhere, so that only PYTHONPATH or an installation can find the package
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 _LOAD_AS_REMOTE_CODE = """
@@ -142,14 +120,16 @@ AutoModel.from_pretrained(copy, trust_remote_code=True)
 """
 
 
-def test_remote_code_gives_the_installed_class(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+def test_remote_code_gives_the_installed_class(
+    drafter: DSparkAssistantModel, fresh: FreshInterpreter, tmp_path: Path
+) -> None:
     """Who loads with `trust_remote_code=True` and no import would get an error or a second copy of the class."""
     drafter.save_pretrained(tmp_path / "folder", remote_code=True)
-    result = _run_python(_LOAD_AS_REMOTE_CODE, tmp_path, str(tmp_path / "folder"), str(tmp_path / "copy"))
+    result = fresh.run(_LOAD_AS_REMOTE_CODE, str(tmp_path / "folder"), str(tmp_path / "copy"))
     assert result.returncode == 0, result.stderr
     # the package's own files are not copied along
     saved = sorted(path.name for path in (tmp_path / "copy").iterdir())
-    assert saved == ["README.md", "config.json", "dspark_hf_shim.py", "model.safetensors"]
+    assert saved == ["README.md", "config.json", "custom_generate", "dspark_hf_shim.py", "model.safetensors"]
     _assert_equal(DSparkAssistantModel.from_pretrained(tmp_path / "copy"), drafter)
 
 
@@ -168,10 +148,10 @@ AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
 
 
-def test_missing_package_is_named(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
+def test_missing_package_is_named(drafter: DSparkAssistantModel, fresh: FreshInterpreter, tmp_path: Path) -> None:
     """Without the package, the error would not tell what to install."""
     drafter.save_pretrained(tmp_path / "folder", remote_code=True)
-    result = _run_python(_LOAD_WITHOUT_THE_PACKAGE, tmp_path, str(tmp_path / "folder"))
+    result = fresh.run(_LOAD_WITHOUT_THE_PACKAGE, str(tmp_path / "folder"))
     assert result.returncode != 0
     message = result.stderr.splitlines()[-1]
     assert "ImportError" in result.stderr
@@ -237,7 +217,7 @@ def test_an_uploaded_drafter_has_its_card(drafter: DSparkAssistantModel, monkeyp
     monkeypatch.setattr(_Hub, "files", {})
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name, **options: calls.append((name, options)))
     drafter.push_to_hub("mine", private=True)
-    assert _Hub.files["someone/mine/README.md"].decode() == saved_folder.describe(drafter.config)
+    assert _Hub.files["someone/mine/README.md"].decode() == saved_folder.describe(drafter.config, name="someone/mine")
     _Hub.files["someone/mine/README.md"] = b"my own"
     drafter.push_to_hub("mine")
     drafter.push_to_hub("other", create_pr=True)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.profiling.break_even import break_even
-from dspark_hf.profiling.display import print_costs
+from dspark_hf.profiling.cost_tables import print_costs
 
 PASSES = {(rows, 128, width): 0.02 * rows + 0.002 * width for rows in (1, 2) for width in (1, 3, 6)}
 BLOCKS = {(rows, 128, count): 0.001 * count for rows in (1, 2) for count in (2, 4, 5)}

@@ -34,7 +34,7 @@ def test_contexts_fit_the_target():
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "0", "-1", "1.5", "1 2", "²"])
 def test_sizes_are_positive_integers(text):
     """A typing error measures something else."""
-    with pytest.raises(ValueError, match="`--widths` must be positive integers with commas between"):
+    with pytest.raises(ValueError, match="`--widths` must be positive integers separated by commas"):
         make_grid(None, text, None, block_size=None, max_positions=None)
 
 

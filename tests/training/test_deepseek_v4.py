@@ -69,11 +69,11 @@ def _surprise(model: DeepseekV4DSparkForCausalLM, texts: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), texts[:, 1:], reduction="none")
 
 
-def _own_texts(target: DeepseekV4DSparkForCausalLM, count: int, seed: int) -> list[Conversation]:
+def _own_texts(target: DeepseekV4DSparkForCausalLM, count: int, seed: int, length: int = LENGTH) -> list[Conversation]:
     prompts = write_texts(count, 4, seed)
     torch.manual_seed(seed)
-    texts = target.generate(prompts, max_length=LENGTH, do_sample=True, top_k=0, eos_token_id=None)
-    return [Conversation(row, torch.arange(LENGTH) >= 4) for row in texts]
+    texts = target.generate(prompts, max_length=length, do_sample=True, top_k=0, eos_token_id=None)
+    return [Conversation(row, torch.arange(length) >= 4) for row in texts]
 
 
 def _train_drafter(
@@ -107,7 +107,7 @@ def test_a_few_steps(tmp_path: Path) -> None:
     assert {name: getattr(target.config, f"{name}_token_id") for name in special} == special
 
     target.config.output_router_logits = False
-    trainer = _train_drafter(target, tmp_path, 4, _own_texts(target, 12, seed=2))
+    trainer = _train_drafter(target, tmp_path, 3, _own_texts(target, 12, seed=2, length=20))
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     first = trainer.evaluate()
     trainer.train()

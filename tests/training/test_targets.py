@@ -34,7 +34,7 @@ def _train(target: PreTrainedModel, folder: Path, **options: Any) -> DSparkTrain
     arguments = DSparkTrainingArguments(
         str(folder),
         **{
-            "max_steps": 20,
+            "max_steps": 10,
             "per_device_train_batch_size": 4,
             "num_anchors": 30,
             "learning_rate": 1e-2,
@@ -59,7 +59,7 @@ def _learns(trainer: DSparkTrainer) -> bool:
 def test_families(family: str, tmp_path: Path) -> None:
     """A family whose head, embedding or layers are built otherwise could not be trained for."""
     target = tiny_target(family)
-    trainer = _train(target, tmp_path, logging_steps=10)
+    trainer = _train(target, tmp_path, logging_steps=5)
     assert _learns(trainer)
     drafter = trainer.model.eval()
     prompt = torch.tensor([[5, 9, 7]])
@@ -73,7 +73,7 @@ def test_the_language_part_of_a_vision_language_model(tmp_path: Path) -> None:
     vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16}
     config = LlavaConfig(vision_config=vision, text_config=tiny_config("llama").to_dict(), image_token_index=63)
     torch.manual_seed(1)
-    assert _learns(_train(LlavaForConditionalGeneration(config).eval(), tmp_path, logging_steps=10))
+    assert _learns(_train(LlavaForConditionalGeneration(config).eval(), tmp_path, logging_steps=5))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_quantised_targets(options: dict[str, Any], tmp_path: Path) -> None:
     target = AutoModelForCausalLM.from_pretrained(
         tmp_path / "target", quantization_config=quantisation, device_map={"": "cpu"}
     )
-    assert _learns(_train(target, tmp_path / "run", logging_steps=10))
+    assert _learns(_train(target, tmp_path / "run", logging_steps=5))
 
 
 def test_mixed_precision_trains_weights_in_fp32(tmp_path: Path) -> None:
     """Weights in bf16 would lose small updates; products in fp32 would be slow."""
-    trainer = _train(tiny_target().to(torch.bfloat16), tmp_path, logging_steps=10, bf16=True)
+    trainer = _train(tiny_target().to(torch.bfloat16), tmp_path, logging_steps=5, bf16=True)
     assert _learns(trainer)
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}

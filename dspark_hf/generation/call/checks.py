@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from dspark_hf.generation.call.rotary import check_rotary
@@ -89,7 +90,11 @@ def check_request(
         _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
-    check_cache(model_kwargs.get(CACHE_KEY), generation_config, has_states=can_recompute(model))
+    cache = model_kwargs.get(CACHE_KEY)
+    if isinstance(cache, StaticCache) and not shares_passes:
+        check_static_cache(cache, generation_config, has_states=can_recompute(model))
+    else:
+        check_cache(cache, generation_config, has_states=can_recompute(model))
     check_rotary(
         model.config.get_text_config(decoder=True),
         input_ids,
@@ -121,6 +126,47 @@ def check_cache(cache: Any, generation_config: GenerationConfig, *, has_states: 
             "be a dynamic cache that can be rolled back when a drafter assists",
             type(cache).__name__,
             "Leave out `cache_implementation`, or generate without `assistant_model`.",
+        )
+
+
+def check_static_cache(cache: StaticCache, generation_config: GenerationConfig, *, has_states: bool) -> None:
+    """Raise a `ValueError` unless the tokens of a static `cache` can be kept by rows, and put into it at the end."""
+    if has_states or not all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        _refuse(
+            "`cache_implementation`",
+            "be a dynamic cache for this target when a drafter assists",
+            f"a static cache of {kinds}",
+            "Leave it out.",
+        )
+    if cache.offloading:
+        _refuse(
+            "`cache_implementation`",
+            "keep its layers on their devices when a drafter assists",
+            generation_config.cache_implementation or "an offloaded cache",
+            'Pass "static", or leave it out.',
+        )
+    held = int(cache.get_seq_length())
+    if held:
+        _refuse(
+            f"`{CACHE_KEY}`",
+            "be empty or a dynamic cache when a drafter assists",
+            f"a static cache of {held} tokens",
+            "Pass the whole text with an empty one, or go on from a `DynamicCache`.",
+        )
+    _check_room(cache, generation_config)
+
+
+def _check_room(cache: StaticCache, generation_config: GenerationConfig) -> None:
+    # a sliding layer has as much room as its window
+    rooms = [layer.get_max_length() for layer in cache.layers if type(layer) is StaticLayer]
+    needed = (generation_config.max_length or 0) - 1
+    if rooms and min(rooms) < needed:
+        _refuse(
+            f"`{CACHE_KEY}`",
+            f"have room for `max_length` - 1 = {needed} tokens",
+            f"a static cache for {min(rooms)}",
+            "Make it longer, or generate fewer tokens.",
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from dspark_hf.generation.call.sequences import Sequences
+from dspark_hf.generation.rows import NewTokens
 
 
 class StopRules:
@@ -27,6 +28,8 @@ class StopRules:
     def __init__(self, criteria: StoppingCriteriaList, sequences: Sequences):
         self._sequences = sequences
         self._eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+        # in their order, read from the device once
+        self._ends = dict.fromkeys(token_id for eos in self._eos for token_id in eos.tolist())
         self._max_lengths = [
             criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)
         ]
@@ -47,7 +50,7 @@ class StopRules:
     @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end a row."""
-        return [token_id for eos in self._eos for token_id in eos.tolist()]
+        return list(self._ends)
 
     @property
     def max_length(self) -> int | None:
@@ -55,7 +58,7 @@ class StopRules:
         return min(self._max_lengths, default=None)
 
     def first_stops(
-        self, rows: Sequence[int], new_tokens: list[Tensor], scores_until: Callable[[int], Any]
+        self, rows: Sequence[int], new_tokens: NewTokens, scores_until: Callable[[int], Any]
     ) -> list[int | None]:
         """Return, per row of `rows`, how many of its `new_tokens` are kept, the stopping one included, or None.
 
@@ -63,17 +66,14 @@ class StopRules:
         """
         stops: list[int | None] = [None] * len(rows)
         for index, row in enumerate(rows):
-            stops[index] = self._fixed_stop(self._sequences.lengths[row], new_tokens[index])
+            stops[index] = self._fixed_stop(self._sequences.lengths[row], new_tokens.ids[index])
         if self._others:
-            self._ask_others(rows, new_tokens, stops, scores_until)
+            self._ask_others(rows, new_tokens.tensors, stops, scores_until)
         return stops
 
-    def _fixed_stop(self, length: int, tokens: Tensor) -> int | None:
+    def _fixed_stop(self, length: int, tokens: list[int]) -> int | None:
         candidates = [max(max_length - length, 1) for max_length in self._max_lengths]
-        for eos in self._eos:
-            hits = torch.isin(tokens, eos.to(tokens.device)).nonzero()
-            if len(hits):
-                candidates.append(int(hits[0]) + 1)
+        candidates += [place for place, token_id in enumerate(tokens, 1) if token_id in self._ends][:1]
         kept = min(candidates, default=len(tokens) + 1)
         return kept if kept <= len(tokens) else None
 

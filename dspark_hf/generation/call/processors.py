@@ -154,12 +154,14 @@ class ProcessorChain:
         if not self._known:
             return scores
         scores = scores.clone() if scores is logits else scores
-        ids = self._sequences.with_ahead(rows, ahead)
-        places = self._places(rows, ahead, logits.shape[1])
+        ids, places = ahead, {}
+        if not all(type(processor) in _PREFIX_FREE for processor in self._known):
+            # where prefixes end, the host must ask the device
+            ids, places = self._sequences.with_ahead(rows, ahead), self._places(rows, ahead, logits.shape[1])
         for processor in self._known:
             if type(processor) in _PREFIX_FREE:
                 flat = scores.flatten(0, 1)
-                scores = processor(ids.new_zeros(len(flat), 1), flat).view_as(scores)
+                scores = processor(ahead.new_zeros(len(flat), 1), flat).view_as(scores)
             else:
                 scores = _by_length(processor, rows, ids, places, scores)
         return scores

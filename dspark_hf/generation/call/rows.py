@@ -23,6 +23,7 @@ from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.drawing import NO_DISTRIBUTION
 from dspark_hf.generation.noise import KeyedNoise
 from dspark_hf.generation.ragged_store import fill_gaps
+from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -41,6 +42,7 @@ class CallRows:
         num_drafts: the drafter's drafts per round at most.
         num_looked_up: drafts that a row may look up at most.
         returns_cache: whether the cache is the user's, who will go on with it.
+        has_fixed_size: whether the batch keeps its rows to the end.
         is_invariant: whether sampled tokens are drawn by noise that seed, row and place alone decide.
     """
 
@@ -55,6 +57,7 @@ class CallRows:
         num_drafts: int,
         num_looked_up: int = 0,
         returns_cache: bool,
+        has_fixed_size: bool = False,
         is_invariant: bool = False,
     ):
         self.statistics = SpeculationStatistics()
@@ -75,6 +78,7 @@ class CallRows:
         self._stream = OrderedStream(streamer, self._sequences)
         self._recorder = OutputRecorder(generation_config, len(input_ids))
         self._returns_cache = self._recorder.returns_dict or returns_cache
+        self._has_fixed_size = has_fixed_size
         # rows in the order in which the caches hold them
         self._rows = list(range(len(input_ids)))
         self._stopped_at: dict[int, int] = {}
@@ -203,7 +207,7 @@ class CallRows:
         return torch.softmax(scores.float(), dim=-1) if self._is_sampling and self._noise is None else None
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: NewTokens, record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
@@ -211,14 +215,16 @@ class CallRows:
         """
         if self._noise is not None:
             _check_drawn(scores, [0] * len(scores) if record is None else record.num_accepted)
-        counts = [len(tokens) if self._is_live(row) else 0 for row, tokens in zip(self._rows, new_tokens, strict=True)]
+        pairs = zip(self._rows, new_tokens.ids, strict=True)
+        counts = [len(ids) if self._is_live(row) else 0 for row, ids in pairs]
         if self._recorder.returns_dict:
             for index, row in enumerate(self._rows):
                 self._recorder.add(row, index, counts[index], target_pass, scores, is_prefill=record is None)
         counts = self._cut(counts, new_tokens)
         num_accepted = [0] * len(counts) if record is None else record.num_accepted
         for index, row in enumerate(self._rows):
-            self._sequences.append(row, new_tokens[index][: counts[index]])
+            if counts[index]:
+                self._sequences.append(row, new_tokens.tensors[index][: counts[index]])
             if self._recorder.returns_dict:
                 self._recorder.trim(row, self._sequences.lengths[row] - self._sequences.prompt_length)
             source = "model" if record is None else record.drafts_of(index)[0]
@@ -229,7 +235,7 @@ class CallRows:
             self._count(record, counts)
         return counts
 
-    def _cut(self, counts: list[int], new_tokens: list[Tensor]) -> list[int]:
+    def _cut(self, counts: list[int], new_tokens: NewTokens) -> list[int]:
         """Return how many of the `new_tokens` each row gets, and remember where rows stop."""
         stops = self._rules.first_stops(self._rows, new_tokens, self._scores_until)
         for index, row in enumerate(self._rows):
@@ -265,7 +271,7 @@ class CallRows:
     def leave(self) -> list[int]:
         """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""
         # not where their cache is to be returned, or they may have to write on
-        if self._returns_cache or not self._rules.pads_finished_rows:
+        if self._returns_cache or self._has_fixed_size or not self._rules.pads_finished_rows:
             return []
         staying = fill_gaps([index for index, row in enumerate(self._rows) if row not in self._stopped_at])
         if not staying or len(staying) == len(self._rows):

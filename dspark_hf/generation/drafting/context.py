@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
-from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
+from dspark_hf.generation.fixed_size import FixedSize
+from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore, StaticLengths, StaticStore
 
 # tokens of a row that may wait: reading many at once costs little, keeping them costs memory
 _MAX_WAITING = 128
@@ -80,6 +81,10 @@ class DeferredContext(DraftContext):
         self.catch_up()
         return self._context.draft(anchor_ids, positions, num_drafts, sampler)
 
+    def fix_size(self, size: FixedSize) -> None:
+        """Keep all shapes from round to round."""
+        self._context.fix_size(size)
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         chosen = rows.tolist()
@@ -110,15 +115,35 @@ class ContextCache:
 
     def __init__(self, num_layers: int, batch_size: int, device: torch.device, window: int | None = None):
         self.window = window
+        self._num_slots: int | None = None
         self.lengths = RaggedLengths(batch_size, device)
-        self.stores = [RaggedStore() for _ in range(num_layers)]
+        self.stores: list[RaggedStore] = [RaggedStore() for _ in range(num_layers)]
+
+    def fix_size(self, num_slots: int) -> None:
+        """Make room for `num_slots` entries a row once and for all; nothing may have been appended yet."""
+        self._num_slots = num_slots
+        self.lengths = StaticLengths(len(self.lengths.host), self.lengths.device.device)
+        self.stores = [StaticStore(num_slots) for _ in self.stores]
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the stores have memory."""
+        return all(store.keys is not None for store in self.stores)
 
     def append(self, states: Sequence[tuple[Tensor, Tensor]], num_tokens: Sequence[int]) -> None:
         """Append per-layer keys and values `(B, H, T, E)`, of which row r keeps the first `num_tokens[r]`."""
+        self.write(states)
+        self.lengthen(num_tokens)
+
+    def write(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Write per-layer keys and values `(B, H, T, E)` behind the entries of every row."""
         for store, (keys, values) in zip(self.stores, states, strict=True):
             store.write(keys, values, self.lengths.host, self.lengths.device)
+
+    def lengthen(self, num_tokens: Sequence[int]) -> None:
+        """Keep the first `num_tokens[r]` of what was written last behind the entries of row r."""
         self.lengths.add(num_tokens)
-        if self.window is not None and max(self.lengths.host) > 4 * self.window:
+        if self._num_slots is None and self.window is not None and max(self.lengths.host) > 4 * self.window:
             self._forget(self.window)
 
     def _forget(self, window: int) -> None:
@@ -129,7 +154,11 @@ class ContextCache:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return keys and values `(B, H, longest row, E)` of one layer."""
-        return self.stores[layer].read(max(self.lengths.host))
+        return self.stores[layer].read(self._num_seen)
+
+    @property
+    def _num_seen(self) -> int:
+        return max(self.lengths.host) if self._num_slots is None else self._num_slots
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """Return which entries a block may see, `(B, 1, longest row)`, or None if all of them.
@@ -139,11 +168,11 @@ class ContextCache:
         window = self.window if window is None else window
         lengths = self.lengths.host
         is_short = window is None or max(lengths) <= window
-        if min(lengths) == max(lengths) and is_short:
+        if self._num_slots is None and min(lengths) == max(lengths) and is_short:
             return None
-        slots = torch.arange(max(lengths), device=self.lengths.device.device)
+        slots = torch.arange(self._num_seen, device=self.lengths.device.device)
         visible = slots < self.lengths.device[:, None]
-        if window is not None:
+        if window is not None and (self._num_slots is not None or not is_short):
             visible &= slots >= self.lengths.device[:, None] - window
         return visible[:, None]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from dspark_hf.generation.fixed_size import FixedSize
 from dspark_hf.generation.statistics import SpeculationStatistics
 
 if TYPE_CHECKING:
@@ -110,6 +111,12 @@ class DraftContext(ABC):
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` `(B')` of the batch, in that order."""
 
+    def fix_size(self, size: FixedSize) -> None:  # noqa: B027 (nothing that grows with the text is compiled)
+        """Keep all shapes from round to round, and compile what drafts: called once, before anything is read.
+
+        By default nothing changes.
+        """
+
     def append_rows(self, other: Any) -> None:
         """Append the rows of another context of the same drafter; only `generate_stream` asks for it."""
         raise NotImplementedError(
@@ -144,6 +151,8 @@ class Drafter(ABC):
     min_match: int = 2
     # with the anchor a pass is then 16 tokens wide: kernels work in tiles of that size
     longest_lookup: int = 15
+    # of each draft, how often it was accepted if those before it were, where the drafter was evaluated
+    accept_rates: Any = None
     last_statistics: SpeculationStatistics | None = None
 
     @property

@@ -121,6 +121,10 @@ class Offer:
             survival.append(product)
         return survival
 
+    def up_to(self, most: int) -> Offer:
+        """Return the offer's first drafts."""
+        return Offer(self.token_ids[:most], self.chances[:most]) if len(self.token_ids) > most else self
+
     def expected(self, most: int) -> float:
         """Return how many of the first `most` drafts are expected to be accepted."""
         return sum(self.survival()[:most])

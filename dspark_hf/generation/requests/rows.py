@@ -21,6 +21,7 @@ from dspark_hf.generation.compat import pad_token_id
 from dspark_hf.generation.noise import KeyedNoise
 from dspark_hf.generation.ragged_store import fill_gaps
 from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.rows import NewTokens
 from dspark_hf.generation.scheduling.interface import Batch
 from dspark_hf.generation.statistics import Round, RoundInProgress, SpeculationStatistics
 from dspark_hf.generation.targets.interface import TargetPass
@@ -154,8 +155,8 @@ class RequestRow:
         scores = self.scores(drafted, logits[:, None])[:, 0]
         return fill_empty(scores, self._eos_token_ids if are_all else ())
 
-    def commit(self, tokens: Tensor, num_accepted: int, source: str, can_be_drawn: bool) -> int:
-        """Append `tokens` `(n,)`, accepted drafts of `source` first, up to where the row stops.
+    def commit(self, ids: list[int], tokens: Tensor, num_accepted: int, source: str, can_be_drawn: bool) -> int:
+        """Append `tokens` `(n,)`, known as `ids`, accepted drafts of `source` first, up to where the row stops.
 
         Returns how many that are: none once it has failed.
         """
@@ -165,7 +166,7 @@ class RequestRow:
             return 0
         count = 0
         with self._guarded():
-            (stop,) = self._rules.first_stops([0], [tokens], lambda length: None)
+            (stop,) = self._rules.first_stops([0], NewTokens([ids], [tokens]), lambda length: None)
             count = stop or len(tokens)
             self.is_finished = stop is not None
             self.sequences.append(0, tokens[:count])
@@ -285,7 +286,7 @@ class RequestRows:
         return torch.where(is_drawn[..., None], torch.softmax(scores.float(), dim=-1), best)
 
     def commit(
-        self, target_pass: TargetPass, scores: Tensor, new_tokens: list[Tensor], record: RoundInProgress | None
+        self, target_pass: TargetPass, scores: Tensor, new_tokens: NewTokens, record: RoundInProgress | None
     ) -> list[int]:
         """Append every row's tokens up to where it stops, and count the round; the prefill has no `record`.
 
@@ -300,7 +301,13 @@ class RequestRows:
         sources = ["model" if record is None else record.drafts_of(i)[0] for i in range(len(self.rows))]
         num_kept = [
             # what stands behind the first rejected draft was not drawn from
-            row.commit(new_tokens[i], num_accepted[i], sources[i], all(drawn[i][: num_accepted[i] + 1]))
+            row.commit(
+                new_tokens.ids[i],
+                new_tokens.tensors[i],
+                num_accepted[i],
+                sources[i],
+                all(drawn[i][: num_accepted[i] + 1]),
+            )
             for i, row in enumerate(self.rows)
         ]
         if record is not None:

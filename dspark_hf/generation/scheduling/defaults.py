@@ -10,15 +10,21 @@ from __future__ import annotations
 # --- whether to draft (adaptive/scheduler.py)
 # Drafting must promise this many times the speed of plain decoding. Plain choice: about the error of a median cost.
 REQUIRED_GAIN = 1.02
+# While few drafting rounds were timed, less will do: doubt of this share, less with every round. Plain choice: one
+# disturbed round must not decide.
+DOUBT = 0.3
+# Rounds that what a drafter has shown before weighs as much as. Plain choice: a handful of blocks outweigh it.
+PRIOR_BLOCKS = 4
 # Drafted rounds between two plans. Plain choice: planning must not cost much.
 PLAN_EVERY = 4
 # Drafted rounds at the start that each get a plan of their own, and blocks that still count once drafting was given
 # up. Plain choice: few enough for a handful of trials to change the verdict.
 FEW_BLOCKS = 8
-# Tokens of a pass, over all rows, while costs are unknown. Plain choice: most machines take 16 tokens at little more
-# than the price of one (benchmarks/results, tables of costs).
+# Tokens of the first pass over drafts, over all rows; no later one is more than twice as wide as all before.
+# Plain choice: most machines take 16 tokens at little more than the price of one (benchmarks/results, tables of
+# costs).
 FEW_TOKENS = 16
-# Drafts per row while costs are unknown. Plain choice: the smallest block that benchmarks/throughput.py measures.
+# Drafts per row in it. Plain choice: the smallest block that benchmarks/throughput.py measures.
 FEW_DRAFTS = 3
 # A round's time counts only up to this many times the usual one, up or down. Plain choice: five times the noise of 5%
 # that benchmarks/replay.py assumes.
@@ -27,6 +33,9 @@ MOST_SURPRISE = 1.25
 # --- when to give up drafting and when to try again (adaptive/parking.py)
 # Parked rounds before the first trial. Plain choice: early trials cost about a sixteenth.
 FIRST_TRIAL_GAP = 16
+# Good offers that are passed over before one is looked up all the same, the first time. Plain choice: nearly half the
+# drafts of a good offer are right, so a trial costs less than a drafter's.
+FIRST_LOOKUP_GAP = 4
 # Parked rounds between two trials at most. Plain choice: a trial loses about one plain step, and
 # all of them stay below 2% of a long run.
 LONGEST_TRIAL_GAP = 256
@@ -101,5 +110,11 @@ TRUST = 4.0
 # Share of the drafter's time that depends neither on drafts nor on rows. Plain choice: its backbone runs over whole
 # blocks, and rows share its weights.
 FIXED_SHARE = 0.5
+# What a token adds to a pass before anything is measured, as a share of a pass over none; how firmly that is believed,
+# as samples one token from the mean; the drafter's share of a plain step. Plain choice: between what bf16 and fp32
+# cost on the pages in benchmarks/results; a pass over one token and one over eight soon outweigh it.
+PASS_TILT = 0.04
+TILT_TRUST = 8.0
+DRAFT_SHARE = 0.2
 # No step takes less than this share of the quickest that was measured. Plain choice: lines must not lead below zero.
 LEAST_SHARE = 0.1

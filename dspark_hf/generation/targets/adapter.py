@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -75,6 +76,10 @@ class TargetAdapter:
 
     def __enter__(self) -> TargetAdapter:
         self._thread = threading.get_ident()
+        self._tap()
+        return self
+
+    def _tap(self) -> None:
         self._handles = [
             self._layers[layer_id].register_forward_hook(self._capture_hook(layer_id))
             for layer_id in self.layer_ids
@@ -82,14 +87,25 @@ class TargetAdapter:
         ]
         if EMBEDDING in self.layer_ids:
             self._handles.append(self._layers[0].register_forward_pre_hook(self._capture_input, with_kwargs=True))
-        return self
+
+    def _untap(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def untapped(self) -> Iterator[None]:
+        """Take the hooks off for a pass that gives the hidden states itself, which `select_context` takes."""
+        self._untap()
+        try:
+            yield
+        finally:
+            self._tap()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._untap()
         self._captured.clear()
 
     def _capture_hook(self, layer_id: int) -> Any:
@@ -136,6 +152,16 @@ class TargetAdapter:
         states = torch.cat([self._captured[layer_id].to(device) for layer_id in self.layer_ids], dim=-1)
         self._captured.clear()
         return states
+
+    def select_context(self, hidden_states: Sequence[Tensor] | None, positions: Tensor) -> Tensor:
+        """Return of a model's own `hidden_states` `(B, T, D)`, first layer's input first, those that are tapped.
+
+        They are a copy, `(B, T, M * D)`; without any, `positions` `(B, T)` say for how many tokens.
+        """
+        if not self.layer_ids or hidden_states is None:
+            return torch.empty(*positions.shape, 0)
+        device = hidden_states[self.layer_ids[-1] + 1].device
+        return torch.cat([hidden_states[layer_id + 1].to(device) for layer_id in self.layer_ids], dim=-1)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the token embeddings `(*, D)` as the first decoder layer receives them, without a gradient."""

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from dspark_hf.generation.compat import CACHE_KEY
+from dspark_hf.generation.compat import CACHE_KEY, is_static
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetState
 from dspark_hf.generation.targets.ragged import RaggedTarget
 from dspark_hf.generation.targets.recurrent_row import RecurrentTarget
 from dspark_hf.generation.targets.recurrent_support import can_recompute
+from dspark_hf.generation.targets.static import StaticTarget
 
 
 def choose_target(
@@ -26,6 +27,8 @@ def choose_target(
 ) -> TargetState:
     """Return the target over its cache: one unpadded row is cropped in the user's own cache, others are ragged.
 
+    Those of a static cache are ragged in one of the same size.
+
     Args:
         adapter: the target, entered by the caller.
         input_ids: the prompts `(B, P)`.
@@ -36,6 +39,8 @@ def choose_target(
     Raises:
         ValueError: if the target, its cache or an input cannot be handled row by row.
     """
+    if is_static(model_kwargs[CACHE_KEY]):
+        return StaticTarget(adapter, input_ids, generation_config, model_kwargs, widest=widest)
     mask = model_kwargs.get("attention_mask")
     has_rows = isinstance(model_kwargs[CACHE_KEY], RowwiseCache)
     if len(input_ids) == 1 and not has_rows and (mask is None or bool(mask.all())):

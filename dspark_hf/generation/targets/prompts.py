@@ -16,6 +16,10 @@ from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 
 _MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+# types whose padded rows were compared with plain `generate` over images, and what they may be given of them: only
+# their prompts are more than tokens and positions
+_IMAGE_TYPES = ("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+_IMAGE_INPUTS = {"pixel_values", "image_grid_thw", "mm_token_type_ids"}
 _TEXT_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", CACHE_KEY)
 
 
@@ -41,6 +45,17 @@ def check_chunks(model_kwargs: dict[str, Any]) -> None:
             "`prefill_chunk_size` must be None for prompts other than text when a drafter assists, got one beside "
             f"{others}. Leave it out."
         )
+
+
+def has_images(adapter: TargetAdapter, model_kwargs: dict[str, Any], past_length: int = 0) -> bool:
+    """Return whether the prompts hold images that a target of padded rows can be shown exactly.
+
+    With a `past_length`, its cache may hold them, which the planes of positions behind them tell.
+    """
+    others = set(_other_inputs(model_kwargs))
+    is_known = adapter.model.config.model_type in _IMAGE_TYPES and others <= _IMAGE_INPUTS
+    has_planes = getattr(model_kwargs.get("position_ids"), "ndim", 0) == 3
+    return is_known and ("pixel_values" in others or (past_length > 0 and has_planes))
 
 
 def _other_inputs(model_kwargs: dict[str, Any]) -> list[str]:
@@ -72,9 +87,11 @@ def check_preparation(model: Any) -> None:
         )
 
 
-def check_inputs(adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Raise a `ValueError` unless the input is text whose positions can be given, and nobody wants attentions."""
-    others = _other_inputs(model_kwargs)
+def check_inputs(
+    adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any], past_length: int = 0
+) -> None:
+    """Raise a `ValueError` unless positions can be given, the input is text or images, and nobody wants attentions."""
+    others = [] if has_images(adapter, model_kwargs, past_length) else _other_inputs(model_kwargs)
     # a model of states alone has no use for positions
     if others or not (adapter.accepts("position_ids") or can_recompute_rows(adapter.model)):
         raise ValueError(

@@ -18,11 +18,13 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass
 from dspark_hf.generation.targets.padding import full_mask, pack_order, run_packed
 from dspark_hf.generation.targets.prompts import (
+    check_chunks,
     check_inputs,
     check_own_cache,
     check_positions,
     check_preparation,
     embedded_types,
+    has_images,
 )
 from dspark_hf.generation.targets.ragged_cache import RaggedCache
 from dspark_hf.generation.targets.recurrent import RecurrentStates, cached_length
@@ -63,21 +65,35 @@ class RaggedTarget:
         check_preparation(adapter.model)
         given, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
         ragged: RaggedCache | None = None
+        width = mask_length(generation_config, attention_mask)
+        past_length = cached_length(given, input_ids.shape[1], width)
         if isinstance(given, RowwiseCache):
             check_own_cache(given, model_kwargs, widest)
         else:
-            check_inputs(adapter, generation_config, model_kwargs)
-            ragged = RaggedCache(adapter.model, len(input_ids), given)
+            check_inputs(adapter, generation_config, model_kwargs, past_length)
+            ragged = self._new_cache(len(input_ids), given, generation_config, widest)
         self.cache: RowwiseCache = given if ragged is None else ragged
         self._states = RecurrentStates([]) if ragged is None else ragged.states
-        width = mask_length(generation_config, attention_mask)
-        past_length = cached_length(given, input_ids.shape[1], width)
         self._mask = mask = full_mask(input_ids, attention_mask, past_length, width)
         self._new_mask = mask[:, past_length:]
         self._prompt_ids = input_ids[:, past_length:] if mask.shape[1] == input_ids.shape[1] else input_ids
         # those of the next pass, or the one of every token in it
         self._token_types: Tensor | None = None
-        if ragged is not None:
+        # what prompts with images are prepared from, and how far the model's positions are from ours behind them
+        self._prompt_kwargs: dict[str, Any] | None = None
+        self._offsets: Tensor | None = None
+        if ragged is not None and has_images(adapter, model_kwargs, past_length):
+            if self._chunk_size is not None:
+                check_chunks(model_kwargs)
+            repeats = past_length and width == input_ids.shape[1]
+            self._prompt_kwargs = {
+                **model_kwargs,
+                "next_sequence_length": input_ids.shape[1] - past_length if repeats else None,
+                "return_dict": True,
+                "output_hidden_states": self._wants_hidden_states or None,
+            }
+            self._given_ids = input_ids
+        elif ragged is not None:
             check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._set_token_types(embedded_types(adapter, model_kwargs.get("token_type_ids")))
             if not self._states.layers:
@@ -91,6 +107,9 @@ class RaggedTarget:
         self._starts: list[int] | None = None
         self._width = 0
         self._tree: Tree | None = None
+
+    def _new_cache(self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int) -> RaggedCache:
+        return RaggedCache(self._adapter.model, batch_size, given)
 
     def _set_token_types(self, given: Tensor | None) -> None:
         if given is not None:
@@ -113,7 +132,7 @@ class RaggedTarget:
 
     def prefill(self) -> TargetPass:
         """Process the prompts, packed to their rows' front, with logits of every row's last token."""
-        if self._states.layers:
+        if self._states.layers or self._prompt_kwargs is not None:
             return self._prefill_padded()
         target_pass = run_packed(self._run_chunk, self._prompt_ids, self._new_mask, self._chunk_size)
         if self._token_types is not None:
@@ -122,28 +141,52 @@ class RaggedTarget:
         return target_pass
 
     def _prefill_padded(self) -> TargetPass:
-        """Process the prompts as plain `generate` does: a state cannot step over padding behind a row's end."""
+        """Process the prompts as plain `generate` does.
+
+        A state cannot step over padding behind a row's end, and images are told where they stand by the model.
+        """
         assert isinstance(self.cache, RaggedCache)
         mask, width = self._mask, self._new_mask.shape[1]
         # one of the user's stays as it is until it is returned
         cache = copy.deepcopy(self._given)
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -width:]
-        # states alone look at the new columns only
-        inputs = {"position_ids": positions, "attention_mask": (mask if self.cache.windows else self._new_mask).long()}
-        with RecurrentStates(cache.layers).watched(width, are_drafts=False):
-            outputs = self._call(self._prompt_ids, cache, inputs, 1)
+        if self._prompt_kwargs is None:
+            # states alone look at the new columns only
+            columns = mask if self.cache.windows else self._new_mask
+            inputs = {"position_ids": positions, "attention_mask": columns.long()}
+            with RecurrentStates(cache.layers).watched(width, are_drafts=False):
+                outputs = self._call(self._prompt_ids, cache, inputs, 1)
+        else:
+            outputs = self._call_with_images(cache)
         self.cache.adopt(mask, mask.shape[1], cache)
         self._is_filled = True
         order, num_new = pack_order(self._new_mask)
         context = self._adapter.pop_context_hidden_states()
-        columns = order.to(context.device)[..., None].expand(-1, -1, context.shape[-1])
+        index = order.to(context.device)[..., None].expand(-1, -1, context.shape[-1])
         return TargetPass(
             logits=outputs.logits[:, -1:],
-            context_hidden_states=context.gather(1, columns),
+            context_hidden_states=context.gather(1, index),
             positions=positions.gather(1, order),
             num_tokens=num_new,
             hidden_states=outputs.get("hidden_states"),
         )
+
+    def _call_with_images(self, cache: Any) -> Any:
+        """Return what the model says of prompts with images, prepared by itself over `cache`."""
+        assert self._prompt_kwargs is not None
+        kwargs = {**self._prompt_kwargs, CACHE_KEY: cache}
+        inputs = self._model.prepare_inputs_for_generation(self._given_ids, is_first_iteration=True, **kwargs)
+        known = inputs.get("position_ids")
+        if known is not None:
+            # an image may take up fewer positions than it has tokens: (B), or (planes, B)
+            self._offsets = known[..., -1] - (self._mask.long().sum(-1) - 1)
+        if "logits_to_keep" in inputs:
+            # a tensor, since an integer lets shared layers skip the other positions, and with them our taps
+            last = self._new_mask.shape[1] - 1
+            inputs["logits_to_keep"] = torch.tensor([last], device=self._adapter.device)
+        # images are not needed again
+        self._prompt_kwargs = None
+        return self._model(**inputs)
 
     def _run_chunk(self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor) -> TargetPass:
         """Process what comes next of the packed prompts, to stay."""
@@ -169,34 +212,44 @@ class RaggedTarget:
     def _run(
         self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor, *, are_drafts: bool = False
     ) -> TargetPass:
-        positions, inputs = self.cache.pass_inputs(
-            num_tokens, token_ids.shape[1], token_ids.device, self._tree, are_drafts=are_drafts
-        )
-        keeps, types = self._adapter.accepts("logits_to_keep"), self._token_types
-        if types is not None:
-            inputs["token_type_ids"] = types.expand(-1, token_ids.shape[1])
+        positions, inputs = self._inputs(token_ids, num_tokens, are_drafts=are_drafts)
         # prompts are read elsewhere where there are states
         with self._states.watched(token_ids.shape[1], are_drafts=True):
             outputs = self._call(token_ids, self.cache, inputs, kept_logits)
         return TargetPass(
-            logits=outputs.logits if keeps else outputs.logits[:, kept_logits],
+            logits=outputs.logits if self._adapter.accepts("logits_to_keep") else outputs.logits[:, kept_logits],
             context_hidden_states=self._adapter.pop_context_hidden_states(positions),
             positions=positions,
             num_tokens=num_tokens,
             hidden_states=outputs.get("hidden_states"),
         )
 
+    def _inputs(self, token_ids: Tensor, num_tokens: list[int], *, are_drafts: bool) -> tuple[Tensor, dict[str, Any]]:
+        positions, inputs = self.cache.pass_inputs(
+            num_tokens, token_ids.shape[1], token_ids.device, self._tree, are_drafts=are_drafts
+        )
+        if self._offsets is not None:
+            inputs["position_ids"] = inputs["position_ids"] + self._offsets[..., None]
+        if self._token_types is not None:
+            inputs["token_type_ids"] = self._token_types.expand(-1, token_ids.shape[1])
+        return positions, inputs
+
     def _call(self, token_ids: Tensor, cache: Any, inputs: dict[str, Any], kept_logits: Tensor | int) -> Any:
+        return self._model(**self._arguments(token_ids, cache, inputs, kept_logits))
+
+    def _arguments(
+        self, token_ids: Tensor, cache: Any, inputs: dict[str, Any], kept_logits: Tensor | int
+    ) -> dict[str, Any]:
         names = {name: self._adapter.accepts(name) for name in ("position_ids", "logits_to_keep")}
         inputs = {**inputs, "logits_to_keep": kept_logits}
-        return self._model(
-            input_ids=token_ids,
-            use_cache=True,
-            output_hidden_states=self._wants_hidden_states or None,
-            return_dict=True,
-            **{CACHE_KEY: cache},
+        return {
+            "input_ids": token_ids,
+            "use_cache": True,
+            "output_hidden_states": self._wants_hidden_states or None,
+            "return_dict": True,
+            CACHE_KEY: cache,
             **{name: value for name, value in inputs.items() if names.get(name, True)},
-        )
+        }
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Let every row hold its kept tokens, and no others of the pass."""
@@ -211,6 +264,8 @@ class RaggedTarget:
         self._num_padded = [self._num_padded[row] for row in rows.tolist()]
         if self._token_types is not None:
             self._token_types = self._token_types[rows]
+        if self._offsets is not None:
+            self._offsets = self._offsets[..., rows]
 
     def append_rows(self, other: RaggedTarget) -> None:
         """Append the rows of another run of the same target, which ends there; neither has token types."""

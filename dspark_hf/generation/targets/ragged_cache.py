@@ -128,7 +128,7 @@ class RaggedCache(Cache):
 
     def __init__(self, model: PreTrainedModel, batch_size: int, given: Any = None):
         self._model, self._given = model, given
-        self._rows = RaggedLengths(batch_size, input_device(model))
+        self._rows = self._new_lengths(batch_size, input_device(model))
         self._columns: SlotColumns | None = None
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
@@ -147,10 +147,16 @@ class RaggedCache(Cache):
                     f"{type(layer).__name__}, as {type(model).__name__} has. Generate the rows one by one, unpadded."
                 )
             self.windows.append(getattr(layer, "sliding_window", None))
-            layers.append(layer if is_placeholder_layer(layer) else RaggedLayer(self._rows))
+            layers.append(layer if is_placeholder_layer(layer) else self._new_layer())
         super().__init__(layers=layers)
         self.states = RecurrentStates(self.layers)
         self.takes_trees = not self.states.layers
+
+    def _new_lengths(self, batch_size: int, device: torch.device) -> RaggedLengths:
+        return RaggedLengths(batch_size, device)
+
+    def _new_layer(self) -> RaggedLayer:
+        return RaggedLayer(self._rows)
 
     @property
     def lengths(self) -> list[int]:
@@ -218,7 +224,7 @@ class RaggedCache(Cache):
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask(self, positions: Tensor, window: int | None, tree: Tree | None) -> Tensor:
-        num_slots = max(self._rows.host) + positions.shape[1]
+        num_slots = self._num_seen(positions.shape[1])
         columns = self._columns if self._columns is not None and self._columns.have_holes else None
         visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree, columns=columns)[
             :, None
@@ -227,6 +233,10 @@ class RaggedCache(Cache):
             return visible
         dtype = self._model.dtype
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+    def _num_seen(self, width: int) -> int:
+        """Return how many slots a pass over `width` tokens a row looks at."""
+        return max(self._rows.host) + width
 
     def keep(self, starts: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
         """Lengthen every row by its kept tokens, which close up where others lie between them."""
@@ -265,19 +275,23 @@ class RaggedCache(Cache):
 
     def returned(self, num_padded: Sequence[int]) -> Any:
         """Return the given cache, filled with every row's tokens in their columns, zeros between them."""
+        padded = empty_cache_like(self._model)
+        RecurrentStates(padded.layers).copy_from(self.layers)
+        self._fill(padded)
+        self._given.layers = padded.layers
+        return self._given
+
+    def _fill(self, cache: Cache) -> None:
+        """Put every row's tokens into an empty padded cache."""
         lengths = self._rows.host
         assert self._columns is not None
         slots = torch.arange(max(lengths), device=self._rows.device.device).expand(len(lengths), -1)
         columns = self._columns.of(slots)
-        padded = empty_cache_like(self._model)
-        RecurrentStates(padded.layers).copy_from(self.layers)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, RaggedLayer) and layer.store.keys is not None and layer.store.values is not None:
                 keys = _padded(layer.store.keys, columns, lengths)
                 values = _padded(layer.store.values, columns, lengths)
-                padded.update(keys, values, index)
-        self._given.layers = padded.layers
-        return self._given
+                cache.update(keys, values, index)
 
     def release(self, starts: Sequence[int] | None, num_padded: Sequence[int]) -> None:
         """Nothing: a cache of the user's is filled only when it is returned."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf.modeling.formats import gguf, packed
+from dspark_hf.modeling.formats.contradictions import warn_of_contradictions
 from dspark_hf.modeling.formats.deepspec import DEEPSPEC
 from dspark_hf.modeling.formats.reading import Packaging, Shapes, our_name
 from dspark_hf.modeling.formats.specforge import DFLASH, LFM2, SPECFORGE
@@ -36,7 +37,11 @@ def translate(
     if packed.are_packed(shapes):
         sizes = read_tensors(name_or_path, lambda name: name.endswith(packed.SIZES), **hub_options)
         shapes = packed.plain_shapes(shapes, sizes)
-    return packaging.translate(fields, {ours: shape for name, shape in shapes.items() if (ours := our_name(name))})
+    translated = packaging.translate(
+        fields, {ours: shape for name, shape in shapes.items() if (ours := our_name(name))}
+    )
+    warn_of_contradictions(str(name_or_path), fields, translated)
+    return translated
 
 
 def load_tensors(name_or_path: str | os.PathLike, fields: dict[str, Any], **hub_options: Any) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ def _translate(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
         "borrows_bare_weights": True,
         "num_target_layers": find_key(fields, "num_target_layers"),
         "sts_temperatures": find_key(fields, "sts_temperatures"),
+        "accept_rates": find_key(fields, "accept_rates"),
         **{key: need_key(fields, key, NAME) for key in ("block_size", "mask_token_id", "target_layer_ids")},
     }
     check_context_width(translated, shapes, NAME)

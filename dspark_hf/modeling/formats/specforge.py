@@ -44,6 +44,7 @@ def _translator(packaging: str, *, samples_from_anchor: bool, is_bare: bool) -> 
             "sample_from_anchor": drafts_at_anchor,
             "num_target_layers": find_key(fields, "num_target_layers"),
             "sts_temperatures": find_key(fields, "sts_temperatures"),
+            "accept_rates": find_key(fields, "accept_rates"),
             **{key: need_key(fields, key, packaging) for key in ("mask_token_id", "target_layer_ids")},
         }
         check_context_width(translated, shapes, packaging)

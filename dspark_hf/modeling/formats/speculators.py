@@ -37,6 +37,7 @@ def _translate(fields: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
         "mask_token_id": _need(fields, "mask_token_id"),
         "target_layer_ids": _layer_ids(fields),
         "sts_temperatures": fields.get("sts_temperatures"),
+        "accept_rates": fields.get("accept_rates"),
         "num_target_layers": fields.get("num_target_layers"),
         "base_model_name_or_path": _target_name(fields),
         "target_fingerprint": fields.get("target_fingerprint"),

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.modeling.formats.standalone import write_standalone
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
-LAYOUTS = ("deepspec", "speculators", "specforge")
+LAYOUTS = ("deepspec", "speculators", "specforge", "custom_generate")
 _SCALED_ROPES = ("default", "linear", "yarn", "llama3")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -25,6 +26,8 @@ def export(
     drafter: DSparkAssistantModel, layout: str, folder: str | os.PathLike, target: TargetAdapter | None = None
 ) -> None:
     """Write `config.json` and `model.safetensors` of a drafter in another layout into `folder`.
+
+    `"custom_generate"` is our own layout with the code beside it, so that Transformers alone can use the folder.
 
     Args:
         drafter: the drafter; its weights are copied bit for bit.
@@ -39,6 +42,9 @@ def export(
     config = drafter.config
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {LAYOUTS}, got {layout!r}. Choose one of them.")
+    if layout == "custom_generate":
+        write_standalone(drafter, folder)
+        return
     _check_expressible(config, layout)
     tensors = _with_vocabulary(drafter, layout, target)
     write_fields = {"deepspec": deepspec_fields, "speculators": speculators_fields, "specforge": specforge_fields}
@@ -171,7 +177,7 @@ def _head_fields(config: DSparkConfig) -> dict[str, Any]:
 
 def _own_fields(config: DSparkConfig) -> dict[str, Any]:
     # read again by us; others pass over what they do not know
-    names = ("sts_temperatures", "base_model_name_or_path", "target_fingerprint", "num_target_layers")
+    names = ("sts_temperatures", "accept_rates", "base_model_name_or_path", "target_fingerprint", "num_target_layers")
     return {name: getattr(config, name) for name in names}
 
 

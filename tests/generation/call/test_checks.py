@@ -105,12 +105,10 @@ def test_num_return_sequences_with_greedy(target, drafter, no_forward):
         _generate(target, drafter, num_return_sequences=2, do_sample=False)
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized"])
-def test_caches_that_cannot_be_rolled_back(target, drafter, no_forward, implementation):
+def test_caches_that_cannot_be_rolled_back(target, drafter, no_forward):
     """A cache that cannot forget keeps rejected drafts."""
-    options = {"cache_config": {"backend": "hqq"}} if implementation == "quantized" else {}
     with pytest.raises((ValueError, ImportError), match=r"`cache_implementation`|HQQ"):
-        _generate(target, drafter, cache_implementation=implementation, **options)
+        _generate(target, drafter, cache_implementation="quantized", cache_config={"backend": "hqq"})
 
 
 def test_no_cache(target, drafter, no_forward):

@@ -8,6 +8,7 @@ from transformers.generation import BaseStreamer
 
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 16
@@ -39,7 +40,7 @@ class Recorder(BaseStreamer):
         self.ended = True
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma3_text"), "gemma4_text"])
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_scores_logits_and_hidden_states(family, num_rows):
     """What the output carries per token has another shape, order or value."""

@@ -268,7 +268,7 @@ def test_sampled_text(memory):
                 logits_processor=LogitsProcessorList([Biased()]),
                 assistant_model=drafter,
             )
-            for _ in range(120)
+            for _ in range(80)
         ]
     )[:, len(PROMPT) :]
     assert drafter.last_statistics.num_verified
@@ -281,7 +281,7 @@ def _biased(place: int, scores: Tensor) -> Tensor:
 
 
 # of many rows one rejects at nearly every position; few all accept now and then
-@pytest.mark.parametrize(("num_rows", "num_calls"), [(3, 40), (200, 8)])
+@pytest.mark.parametrize(("num_rows", "num_calls"), [(3, 30), (200, 6)])
 def test_rows_that_advance_together_keep_the_law(num_rows, num_calls):
     """A row of a batch keeps a draft that it should have rejected, or loses one, where another row rejects."""
 

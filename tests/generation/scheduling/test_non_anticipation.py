@@ -34,7 +34,7 @@ from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call
 from tests.generation.scheduling.retrospective import RetrospectiveScheduler
 from tests.thinning import mostly_slow
 
-NUM_CASES = 40
+NUM_CASES = 25
 MOST_ROUNDS = 25
 NUM_ROWS = 3
 NUM_DRAFTS = 5

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.modeling.deepseek_v4.tiny import tiny_model
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 CHUNK = 4
@@ -38,7 +39,13 @@ def _both(target: Any, num_rows: int, **options: Any) -> tuple[Any, Any]:
 CASES = [(family, num_rows) for family in ("llama", "gemma3_text", "gpt2") for num_rows in (1, 4)]
 
 
-@pytest.mark.parametrize(("family", "num_rows"), [*CASES, ("deepseek_v4", 3)])
+# one row and several, with and without sliding layers, with learned positions
+QUICK = {("gemma3_text", 1), ("gemma3_text", 4), ("llama", 4), ("gpt2", 4)}
+
+
+@pytest.mark.parametrize(
+    ("family", "num_rows"), [case if case in QUICK else slow(*case) for case in CASES] + [("deepseek_v4", 3)]
+)
 def test_text_and_width(family, num_rows):
     """A long prompt takes the memory of one pass although chunks were asked for, or its text changes."""
     target = tiny_model(5) if family == "deepseek_v4" else tiny_target(family)

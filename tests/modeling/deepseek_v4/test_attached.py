@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, configuration_utils
 
-from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
+from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel, load_drafter_for
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
 from dspark_hf.modeling.deepseek_v4.linear import QuantizedWeight
@@ -36,11 +36,13 @@ def _prompts(num_rows: int) -> torch.Tensor:
 def test_use_dspark_changes_no_token(folder, num_rows):
     """Text with the checkpoint's own drafter is not the text without it."""
     model = DeepseekV4DSparkForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = model.generate(_prompts(num_rows), **options)
     assert torch.equal(model.generate(_prompts(num_rows), use_dspark=True, **options), plain)
     assert model.dspark.last_statistics.num_drafted > 0
     assert model.dspark is model.dspark
+    # what the target brings goes before what any registry knows
+    assert load_drafter_for(model) is model.dspark
 
 
 def test_drafts_are_those_of_the_oracle(folder):

@@ -18,7 +18,7 @@ CHANGES = [
     slow({"indexer_dtype": "fp4"}),
     {"indexer_dtype": "fp4", "cache_dtype": "fp8"},
     slow({"indexer_dtype": "fp4", "cache_dtype": "fp8", "index_head_dim": 64, "index_topk": 3}),
-    {"norm_topk_prob": False, "swiglu_limit": 0.5},
+    {"norm_topk_prob": False, "swiglu_limit": 0.5, "hc_sinkhorn_iters": 20},
     {"compress_ratios": [8, 4, 4, 8, 4], "num_hash_layers": 0, "index_topk": 3, "sliding_window": 5},
 ]
 

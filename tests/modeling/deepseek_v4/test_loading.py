@@ -25,6 +25,8 @@ from tests.modeling.deepseek_v4.checkpoints import (
 )
 from tests.thinning import slow
 
+# every format and every dtype once
+QUICK_DTYPES = {("fp4", None), ("fp8", torch.bfloat16), ("bf16", torch.float32)}
 STRICT = ("hc_", "attn_sink", "gate", "compressor", "head")
 
 
@@ -66,8 +68,14 @@ def test_when_weights_are_kept(checkpoints, options, is_kept):
     assert _is_kept(load(checkpoints["fp4"], **options)) == is_kept
 
 
-@pytest.mark.parametrize("experts", ["fp4", "fp8", "bf16"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("experts", "dtype"),
+    [
+        (pytest.param if (experts, dtype) in QUICK_DTYPES else slow)(experts, dtype)
+        for experts in ("fp4", "fp8", "bf16")
+        for dtype in (None, torch.bfloat16, torch.float32)
+    ],
+)
 def test_dtypes(checkpoints, experts, dtype):
     """Router, streams or head run in bf16, and choices differ from the released code's; or tables become floats."""
     stored = read_files(checkpoints[experts])
@@ -188,7 +196,7 @@ def _size(model) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("device_map", ["auto", slow("cpu"), slow(torch.device("cpu")), {"": "cpu"}])
+@pytest.mark.parametrize("device_map", ["auto", slow("cpu"), slow(torch.device("cpu")), slow({"": "cpu"})])
 def test_all_on_one_device(checkpoints, device_map):
     """A device map changes what a model says."""
     model = load(checkpoints["fp4"], device_map=device_map)

@@ -30,7 +30,7 @@ from tests.thinning import slow
     [
         ("5GB", "fp8"),
         ("100KB", "fp4"),
-        ("5GB", "bf16"),
+        slow("5GB", "bf16"),
         slow("5GB", "fp4"),
         slow("100KB", "fp8"),
         slow("100KB", "bf16"),
@@ -70,7 +70,7 @@ def test_over_its_own_checkpoint(checkpoints, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["fp4"], folder)
     model, before = load(folder), logits(load(folder))
-    for size in ("100KB", "5GB", "1MB"):
+    for size in ("100KB", "5GB"):
         model.save_pretrained(folder, max_shard_size=size)
         assert_same_bytes(read_files(folder), read_files(checkpoints["fp4"]))
         assert_same_up_to_rounding(logits(model), before, model.dtype)

@@ -18,6 +18,7 @@ from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_model
 
 INDEXER = ".attn.indexer."
+ROUNDED = {"cache_dtype": "fp8", "indexer_dtype": "fp4"}
 
 
 def _text(num_rows: int = 2, length: int = 40) -> Tensor:
@@ -74,8 +75,15 @@ def test_gradients_reach_every_parameter_that_is_trained(coefficient: float, ind
     assert all(torch.equal(table, model.get_parameter(name)) for name, table in tables.items())
 
 
-@pytest.mark.parametrize("fields", [{}, {"cache_dtype": "fp8", "indexer_dtype": "fp4"}], ids=["plain", "rounded"])
-@pytest.mark.parametrize("is_training", [False, True], ids=["evaluating", "training"])
+@pytest.mark.parametrize(
+    ("is_training", "fields"),
+    [
+        pytest.param(True, {}, id="training"),
+        pytest.param(False, ROUNDED, id="evaluating, rounded"),
+        pytest.param(False, {}, id="evaluating", marks=pytest.mark.slow),
+        pytest.param(True, ROUNDED, id="training, rounded", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_do_not_depend_on_the_cache(is_training: bool, fields: dict[str, Any]) -> None:
     """The compressors learn nothing, and the embedding something else, where a cache is kept: as after loading."""
     models = [tiny_model(1, indexer_loss_coef=0.1, **fields).train(is_training) for _ in range(2)]

@@ -37,6 +37,8 @@ def tiny_config(**fields: Any) -> DeepseekV4DSparkConfig:
         "num_experts_per_tok": 2,
         "num_hash_layers": 2,
         "sliding_window": 16,
+        # the released 20 are a tenth of a pass
+        "hc_sinkhorn_iters": 4,
         # few heads tie exactly: all of them cut to zero
         "index_n_heads": 32,
         "index_head_dim": 16,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspark_hf.generation.drafting.lookup import Offer
-from dspark_hf.generation.scheduling.defaults import FIRST_TRIAL_GAP, LONGEST_TRIAL_GAP
+from dspark_hf.generation.scheduling.defaults import FIRST_LOOKUP_GAP, LONGEST_TRIAL_GAP
 from dspark_hf.generation.scheduling.interface import Choice
 
 # Levels that a pass over lookups goes to, besides the longest. Plain choice: costs of few widths are soon known.
@@ -93,14 +93,17 @@ class Rate:
 
 
 class Trials:
-    """Count good offers that were passed over, to decide when one is taken all the same: less and less often."""
+    """Count good offers that were passed over, or cut short, to decide when one is taken all the same.
+
+    It is, less and less often.
+    """
 
     def __init__(self) -> None:
-        self._gap = FIRST_TRIAL_GAP
+        self._gap = FIRST_LOOKUP_GAP
         self._num_passed_over = 0
 
     def is_due(self, expected: float) -> bool:
-        """Return whether to take an offer that is not worth its time, with so many accepted drafts expected."""
+        """Return whether to take an offer that is not worth its time, with so many more accepted drafts expected."""
         if expected < 1:
             return False
         self._num_passed_over += 1

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel
 from dspark_hf.generation.drafting.chances import MatchChances
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling.adaptive.parking import Parking
-from dspark_hf.generation.scheduling.defaults import FEW_BLOCKS, FEWEST_ROUNDS, NUM_RECENT_BLOCKS, PRIOR_CHANCE
+from dspark_hf.generation.scheduling.defaults import (
+    FEW_BLOCKS,
+    FEWEST_ROUNDS,
+    NUM_RECENT_BLOCKS,
+    PRIOR_BLOCKS,
+    PRIOR_CHANCE,
+)
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.interface import CallInfo
 from dspark_hf.generation.scheduling.locking import locked
@@ -52,9 +58,17 @@ class RecentMargins:
             self._blocks.popleft()
 
     @locked
-    def gains(self, num_drafts: int, estimator: AcceptanceEstimator) -> NDArray[np.float64]:
-        """Return the gains `(N, num_drafts)`; levels that were not drafted continue the decay of those before."""
-        found = [estimator.chance(margins).cumprod(1).mean(0).tolist() for margins in self._blocks] or [[]]
+    def gains(
+        self, num_drafts: int, estimator: AcceptanceEstimator, shown: Sequence[float] | None = None
+    ) -> NDArray[np.float64]:
+        """Return the gains `(N, num_drafts)`; levels that were not drafted continue the decay of those before.
+
+        While there are few, what the drafter has `shown` before, by level, counts beside them.
+        """
+        found = [estimator.chance(margins).cumprod(1).mean(0).tolist() for margins in self._blocks]
+        if shown is not None:
+            found += [list(shown)] * max(PRIOR_BLOCKS - len(found), 0)
+        found = found or [[]]
         return np.array([_filled_up(gains, num_drafts) for gains in found])
 
 
@@ -64,6 +78,8 @@ class DrafterState:
 
     estimator: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
     recent_margins: RecentMargins = field(default_factory=RecentMargins)
+    # gains that the drafter had where it was evaluated, if it was
+    shown: list[float] | None = None
     _parking: dict[int, Parking] = field(default_factory=dict)
 
     @locked
@@ -98,7 +114,12 @@ def remembered(call: CallInfo) -> DrafterState:
     """Return the state of the call's drafter with its target, greedy or sampling; schedules update it in place."""
     by_target: _Memories = _MEMORIES.setdefault(call.drafter, WeakKeyDictionary())
     by_use = by_target.setdefault(call.target.model, {})
-    return by_use.setdefault(call.is_sampling, DrafterState())
+    return by_use.setdefault(call.is_sampling, DrafterState(shown=_shown(call.drafter)))
+
+
+def _shown(drafter: Drafter) -> list[float] | None:
+    rates = drafter.accept_rates
+    return None if rates is None else np.cumprod(rates).tolist()
 
 
 def _filled_up(gains: list[float], num_drafts: int) -> list[float]:

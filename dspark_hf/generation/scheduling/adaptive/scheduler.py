@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 
@@ -16,6 +17,7 @@ from dspark_hf.generation.scheduling.confidence import OnlineConfidence
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from dspark_hf.generation.scheduling.costs.profile import online_costs
 from dspark_hf.generation.scheduling.defaults import (
+    DOUBT,
     FEW_BLOCKS,
     FEW_DRAFTS,
     FEW_TOKENS,
@@ -52,7 +54,6 @@ class AdaptiveScheduler(Scheduler):
 
 
 class _Mode(Enum):
-    learning = "learning"
     plain = "plain"
     # plain steps that the others are compared with
     comparing = "comparing"
@@ -84,19 +85,49 @@ class _Adaptive(Schedule):
         self._mode = _Mode.plain
         if batch.max_drafts < 1:
             return 0
-        if isinstance(self._costs, OnlineCosts) and not self._costs.knows(batch.num_rows):
-            return self._learning_drafts(batch)
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
-        if plan.rate > REQUIRED_GAIN * plan.plain_rate and not parking.is_parked:
+        if plan.rate > self._required_gain(batch) * plan.plain_rate and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
             self._mode = _Mode.drafting if is_busy else _Mode.comparing
             self.parked_because = None
+            if is_busy and not self._is_worth_its_time(batch, plan):
+                self._mode = _Mode.plain
         elif parking.is_trial_due():
             self._mode = _Mode.trial
         else:
             # told once: the numbers hardly change while nothing is drafted
             self.parked_because = self.parked_because or self._explain(batch, plan, has_lost=parking.is_parked)
-        return 0 if self._mode in (_Mode.plain, _Mode.comparing) else plan.num_drafts
+        return 0 if self._mode in (_Mode.plain, _Mode.comparing) else min(plan.num_drafts, self._most_drafts(batch))
+
+    def _is_worth_its_time(self, batch: Batch, plan: Plan) -> bool:
+        """Return whether drafts add more tokens than their time is worth where much comes from elsewhere.
+
+        Beside lookups that give many tokens at once, what drafting adds may be more than plain decoding gives, and yet
+        less than the same time brings in other rounds.
+        """
+        rate = self._rate.value
+        if rate <= plan.rate:
+            return True
+        count = plan.num_drafts
+        passes = self._seconds_of_passes(batch, count)
+        drafting = self._costs.draft_seconds(batch.num_rows, count, batch.context_length)
+        worth, tokens = 0.0, 0.0
+        for level in range(1, count + 1):
+            tokens += batch.num_live * self._gains[level - 1]
+            worth = max(worth, tokens - rate * (drafting + passes[level] - passes[0]))
+        return worth > 0
+
+    def _required_gain(self, batch: Batch) -> float:
+        """Return from which speed on drafting is worth it, plain decoding being 1: less while costs are in doubt."""
+        if not isinstance(self._costs, OnlineCosts):
+            return REQUIRED_GAIN
+        return REQUIRED_GAIN / (1 + DOUBT * 0.5 ** self._costs.num_drafted(batch.num_rows))
+
+    def _most_drafts(self, batch: Batch) -> int:
+        """Return how far a pass may go: if widths are dear here, no great step is made to find out."""
+        few = min(max(FEW_TOKENS // batch.num_rows - 1, 1), FEW_DRAFTS)
+        widest = self._costs.widest(batch.num_rows) if isinstance(self._costs, OnlineCosts) else math.inf
+        return int(min(max(few, 2 * widest - 1), max(batch.limits + batch.rooms)))
 
     def _explain(self, batch: Batch, plan: Plan, *, has_lost: bool) -> str:
         """Return why drafting is parked, and log it once a call."""
@@ -111,35 +142,22 @@ class _Adaptive(Schedule):
         self._has_logged = True
         return reason
 
-    def _learning_drafts(self, batch: Batch) -> int:
-        """Alternate two plain steps and two short blocks: the first of each pair also pays for the change."""
-        if self._num_rounds % 4 < 2:
-            self._mode = _Mode.comparing
-            return 0
-        self._mode = _Mode.learning
-        return min(batch.max_drafts, _few_drafts(batch))
-
     def choose(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
         num_drafts = self.num_drafts(batch)
-        if self._mode not in (_Mode.plain, _Mode.drafting):
-            # what is to be learned of the drafter, or of plain steps, must not be mixed with anything else
+        is_learning = self._mode in (_Mode.comparing, _Mode.trial)
+        # what is to be learned of the drafter, or of plain steps, must not be mixed with anything else: it waits for a
+        # round in which nothing is worth looking up
+        choice = self._best_choice(batch, offers, 0 if is_learning else num_drafts)
+        if is_learning and not choice.num_looked_up:
             return Choice(num_drafts)
-        if isinstance(self._costs, OnlineCosts) and not self._costs.knows_passes(batch.num_rows):
-            choice = self._learning_lookups(batch, offers)
-        else:
-            choice = self._best_choice(batch, offers, num_drafts)
         if choice.num_looked_up and not choice.num_drafts:
             self._mode = _Mode.looking_up
         return choice
 
-    def _learning_lookups(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
-        """Look little up, once a few plain steps were seen; without a drafter, which would be learned first."""
-        if isinstance(self._costs, OnlineCosts) and not self._costs.knows_plain(batch.num_rows):
-            return Choice(0)
-        return Choice(0, tuple(min(len(offer.token_ids), _few_drafts(batch)) for offer in offers))
-
     def _best_choice(self, batch: Batch, offers: Sequence[Offer], num_drafts: int) -> Choice:
         rows, length = batch.num_rows, batch.context_length
+        most = self._most_drafts(batch)
+        offers = [offer.up_to(most) for offer in offers]
         passes = self._seconds_of_passes(batch, max(num_drafts, *(len(offer.token_ids) for offer in offers)))
         rates = [self._rate.value, batch.num_live / passes[0]]
         plan = None
@@ -149,10 +167,12 @@ class _Adaptive(Schedule):
         # rows that wait have no room
         are_live = [limit > 0 for limit in batch.limits]
         choice = choose_sources(offers, plan, are_live, passes, max(rates))
-        if choice is not None:
-            self._lookup_trials = Trials()
-        elif plan is None and self._lookup_trials.is_due(max(offer.expected(len(passes)) for offer in offers)):
-            # wide passes may cost less than what narrow ones let expect
+        # wide passes may cost less than narrow ones, or a disturbed one, let expect
+        taken = choice.num_looked_up if choice else (0,) * rows
+        passed_over = max(
+            offer.expected(len(passes)) - offer.expected(count) for offer, count in zip(offers, taken, strict=True)
+        )
+        if self._lookup_trials.is_due(passed_over):
             choice = Choice(0, tuple(len(offer.token_ids) for offer in offers))
         return choice or Choice(num_drafts)
 
@@ -179,7 +199,7 @@ class _Adaptive(Schedule):
             passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in (0, *counts)]
             # a plain step costs no more than a pass over drafts, whatever noise may say
             passes[0] = min(passes)
-            gains = recent_margins.gains(batch.max_drafts, self._memory.estimator)
+            gains = recent_margins.gains(batch.max_drafts, self._memory.estimator, self._memory.shown)
             self._gains = gains.mean(0).tolist()
             self._plan = make_plan(
                 batch.num_live * gains,
@@ -213,9 +233,7 @@ class _Adaptive(Schedule):
 
     def compare(self, outcome: RoundOutcome) -> None:
         rows, length, costs = outcome.batch.num_rows, outcome.batch.context_length, self._costs
-        if isinstance(costs, OnlineCosts) and not (
-            costs.knows(rows) if outcome.num_drafted else costs.knows_passes(rows)
-        ):
+        if isinstance(costs, OnlineCosts) and not costs.has_timed():
             return
         # what such a round usually takes: its own time is compared with costs that are known as well
         seconds = costs.draft_seconds(rows, outcome.num_drafted, length) if outcome.num_drafted else 0.0
@@ -232,6 +250,9 @@ class _Adaptive(Schedule):
 
     def _count(self, outcome: RoundOutcome) -> None:
         parking = self._memory.parking(outcome.batch.num_rows)
+        if isinstance(self._costs, OnlineCosts) and not self._costs.has_timed():
+            # there is nothing to compare with yet
+            return
         if self._mode in (_Mode.plain, _Mode.comparing):
             parking.count_plain()
         elif self._mode is _Mode.drafting and self._plan is not None:
@@ -240,10 +261,6 @@ class _Adaptive(Schedule):
             parking.count_trial(has_paid=_gain(outcome, self._costs) > 0)
             self._memory.recent_margins.forget_old()
             self._plan = None
-
-
-def _few_drafts(batch: Batch) -> int:
-    return min(max(FEW_TOKENS // batch.num_rows - 1, 1), FEW_DRAFTS)
 
 
 def _gain(outcome: RoundOutcome, costs: Costs) -> float:

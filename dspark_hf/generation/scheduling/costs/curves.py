@@ -44,8 +44,16 @@ def deciding_places(places: Iterable[int], at: int) -> tuple[int, ...]:
     return (max([place for place in before if 2 * place <= last], default=before[0]), last) if before else (last,)
 
 
-def fit_line(points: Mapping[int, float], weights: Mapping[int, float]) -> tuple[float, float]:
+def fit_line(
+    points: Mapping[int, float], weights: Mapping[int, float], *, tilt: float = 0.0, trust: float = 0.0
+) -> tuple[float, float]:
     """Return intercept and slope of the weighted least-squares line, which never falls.
+
+    Args:
+        points: values by place.
+        weights: how many samples each of them stands for.
+        tilt: the slope that is expected, as a share of the value at place 0; a single place says nothing of it.
+        trust: how firmly: as much as that many samples that lie one place apart from the mean.
 
     Raises:
         ValueError: if there is no point.
@@ -55,10 +63,13 @@ def fit_line(points: Mapping[int, float], weights: Mapping[int, float]) -> tuple
     places = np.array(list(points), dtype=float)
     values = np.array([points[place] for place in points])
     shares = np.array([weights[place] for place in points], dtype=float)
-    shares /= shares.sum()
+    total = shares.sum()
+    shares /= total
     centre, level = float(shares @ places), float(shares @ values)
-    spread = float(shares @ (places - centre) ** 2)
-    slope = 0.0 if spread == 0 else max(float(shares @ ((places - centre) * (values - level))) / spread, 0.0)
+    spread = float(shares @ (places - centre) ** 2) + trust / total
+    expected = tilt * level / (1 + tilt * centre) * trust / total
+    slope = (float(shares @ ((places - centre) * (values - level))) + expected) / spread if spread else 0.0
+    slope = max(slope, 0.0)
     return level - slope * centre, slope
 
 

@@ -9,12 +9,15 @@ from typing import Protocol
 
 from dspark_hf.generation.scheduling.costs.curves import bend_at, find_bends, fit_line
 from dspark_hf.generation.scheduling.defaults import (
+    DRAFT_SHARE,
     FEW_SAMPLES,
     FIXED_SHARE,
     LEAST_SHARE,
     NEAR,
     NUM_MOMENT,
     NUM_SAMPLES,
+    PASS_TILT,
+    TILT_TRUST,
     TRUST,
 )
 from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome
@@ -45,8 +48,9 @@ class OnlineCosts:
 
     A shape is a number of rows and a size. Rounds are few and noisy, so every shape also borrows from the others:
     costs are expected to lie on the profile if there is one, else on a line, over tokens for a pass and over drafts
-    for the drafter. The more rounds of a shape were seen, the closer its cost follows them. Curves may fall: kernels
-    work in tiles, and a pass over sixteen tokens can be quicker than one over twelve.
+    for the drafter. How such lines usually rise is what is believed at first. The more rounds of a shape were seen,
+    the closer its cost follows them. Curves may fall: kernels work in tiles, and a pass over sixteen tokens can be
+    quicker than one over twelve.
 
     All times are stored relative to the machine's speed of the moment, so that shapes that were seen under different
     loads, or on contexts of different length, can be compared. Decisions depend on how rounds compare with plain
@@ -60,7 +64,7 @@ class OnlineCosts:
 
     def __init__(self, profile: Costs | None = None) -> None:
         self.profile = profile
-        self._verify = _Times()
+        self._verify = _Times(tilt=PASS_TILT)
         self._draft = _Times()
         # rows, width, and the time divided by the known one
         self._recent: deque[tuple[int, int, float]] = deque(maxlen=NUM_MOMENT)
@@ -78,22 +82,33 @@ class OnlineCosts:
     @locked
     def knows(self, num_rows: int) -> bool:
         """Return whether there is a profile, or both plain and drafting rounds of about that many rows were seen."""
-        return self.profile is not None or (self.knows_passes(num_rows) and bool(self._draft.rows))
+        plain = [rows for rows in self._near(self._verify, num_rows) if 1 in self._verify.sizes(rows)]
+        return self.profile is not None or bool(plain and self._draft.rows)
 
     @locked
-    def knows_passes(self, num_rows: int) -> bool:
-        """Return whether there is a profile, or passes of several widths, 1 among them, of about that many rows."""
-        return self.profile is not None or (self.knows_plain(num_rows) and len(self._sizes(num_rows)) > 1)
+    def has_timed(self) -> bool:
+        """Return whether any pass was timed, or there is a profile: until then, costs are but shares of a pass."""
+        return self.profile is not None or bool(self._verify.rows)
 
     @locked
-    def knows_plain(self, num_rows: int) -> bool:
-        """Return whether there is a profile, or plain steps of about that many rows."""
-        return self.profile is not None or 1 in self._sizes(num_rows)
+    def num_drafted(self, num_rows: int) -> float:
+        """Return how many drafting rounds of about that many rows were timed; of a profile, more than any doubt."""
+        near = self._near(self._draft, num_rows)
+        counts = [self._draft.count(rows, size) for rows in near for size in self._draft.sizes(rows)]
+        return float("inf") if self.profile is not None else float(sum(counts))
 
-    def _sizes(self, num_rows: int) -> set[int]:
-        """Return the widths of passes of about that many rows."""
-        near = [rows for rows in self._verify.rows if num_rows / NEAR <= rows <= num_rows * NEAR]
-        return {size for rows in near for size in self._verify.sizes(rows)}
+    @locked
+    def widest(self, num_rows: int) -> float:
+        """Return the most tokens of a row in a pass of about that many rows, or of any width if there is a profile."""
+        if self.profile is not None:
+            return float("inf")
+        return max(
+            (size for rows in self._near(self._verify, num_rows) for size in self._verify.sizes(rows)), default=0
+        )
+
+    @staticmethod
+    def _near(times: _Times, num_rows: int) -> list[int]:
+        return [rows for rows in times.rows if num_rows / NEAR <= rows <= num_rows * NEAR]
 
     @locked
     def observe(self, outcome: RoundOutcome) -> None:
@@ -133,6 +148,8 @@ class OnlineCosts:
             return self._drift * self._draft.smoothed(
                 num_rows, num_drafts, lambda size: profile.draft_seconds(num_rows, size, context_length)
             )
+        if not self._draft.rows:
+            return DRAFT_SHARE * self.verify_seconds(num_rows, 1, context_length)
         nearest = self._draft.nearest_rows(num_rows)
         # all rows share the reading of the drafter's weights, and each adds its own work
         scale = 1.0 if nearest == num_rows else FIXED_SHARE + (1 - FIXED_SHARE) * num_rows / nearest
@@ -141,9 +158,14 @@ class OnlineCosts:
 
 
 class _Times:
-    """The latest seconds of steps, by number of rows and size."""
+    """The latest seconds of steps, by number of rows and size.
 
-    def __init__(self) -> None:
+    Args:
+        tilt: what a further token is expected to add, as a share of a step that has none.
+    """
+
+    def __init__(self, *, tilt: float = 0.0) -> None:
+        self._tilt = tilt
         self._samples: dict[int, dict[int, deque[float]]] = {}
         self._medians: dict[tuple[int, int], float] = {}
         self._line: tuple[float, float] | None = None
@@ -205,7 +227,9 @@ class _Times:
         """Return the seconds that batches of other sizes suggest: mainly, the number of tokens of a step counts."""
         if self._line is None:
             points, weights = self._over_products(list(self._samples))
-            self._line = fit_line(points, weights)
+            # a share of a pass, as long as there is nothing to go by
+            known = fit_line(points, weights, tilt=self._tilt, trust=TILT_TRUST) if points else (1.0, self._tilt)
+            self._line = known
         intercept, slope = self._line
         if rows not in self._other_bends:
             points, weights = self._over_products([other for other in self._samples if other != rows])

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dspark_hf.damage import first_line
 from dspark_hf.modeling.deepseek_v4.estimation.known import CONFIGURATIONS, DRAFTER_RELEASES
 from dspark_hf.modeling.deepseek_v4.estimation.shapes import (
     AttentionKind,
@@ -77,7 +76,7 @@ def _read_fields(name: str) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`MODEL` must be a name known offline, a folder with a config.json or a hub name, got {name!r}, whose "
-            f"configuration cannot be read. Known offline: {', '.join(CONFIGURATIONS)}. ({first_line(error)})"
+            f"configuration cannot be read. Known offline: {', '.join(CONFIGURATIONS)}. ({_first_line(error)})"
         ) from error
     if not isinstance(fields, dict):
         raise ValueError(f"`MODEL` must have a JSON object as its configuration, got {path}. Name another.")
@@ -244,3 +243,8 @@ def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
         got = "nothing" if key not in fields else repr(value)
         raise ValueError(f"`{key}` must be a list with entries, got {got}. Correct the configuration.")
     return value
+
+
+def _first_line(error: BaseException) -> str:
+    # not that of `damage`: estimates load nothing heavy
+    return (str(error).splitlines() or [""])[0]

@@ -71,7 +71,7 @@ def test_good_offers_are_tried_ever_more_rarely():
     """Costs that were guessed too high are never corrected, or trials cost as much as drafting."""
     trials = Trials()
     due = [index for index in range(200) if trials.is_due(2.0)]
-    assert due == [15, 47, 111]
+    assert due == [3, 11, 27, 59, 123]
     assert not any(Trials().is_due(0.5) for _ in range(1000))
 
 

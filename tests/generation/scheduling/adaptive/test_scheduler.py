@@ -92,8 +92,8 @@ def test_a_useless_drafter_is_parked(name, learns, num_rows):
     ("name", "chance", "learns", "num_rows"),
     [
         ("accelerator", _good, True, 1),
-        ("accelerator", _mixed, False, 4),
-        ("processor", _mixed, True, 1),
+        slow("accelerator", _mixed, False, 4),
+        slow("processor", _mixed, True, 1),
         ("processor", _good, False, 4),
         slow("accelerator", _mixed, True, 1),
         slow("accelerator", _good, False, 4),

@@ -42,8 +42,9 @@ def test_first_pass_of_a_shape_does_not_count():
     """Compiling a kernel is taken for the cost of a pass, and drafting seems never to pay."""
     costs, machine = OnlineCosts(), Machine(start_up=5.0)
     _learn(costs, machine, 1, (0, 3), 3)
-    assert costs.verify_seconds(1, 4, CONTEXT) == pytest.approx(machine.verify_seconds(1, 4))
-    assert costs.verify_seconds(1, 1, CONTEXT) == pytest.approx(machine.verify_seconds(1, 1))
+    # what is believed of slopes beforehand still shows
+    assert costs.verify_seconds(1, 4, CONTEXT) == pytest.approx(machine.verify_seconds(1, 4), rel=0.03)
+    assert costs.verify_seconds(1, 1, CONTEXT) == pytest.approx(machine.verify_seconds(1, 1), rel=0.03)
 
 
 def test_rounds_that_catch_up_do_not_count():

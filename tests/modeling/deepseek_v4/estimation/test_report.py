@@ -12,10 +12,10 @@ from rich.console import Console
 
 from dspark_hf.modeling.deepseek_v4 import estimation
 from dspark_hf.modeling.deepseek_v4.estimation.devices import DEVICES, GIB, USABLE_SHARE, count_devices
-from dspark_hf.modeling.deepseek_v4.estimation.display import print_report, remarks
 from dspark_hf.modeling.deepseek_v4.estimation.formats import CacheFormat, WeightFormat
 from dspark_hf.modeling.deepseek_v4.estimation.known import CONFIGURATIONS
 from dspark_hf.modeling.deepseek_v4.estimation.report import EstimationSettings, make_report, to_json
+from dspark_hf.modeling.deepseek_v4.estimation.report_tables import print_report, remarks
 
 FILES = sorted(Path(estimation.__file__).parent.glob("*.py"))
 PRO, V32 = "deepseek-ai/DeepSeek-V4-Pro", "deepseek-ai/DeepSeek-V3.2"
