@@ -160,7 +160,7 @@ def train(
 
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
     from dspark_hf.training.adapting import adapt_drafter
-    from dspark_hf.training.checkpoints import RESULT, check_output, last_whole_checkpoint
+    from dspark_hf.training.checkpoints import RESULT, check_output
     from dspark_hf.training.forecast import Forecast
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
@@ -230,14 +230,16 @@ def train(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        is_begun = last_whole_checkpoint(output) is not None
-        before = None if drafter is None or is_begun else trainer.evaluate()["eval_expected_tau"]
+        # a run that goes on was told at its beginning
+        is_first = drafter is not None and not any(output.glob("checkpoint-*"))
+        before = trainer.evaluate()["eval_expected_tau"] if is_first else None
         if before is not None and trainer.is_world_process_zero():
             typer.echo(f"The drafter's held-out tau on this text: {before:.2f}.", err=True)
         forecast = Forecast(
             start, trainer.target, training, partial(typer.echo, err=True), max_minutes=max_minutes, start=before
         )
-        trainer.add_callback(forecast)
+        if drafter is None or is_first:
+            trainer.add_callback(forecast)
         trainer.train()
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. The same command goes on from the newest checkpoint in {output}, if any.", err=True)
