@@ -268,7 +268,8 @@ def misspell(text: str, rng: random.Random) -> str:
 
 def find_functions() -> list[PythonFunction]:
     """Return the functions of this Python's standard library that are of a size to work on."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), {}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, PythonFunction] = {}
     for path in sorted(root.rglob("*.py")):
         if SKIPPED & set(path.relative_to(root).parts):
             continue

@@ -47,7 +47,7 @@ def main() -> None:
     taus = {}
     for adapt_every in (None, arguments.adapt_every):
         # fp32: what the policy learns in a step is lost in bf16
-        policy = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="float32")
+        policy: Any = AutoModelForCausalLM.from_pretrained(arguments.target, dtype="float32")
         drafts = RolloutDrafter(
             load_drafter(arguments.drafter, dtype="float32").to(policy.device), adapt_every=adapt_every
         )

@@ -1,6 +1,7 @@
 """`dspark-hf train`: a drafter for any causal LM, from conversations that model wrote."""
 
 import shlex
+import sys
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,7 @@ def train(
     Several GPUs: accelerate launch -m dspark_hf train ...
     """
     # imported here, so that the help is instant
+    from tqdm.auto import tqdm
     from transformers import set_seed
 
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
@@ -236,7 +238,13 @@ def train(
         if before is not None and trainer.is_world_process_zero():
             typer.echo(f"The drafter's held-out tau on this text: {before:.2f}.", err=True)
         forecast = Forecast(
-            start, trainer.target, training, partial(typer.echo, err=True), max_minutes=max_minutes, start=before
+            start,
+            trainer.target,
+            training,
+            # above the bar, not behind it
+            partial(tqdm.write, file=sys.stderr),
+            max_minutes=max_minutes,
+            start=before,
         )
         if drafter is None or is_first:
             trainer.add_callback(forecast)
