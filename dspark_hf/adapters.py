@@ -44,13 +44,14 @@ def load_adapted(folder: str, options: dict[str, Any]) -> Any:
     Merged into the weights, unless those are quantised: then it stays beside them. The model bears the adapter's name.
 
     Raises:
-        ImportError: without the package `peft`.
-        ValueError: if it is not known what it was trained on.
+        ValueError: without the package `peft`; if it is not known what it was trained on, or it prepends prompts.
     """
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ImportError(f"{folder!r} is an adapter, which `peft` reads: `pip install peft`.") from error
+        raise ValueError(
+            f"`peft` must be installed to read the adapter {folder!r}, got no such package. Run `pip install peft`."
+        ) from error
     base = AutoModelForCausalLM.from_pretrained(adapted_name(folder), **options)
     num_tokens = _num_tokens(folder)
     if num_tokens is not None and num_tokens != base.get_input_embeddings().num_embeddings:
@@ -59,8 +60,8 @@ def load_adapted(folder: str, options: dict[str, Any]) -> Any:
     adapted: Any = PeftModel.from_pretrained(base, folder)
     if getattr(adapted.active_peft_config, "is_prompt_learning", False):
         raise ValueError(
-            f"{folder!r} must hold an adapter of a model's layers, such as LoRA's, got one that prepends prompts. Use "
-            "the model that it was made for."
+            f"`target` must be an adapter of a model's layers, such as LoRA's, got {folder!r}, which prepends prompts. "
+            "Use the model that it was made for."
         )
     is_quantised = getattr(base, "is_quantized", False)
     model = adapted.get_base_model() if is_quantised else adapted.merge_and_unload()

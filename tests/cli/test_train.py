@@ -233,6 +233,21 @@ def test_an_existing_drafter_is_adapted(folder: Path, fine_tune: Path, caplog: p
     )
 
 
+def test_an_adapter_that_cannot_be_read_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA's owner gets a traceback for a package that is missing, or a name that is."""
+    (folder / "unread").mkdir()
+    config = folder / "unread" / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": str(folder / "target")}), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, output = _run(folder, "mistake", "--target", str(folder / "unread"))
+    assert code == 2
+    assert "`peft` must be installed to read the adapter" in output
+    config.write_text("{}", encoding="utf-8")
+    code, output = _run(folder, "mistake", "--target", str(folder / "unread"))
+    assert code == 2
+    assert "`base_model_name_or_path` must name a model" in output
+
+
 def test_an_adapter_is_a_target(folder: Path) -> None:
     """A LoRA cannot be named as the target, or a drafter is trained for the model without it."""
     peft = pytest.importorskip("peft")

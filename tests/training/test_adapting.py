@@ -15,7 +15,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.loading import load_drafter
 from dspark_hf.modeling.provenance import fingerprint
 from dspark_hf.modeling.vocabulary import choose_vocabulary
-from dspark_hf.training.adapting import adapt_drafter
+from dspark_hf.training.adapting import adapt_drafter, proposable_share
 from dspark_hf.training.arguments import DSparkTrainingArguments
 from dspark_hf.training.conversations import Conversation
 from dspark_hf.training.trainer import DSparkTrainer
@@ -178,7 +178,11 @@ def test_the_text_chooses_the_draft_vocabulary() -> None:
     target = _target()
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, draft_token_ids=DRAFT_IDS)
     text = Conversation(torch.tensor([1, 20, 21, 22, 20, 21, 22, 47]), torch.arange(8) > 0)
-    assert adapt_drafter(drafter, target, [text], draft_vocab=4).draft_token_ids.tolist() == [20, 21, 22, 47]
+    # one of seven
+    assert proposable_share(drafter, [text]) == pytest.approx(1 / 7)
+    chosen = adapt_drafter(drafter, target, [text], draft_vocab=4)
+    assert chosen.draft_token_ids.tolist() == [20, 21, 22, 47]
+    assert proposable_share(chosen, [text]) == 1
     assert adapt_drafter(drafter, target, [text], draft_vocab=0).draft_token_ids is None
 
 
