@@ -38,7 +38,7 @@ from benchmarks.provenance import describe_run
 from dspark_hf import LookupAssistant
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.statistics import SpeculationStatistics
-from dspark_hf.prompts import read_prompts
+from dspark_hf.prompts import encode_prompt, read_prompts, user_turn
 
 PLAIN = "plain"
 # what Transformers' own documentation uses
@@ -60,14 +60,18 @@ CHAT = (
 
 @dataclass
 class MeasuredDrafts(Measured):
-    """Runs of one way over one set, with the target passes of each, texts, and drafts by source."""
+    """Runs of one way over one set, with the target passes of each, texts, drafts by source, and parts of the time."""
 
     passes: list[int] = field(default_factory=list)
     texts: list[Tensor] = field(default_factory=list)
     drafts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # seconds of rounds: in the drafter, in the target, in the rest
+    parts: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def count(self, statistics: SpeculationStatistics) -> None:
-        """Add the drafts of a run: how many were verified and accepted."""
+        """Add a run: how many drafts were verified and accepted, and where the time went."""
+        new = statistics.draft_seconds, statistics.verify_seconds, statistics.other_seconds
+        self.parts = tuple(old + more for old, more in zip(self.parts, new, strict=True))  # type: ignore[assignment]
         for name, counts in statistics.by_source.items():
             verified, accepted = self.drafts.get(name, (0, 0))
             self.drafts[name] = verified + counts.num_verified, accepted + counts.num_accepted
@@ -88,12 +92,8 @@ def make_sets(packaged: Packaged, prompts: Path, count: int) -> dict[str, list[T
     tokenizer = packaged.tokenizer
 
     def ask(text: str) -> Tensor:
-        chat = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        found: Tensor = encoded["input_ids"][0]
-        return found
+        # a tokenizer without a chat template gets the text alone
+        return encode_prompt(user_turn(text), tokenizer)
 
     code = functions(count)
     questions = [prompt.messages[0]["content"] for prompt in read_prompts(prompts, count) if prompt.messages]
@@ -127,15 +127,18 @@ def measure(
     runs: int,
     max_new_tokens: int,
     clock: Callable[[], float],
+    warms_up: bool = True,
 ) -> dict[str, MeasuredDrafts]:
-    """Return what every way took over the set, run by run; what is learned in a run is kept for the next."""
+    """Return what every way took over the set, run by run; what is learned in a run is kept for the next.
+
+    With `warms_up` another run goes before, which does not count.
+    """
     measured = {way: MeasuredDrafts() for way in ways}
-    for run in range(-1, runs):
+    for run in range(-1 if warms_up else 0, runs):
         for index, load in enumerate(loads):
             first = (run * len(loads) + index) % len(ways)
             for way in [*list(ways)[first:], *list(ways)[:first]]:
                 seconds, new, passes = _answer(target, load, ways[way], max_new_tokens, clock)
-                # the first run warms up
                 if run >= 0:
                     _add(measured[way], run, seconds, new, passes, target, ways[way].get("assistant_model"))
     return measured
@@ -152,9 +155,8 @@ def _answer(
             load.token_ids,
             attention_mask=load.attention_mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             pad_token_id=0,
-            **options,
+            **{"do_sample": False, **options},
         )
         return clock() - start, output[:, load.token_ids.shape[1] :], len(passes)
     finally:
@@ -172,8 +174,10 @@ def _add(
     measured.tokens[run] += num_new_tokens(new, target.generation_config.eos_token_id)
     measured.passes[run] += passes * len(new)
     measured.texts.append(new)
-    if drafter is not None:
-        measured.count(drafter.last_statistics)
+    # a small model of Transformers, for its own assisted generation, has none
+    statistics = getattr(drafter, "last_statistics", None)
+    if statistics is not None:
+        measured.count(statistics)
 
 
 def table(measured: dict[str, MeasuredDrafts]) -> list[str]:

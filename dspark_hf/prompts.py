@@ -208,6 +208,20 @@ def has_chat_template(tokenizer: Any) -> bool:
     return getattr(tokenizer, "chat_template", None) is not None
 
 
+def template_names(tokenizer: Any) -> set[str]:
+    """Return all names that stand in the tokenizer's chat template; none without a template."""
+    # imported here: only chats with options need it
+    from jinja2 import Environment, TemplateSyntaxError
+
+    if not has_chat_template(tokenizer):
+        return set()
+    try:
+        # words alone: Transformers adds tags that this environment does not know
+        return {value for _, kind, value in Environment().lex(tokenizer.get_chat_template()) if kind == "name"}
+    except (TemplateSyntaxError, ValueError):
+        return set()
+
+
 def plain_text(prompt: Prompt) -> str:
     """Return a prompt without its roles: the raw text, or what the messages say, a blank line between them."""
     if prompt.messages is None:

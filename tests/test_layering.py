@@ -40,6 +40,8 @@ BELOW: dict[str, set[str]] = {
     "training": {"generation", "modeling", "loading"},
     # how answers look in a terminal, whoever answers
     "terminal": {"generation"},
+    # a network's side of requests that come and go
+    "serving": {"generation"},
     "demo": {"generation", "modeling", "terminal", "loading", ""},
     "doctor": {"generation", "modeling", "profiling", "loading"},
     "cli": {
@@ -52,6 +54,7 @@ BELOW: dict[str, set[str]] = {
         "training",
         "registry",
         "terminal",
+        "serving",
         "demo",
         "doctor",
         "loading",

@@ -14,6 +14,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'dspark-hf chat MODEL --drafter DRAFTER --system "Answer in one sentence."',
         "dspark-hf chat MODEL --no-thinking --json < questions.txt",
     ),
+    "serve": (
+        "dspark-hf serve smollm2",
+        "dspark-hf serve MODEL --drafter DRAFTER --port 9000 --max-rows 16",
+    ),
     "data": (
         "dspark-hf data --target TARGET --output talks.jsonl --num-conversations 2000",
         "dspark-hf data --target TARGET --prompts questions.jsonl --output talks.jsonl",

@@ -19,6 +19,7 @@ from dspark_hf.cli.examples import epilog
 from dspark_hf.cli.export import export
 from dspark_hf.cli.generate import generate
 from dspark_hf.cli.profile import profile
+from dspark_hf.cli.serve import serve
 from dspark_hf.cli.tiny_v4 import tiny_v4
 from dspark_hf.cli.train import train
 
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 # without its drafters, as from an index, it has nothing to show by itself
 app.command(cls=PackageCommand, hidden=not DRAFTERS.is_dir(), epilog=epilog("demo"))(demo)
-for command in (generate, chat, data, train, calibrate, profile, export):
+for command in (generate, chat, serve, data, train, calibrate, profile, export):
     app.command(cls=PackageCommand, epilog=epilog(command.__name__))(command)
 # arithmetic on a configuration: no model, hence not the package
 app.command(epilog=epilog("estimate"))(estimate)

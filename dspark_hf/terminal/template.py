@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dspark_hf.prompts import has_chat_template
+from dspark_hf.prompts import template_names
 
 _THINKING = "enable_thinking"
 
@@ -45,20 +45,6 @@ def read_template_options(tokenizer: Any, pairs: Sequence[str], thinking: bool |
     if options.get(_THINKING, thinking) != thinking:
         raise ValueError(f"`{switch}` must agree with `--template-option`, got {_THINKING}. Leave out one of the two.")
     return {**options, _THINKING: thinking}
-
-
-def template_names(tokenizer: Any) -> set[str]:
-    """Return all names that stand in the tokenizer's chat template; none without a template."""
-    # imported here: only chats with options need it
-    from jinja2 import Environment, TemplateSyntaxError
-
-    if not has_chat_template(tokenizer):
-        return set()
-    try:
-        # words alone: Transformers adds tags that this environment does not know
-        return {value for _, kind, value in Environment().lex(tokenizer.get_chat_template()) if kind == "name"}
-    except (TemplateSyntaxError, ValueError):
-        return set()
 
 
 def _value(text: str) -> Any:

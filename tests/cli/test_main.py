@@ -20,6 +20,7 @@ COMMANDS = (
     "demo",
     "generate",
     "chat",
+    "serve",
     "data",
     "train",
     "calibrate",

@@ -41,6 +41,7 @@ class RequestRow:
         num_looked_up: drafts that the row may look up at most.
         prompt: the prompt without padding, to look them up in.
         is_invariant: whether sampled tokens are drawn by noise that the request's seed and the place alone decide.
+        seed: that seed; None draws one from torch's global generator.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class RequestRow:
         num_looked_up: int = 0,
         prompt: Sequence[int] = (),
         is_invariant: bool = False,
+        seed: int | None = None,
     ):
         self.request = request
         self.sequences = Sequences(input_ids, pad_token_id(generation_config))
         self.is_sampling = bool(generation_config.do_sample)
-        self._noise = KeyedNoise() if self.is_sampling and is_invariant else None
+        self._noise = KeyedNoise(seed) if self.is_sampling and is_invariant else None
         self.statistics = SpeculationStatistics()
         self.statistics.start_rows(1)
         self.is_finished = False

@@ -238,7 +238,7 @@ class RequestStream(Iterator[FinishedRequest]):
         if wrong:
             raise ValueError(f"`options` of a request must leave out {wrong}. Arguments of the stream hold for all.")
         streamer, tokenizer = options.pop("streamer", None), options.pop("tokenizer", None)
-        sampling = options.pop("sampling", None)
+        sampling, seed = options.pop("sampling", None), _read_seed(options.pop("seed", None))
         if tokenizer is not None and options.get("stop_strings") is not None:
             # transformers 5.24: generate drops the tokenizer on the way through `custom_generate`
             strings = StopStringCriteria(tokenizer, options.pop("stop_strings"))
@@ -270,6 +270,11 @@ class RequestStream(Iterator[FinishedRequest]):
         speculation = read_options(
             config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY], sampling
         )
+        if seed is not None and config.do_sample and not speculation.is_invariant:
+            raise ValueError(
+                f"`seed` of a request must come with `sampling='invariant'`, got {seed} alone. Other rules draw what "
+                "the whole batch draws from."
+            )
         target = RaggedTarget(self._adapter, input_ids, config, prepared, widest=speculation.most_drafts + 1)
         if target.has_token_types:
             raise ValueError(
@@ -288,6 +293,7 @@ class RequestStream(Iterator[FinishedRequest]):
             num_drafts=speculation.num_drafts,
             num_looked_up=speculation.num_looked_up,
             is_invariant=speculation.is_invariant,
+            seed=seed,
             prompt=prompt_tokens(input_ids, prepared.get("attention_mask"))[0],
         )
         return row, target
@@ -372,6 +378,12 @@ def _check_options(input_ids: Tensor, generation_config: Any) -> None:
         raise ValueError(
             "`return_dict_in_generate` must be False in a stream, got True. Finished requests come with statistics."
         )
+
+
+def _read_seed(seed: Any) -> int | None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise ValueError(f"`seed` of a request must be a whole number in [0, 2**64), got {seed!r}. Choose another.")
+    return seed
 
 
 def _as_row(values: Any, device: torch.device) -> Tensor:
