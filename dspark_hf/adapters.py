@@ -47,22 +47,22 @@ def load_adapted(folder: str, options: dict[str, Any]) -> Any:
         ValueError: without the package `peft`; if it is not known what it was trained on, or it prepends prompts.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ValueError(
             f"`peft` must be installed to read the adapter {folder!r}, got no such package. Run `pip install peft`."
         ) from error
+    if getattr(PeftConfig.from_pretrained(folder), "is_prompt_learning", False):
+        raise ValueError(
+            f"`target` must be an adapter of a model's layers, such as LoRA's, got {folder!r}, which prepends "
+            "prompts. Use the model that it was made for."
+        )
     base = AutoModelForCausalLM.from_pretrained(adapted_name(folder), **options)
     num_tokens = _num_tokens(folder)
     if num_tokens is not None and num_tokens != base.get_input_embeddings().num_embeddings:
         # trained with new tokens, whose rows the adapter brings
         base.resize_token_embeddings(num_tokens, mean_resizing=False)
     adapted: Any = PeftModel.from_pretrained(base, folder)
-    if getattr(adapted.active_peft_config, "is_prompt_learning", False):
-        raise ValueError(
-            f"`target` must be an adapter of a model's layers, such as LoRA's, got {folder!r}, which prepends prompts. "
-            "Use the model that it was made for."
-        )
     is_quantised = getattr(base, "is_quantized", False)
     model = adapted.get_base_model() if is_quantised else adapted.merge_and_unload()
     model.config.name_or_path = model.name_or_path = folder

@@ -267,6 +267,12 @@ def test_an_adapter_is_a_target(folder: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, tuned.eval()(ids).logits)
     assert load_tokenizer(str(folder / "lora")).vocab_size == 68
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "target"), prompts).save_pretrained(
+        folder / "prompts"
+    )
+    with pytest.raises(ValueError, match="`target` must be an adapter of a model's layers, such as LoRA's, got"):
+        load_target(str(folder / "prompts"))
     code, output = _run(folder, "for-lora", "--drafter", str(folder / "drafter"), "--target", str(folder / "lora"))
     assert code == 0, output
     config = DSparkAssistantModel.from_pretrained(folder / "for-lora" / "drafter").config
