@@ -121,8 +121,11 @@ def test_training_sees_the_head_that_decoding_uses(name: str, tmp_path: Path) ->
     with torch.no_grad():
         decoding = drafter.draft_head(trainer.target)(states)
     torch.testing.assert_close(trainer._draft_head.logits(states), decoding)
-    # the lent head would have been another
+    # the lent head would have been another, and the loss goes through the drafter's
     assert not torch.allclose(trainer._head.logits(states), decoding, atol=0.1)
+    loss = trainer.evaluate()["eval_loss_tv"]
+    trainer._draft_head = trainer._head
+    assert trainer.evaluate()["eval_loss_tv"] != loss
 
 
 def test_an_open_choice_keeps_the_draft_vocabulary() -> None:
