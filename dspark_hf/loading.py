@@ -23,6 +23,8 @@ from dspark_hf.modeling.formats.choosing import find_packaging
 from dspark_hf.modeling.formats.deepseek_v4 import is_released
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
+__all__ = ["load_drafter", "load_target", "load_tokenizer", "read_drafter_config"]
+
 DTYPES: Mapping[str, torch.dtype | str] = {
     "auto": "auto",
     "fp32": torch.float32,

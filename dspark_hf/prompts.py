@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dspark_hf.damage import is_text, parse_line, read_lines
 
+__all__ = ["Prompt", "encode_prompt", "read_prompts", "user_turn"]
+
 Message = dict[str, str]
 
 _LAYOUTS = (

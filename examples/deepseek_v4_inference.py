@@ -18,8 +18,12 @@ from transformers import TextStreamer
 
 from dspark_hf import DeepseekV4DSparkForCausalLM
 from dspark_hf.loading import load_tokenizer
-from dspark_hf.modeling.deepseek_v4.chat import parse_response, set_chat_template
-from dspark_hf.modeling.deepseek_v4.chat.constants import DEFAULT_RELEASE, REASONING_EFFORTS
+from dspark_hf.modeling.deepseek_v4.chat import (
+    DEFAULT_RELEASE,
+    REASONING_EFFORTS,
+    parse_response,
+    set_chat_template,
+)
 
 # the names on the model's page
 MODES = {"non-think": "none", "think-high": "high", "think-max": "max"}

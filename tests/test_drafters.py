@@ -24,10 +24,18 @@ DRAFTERS = Path(__file__).parent.parent / "drafters"
 MAX_BYTES = {"smollm2-135m-instruct": 25_000_000, "gemma3-270m": 15_000_000}
 
 
+def _shipped(name: str) -> Path:
+    """Return the folder of a drafter, where there is one."""
+    folder = DRAFTERS / name
+    if not (folder / "config.json").is_file():
+        pytest.skip("a source archive holds no weights")
+    return folder
+
+
 @pytest.mark.parametrize("name", MAX_BYTES)
 def test_shipped_drafters_load_and_are_small(name: str) -> None:
     """The demo fails, or a clone grows beyond what it may."""
-    folder = DRAFTERS / name
+    folder = _shipped(name)
     drafter, info = DSparkAssistantModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert drafter.block_size == 7
@@ -39,9 +47,10 @@ def test_shipped_drafters_load_and_are_small(name: str) -> None:
 @pytest.mark.parametrize("name", MAX_BYTES)
 def test_shipped_drafters_can_be_named_in_generate(name: str, tmp_path: Path) -> None:
     """A drafter's folder in the repository lacks what every folder gets that is saved today, or has an older form."""
+    folder = _shipped(name)
     write_custom_generate(tmp_path)
     for path in (tmp_path / "custom_generate").iterdir():
-        shipped = DRAFTERS / name / "custom_generate" / path.name
+        shipped = folder / "custom_generate" / path.name
         assert shipped.read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
 
 

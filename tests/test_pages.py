@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def test_links_lead_somewhere(page):
         if heading:
             lines = target.read_text(encoding="utf-8").splitlines()
             assert heading in {_anchor(line) for line in lines if line.startswith("#")}, link
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_links_of_notebooks_lead_somewhere(notebook):
+    """A reader of a notebook follows a link to a page that is not there."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    links = LINK.findall(text)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (notebook.parent / link.partition("#")[0]).is_file(), link
 
 
 def _anchor(line: str) -> str:

@@ -23,7 +23,8 @@ def _run(block: str, names: dict[str, str], tokens: int) -> dict[str, Any]:
         assert f'"{real}"' in block
         block = block.replace(f'"{real}"', repr(tiny))
     # another name would be looked for on the hub, and its line left untried
-    assert set(re.findall(r'from_pretrained\("([^"]+)"', block)) <= set(names.values()), block
+    named = re.findall(r'(?:from_pretrained\(|pipeline\("text-generation", )"([^"]+)"', block)
+    assert set(named) <= set(names.values()), block
     block, count = re.subn(r"max_new_tokens=\d+", f"max_new_tokens={tokens}", block)
     assert count == 1
     left: dict[str, Any] = {}
@@ -50,6 +51,19 @@ def test_first_block(pair, capsys):
     left = _run(BLOCKS[0], pair, tokens=12)
     printed = capsys.readouterr().out
     assert "tau " in printed
+    assert left["answer"][0]["generated_text"][-1]["content"] in printed
+    # a pipeline samples unless it is told not to
+    options = {"max_new_tokens": 12, "do_sample": False}
+    plain = left["pipe"](left["messages"], **options)
+    assert left["pipe"](left["messages"], assistant_model=left["drafter"], **options) == plain
+    assert left["drafter"].last_statistics.num_rounds > 0
+
+
+def test_block_of_generate(pair, capsys):
+    """A user of `generate` pastes its lines, and they fail, or say nothing of what the drafter did."""
+    left = _run(BLOCKS[1], pair, tokens=12)
+    printed = capsys.readouterr().out
+    assert "tau " in printed
     plain = left["target"].generate(**left["inputs"], max_new_tokens=12)
     assert torch.equal(left["output"], plain)
     text = left["tokenizer"].decode(plain[0, left["inputs"]["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -59,18 +73,20 @@ def test_first_block(pair, capsys):
 
 def test_every_block_is_run():
     """A block of code is added to the first page, and no test runs it."""
-    assert len(BLOCKS) == 2, "run the new block here, too"
+    assert len(BLOCKS) == 3, "run the new block here, too"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["qwen", "deepseek-v4"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["pipeline", "generate", "deepseek-v4"])
 def test_chat_models_are_asked_through_their_template(block):
     """A chat model is asked without its template, and answers with nothing but an end."""
-    assert "apply_chat_template(" in block and "add_generation_prompt=True" in block
+    # a pipeline that is given messages applies the template itself
+    is_asked_with_messages = 'pipeline("text-generation"' in block and "pipe(messages" in block
+    assert is_asked_with_messages or ("apply_chat_template(" in block and "add_generation_prompt=True" in block)
     assert not re.search(r"\btokenizer\(", block)
 
 
 def test_deepseek_v4_block(tmp_path, capsys):
     """The block of DeepSeek-V4 uses what it does not define."""
     write_tiny_checkpoint(tmp_path / "tiny", seed=0, experts="bf16", with_dspark=True)
-    _run(BLOCKS[1], {"deepseek-ai/DeepSeek-V4-Flash-DSpark": str(tmp_path / "tiny")}, tokens=6)
+    _run(BLOCKS[2], {"deepseek-ai/DeepSeek-V4-Flash-DSpark": str(tmp_path / "tiny")}, tokens=6)
     assert "tau " in capsys.readouterr().out

@@ -30,8 +30,8 @@ app = typer.Typer(
     # commands inherit it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# without its drafters, as from an index, it has nothing to show by itself
-app.command(cls=PackageCommand, hidden=not DRAFTERS.is_dir(), epilog=epilog("demo"))(demo)
+# without its drafters, as from an index or a source archive, it has nothing to show by itself
+app.command(cls=PackageCommand, hidden=not any(DRAFTERS.glob("*/config.json")), epilog=epilog("demo"))(demo)
 for command in (generate, chat, serve, data, train, calibrate, profile, export):
     app.command(cls=PackageCommand, epilog=epilog(command.__name__))(command)
 # arithmetic on a configuration: no model, hence not the package

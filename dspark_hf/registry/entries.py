@@ -89,7 +89,8 @@ def _is_file(place: Path) -> bool:
 
 
 def _is_absent_folder(name: str) -> bool:
-    return os.path.isabs(name) and not os.path.isdir(name)
+    # in a source archive a folder holds the drafter's card alone
+    return os.path.isabs(name) and not os.path.isfile(os.path.join(name, "config.json"))
 
 
 def read_registry(file: Path) -> list[DrafterEntry]:

@@ -51,9 +51,10 @@ def test_make_installs_what_the_demo_needs(name):
 @pytest.mark.parametrize("has_drafters", [True, False])
 def test_an_installed_package_offers_no_demo(has_drafters, monkeypatch, tmp_path):
     """The package from an index offers a command that cannot run: its drafters lie in the repository."""
-    monkeypatch.setattr(
-        command, "DRAFTERS", Path(__file__).parents[2] / "drafters" if has_drafters else tmp_path / "no"
-    )
+    # a source archive has the folders, and a card in each
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / ("config.json" if has_drafters else "README.md")).write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(command, "DRAFTERS", tmp_path)
     app = runpy.run_path(main.__file__)["app"]
     assert ("demo" in _offered(app)) == has_drafters
     # whoever has a drafter of their own may still ask
