@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dspark_hf.cli.options import PACKAGED
+
 if TYPE_CHECKING:
     from dspark_hf.generation.drafting.interface import Drafter
     from dspark_hf.terminal.replies import Speaker, Writing
-
-# models by short names, whose weights install as packages
-PACKAGED = ("smollm2", "gemma")
 
 
 @dataclass(frozen=True)

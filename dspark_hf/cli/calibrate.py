@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.hints import say_next
-from dspark_hf.cli.options import FIT, MODELS, OUTPUT, WRITING, Dtype
+from dspark_hf.cli.options import FIT, MODELS, OUTPUT, WRITING, Dtype, packaged_folder
 from dspark_hf.console import say
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ class Objective(str, Enum):
 
 
 def calibrate(
-    target: Annotated[str, typer.Option(help="Folder or hub name of the model that the drafter belongs to.")],
+    target: Annotated[
+        str,
+        typer.Option(help="Folder or hub name of the model that the drafter is for.", callback=packaged_folder),
+    ],
     drafter: Annotated[str, typer.Option(help="Folder or hub name of the drafter.")],
     prompts: Annotated[Path, typer.Option(help="Prompts the drafter was not trained on, JSON Lines.")],
     num_prompts: Annotated[int | None, typer.Option(min=2, help="First prompts of the file; default: all.")] = None,

@@ -7,11 +7,13 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.hints import say_next
-from dspark_hf.cli.options import MODELS, WRITING, Dtype
+from dspark_hf.cli.options import MODELS, WRITING, Dtype, packaged_folder
 
 
 def data(
-    target: Annotated[str, typer.Option(help="Folder or hub name of the model the drafter is for.")],
+    target: Annotated[
+        str, typer.Option(help="Folder or hub name of the model the drafter is for.", callback=packaged_folder)
+    ],
     output: Annotated[Path, typer.Option(help="File of conversations, JSON Lines; what is there is continued.")],
     prompts: Annotated[
         Path | None,

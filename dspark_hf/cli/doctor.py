@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dspark_hf.cli.options import Attention, Dtype
+from dspark_hf.cli.options import Attention, Dtype, packaged_folder
 
 
 def doctor(
-    target: Annotated[str, typer.Argument(help="Folder or hub name of the model to accelerate.")],
+    target: Annotated[
+        str, typer.Argument(help="Folder or hub name of the model to accelerate.", callback=packaged_folder)
+    ],
     drafter: Annotated[str, typer.Argument(help="Folder or hub name of its drafter.")],
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts in your own manner, JSON Lines; default: four short questions.")

@@ -7,12 +7,14 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.hints import say_next
-from dspark_hf.cli.options import MEASURING, MODELS, OUTPUT, WRITING, Dtype
+from dspark_hf.cli.options import MEASURING, MODELS, OUTPUT, WRITING, Dtype, packaged_folder
 from dspark_hf.console import say
 
 
 def evaluate(
-    target: Annotated[str, typer.Option(help="Folder or hub name of the model to accelerate.")],
+    target: Annotated[
+        str, typer.Option(help="Folder or hub name of the model to accelerate.", callback=packaged_folder)
+    ],
     drafter: Annotated[str, typer.Option(help="Folder or hub name of its drafter.")],
     prompt_files: Annotated[
         list[Path] | None, typer.Argument(help="Prompt sets, JSON Lines; named by their stems.")

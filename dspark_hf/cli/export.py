@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.hints import say_next
+from dspark_hf.cli.options import packaged_folder
 from dspark_hf.console import say
 
 
@@ -25,7 +26,8 @@ def export(
     to: Annotated[Layout, typer.Option(help="Whose layout to write; custom_generate: code for Transformers alone.")],
     output: Annotated[Path, typer.Option(help="Folder to write, absent or empty.")],
     target: Annotated[
-        str | None, typer.Option(help="Its target, for drafters that borrow the target's vocabulary.")
+        str | None,
+        typer.Option(help="Its target, for drafters that borrow the target's vocabulary.", callback=packaged_folder),
     ] = None,
 ) -> None:
     """Write a drafter in the layout of another project, bit for bit."""

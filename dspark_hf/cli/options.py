@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,29 @@ class Attention(str, Enum):
     eager = "eager"
     sdpa = "sdpa"
     flash_attention_2 = "flash_attention_2"
+
+
+# models by short names, whose weights install as packages
+PACKAGED = ("smollm2", "gemma")
+
+
+def packaged_folder(name: str | None) -> str | None:
+    """Return the folder of the packaged model that is meant, any other name as it is.
+
+    Raises:
+        typer.BadParameter: if the packaged model is not installed.
+    """
+    if name not in PACKAGED or Path(name).exists():
+        return name
+    # imported here, so that the help is instant
+    from dspark_hf.console import quiet_transformers
+    from dspark_hf.demo.packaged import UnavailableError, converted_target
+
+    try:
+        with quiet_transformers():
+            return str(converted_target(name))
+    except UnavailableError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 # the panels of long helps

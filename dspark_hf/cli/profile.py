@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.hints import say_next
-from dspark_hf.cli.options import Attention, Dtype
+from dspark_hf.cli.options import Attention, Dtype, packaged_folder
 from dspark_hf.console import progress_bar, say
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def profile(
-    target: Annotated[str, typer.Option(help="Folder or hub name of the model to accelerate.")],
+    target: Annotated[
+        str, typer.Option(help="Folder or hub name of the model to accelerate.", callback=packaged_folder)
+    ],
     drafter: Annotated[
         str | None, typer.Option(help="Folder or hub name of its drafter; default: the target alone.")
     ] = None,

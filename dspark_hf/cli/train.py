@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspark_hf.cli.options import Dtype
+from dspark_hf.cli.options import Dtype, packaged_folder
 
 if TYPE_CHECKING:
     from dspark_hf.training.conversations import Conversation
@@ -57,7 +57,9 @@ _MACHINE = "Number formats and devices"
 
 
 def train(
-    target: Annotated[str, typer.Option(help="Folder or hub name of the model to draft for.")],
+    target: Annotated[
+        str, typer.Option(help="Folder or hub name of the model to draft for.", callback=packaged_folder)
+    ],
     data: Annotated[list[Path], typer.Option(help="Conversations from `dspark-hf data`; repeat for several files.")],
     output: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and, in `drafter`, the result.")],
     preset: Annotated[Preset, typer.Option(help="What is not given below: the paper's drafter, or a small one.")] = (

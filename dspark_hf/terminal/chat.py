@@ -153,7 +153,8 @@ class Chat:
         num_tokens = sum(len(reply.token_ids) for reply in self._replies)
         seconds = sum(reply.seconds for reply in self._replies)
         tau = sum(one.num_committed for one in calls) / max(num_rounds, 1)
-        self._say(f"{len(calls)} answers, {num_tokens} tokens; tau {tau:.2f}; {num_tokens / seconds:.1f} tokens/s")
+        answers = "1 answer" if len(calls) == 1 else f"{len(calls)} answers"
+        self._say(f"{answers}, {num_tokens} tokens; tau {tau:.2f}; {num_tokens / seconds:.1f} tokens/s")
         self._say(f"the last one: {calls[-1]}")
 
     def _instruct(self, text: str) -> None:

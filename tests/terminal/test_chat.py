@@ -163,6 +163,7 @@ def test_statistics_of_a_chat():
     one = speaker()
     notes = _talk("w9 w10 w9 w10", "w9 w10", "/stats", one=one)[1]
     assert f"2 answers, {2 * NEW_TOKENS} tokens" in notes and "drafter" in notes and "lookup" in notes
+    assert f"1 answer, {NEW_TOKENS} tokens" in _talk("w9 w10", "/stats", one=one)[1]
     assert "/stats must follow an answer" in _talk("/stats")[1]
 
 
