@@ -45,9 +45,11 @@ def doctor(
         read_drafter_config(drafter, "DRAFTER")
         with console.status("Loading the models ...") as status:
             with quiet_transformers():
-                model = load_target(target, dtype=dtype.value, device=device, attention=attention.value)
+                model = load_target(
+                    target, dtype=dtype.value, device=device, attention=attention.value, option="TARGET"
+                )
                 assistant = load_drafter(drafter, "DRAFTER", dtype=model.dtype).to(model.device)
-                tokenizer = load_tokenizer(target)
+                tokenizer = load_tokenizer(target, "TARGET")
             diagnosis = diagnose(
                 model,
                 assistant,

@@ -51,6 +51,9 @@ def test_a_mistyped_argument_is_named(folders: Path) -> None:
     status, output = _run(folders, "nothing")
     assert status == 2
     assert "`DRAFTER` must be" in " ".join(output.split())
+    result = CliRunner().invoke(app, ["doctor", str(folders / "nobody"), str(folders / "drafter")])
+    assert result.exit_code == 2
+    assert "`TARGET` must be" in " ".join(result.output.split()), result.output
     status, output = _run(folders, "drafter", "--prompts", str(folders / "none.jsonl"))
     assert status == 2 and "`--prompts` must be a file" in " ".join(output.split())
 
