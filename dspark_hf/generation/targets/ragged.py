@@ -99,8 +99,11 @@ class RaggedTarget:
             if not self._states.layers:
                 ragged.adopt(mask, past_length)
         # padding is gone once the prompts are packed; a returned cache has its columns again
-        missing: list[int] = (~self._new_mask).sum(-1).tolist()
-        self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
+        self._num_padded: list[int] = (~mask).sum(-1).tolist()
+        if ragged is None:
+            # a cache of the model's own knows what it holds; ours may take over what there is with the prompts only
+            missing = (~self._new_mask).sum(-1).tolist()
+            self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
         self._given = given
         self._is_filled = False
         # of the last verify pass, until its tokens are kept
