@@ -26,7 +26,7 @@ from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import EveryThirdRound
 from tests.recurrent import RECURRENT_FAMILIES, available, recurrent_target, tiny_glm5_next
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
-from tests.thinning import slow
+from tests.thinning import mostly_slow
 from tests.tiny import VOCAB_SIZE
 
 # one of each recurrence, with attention in other layers, in the same layers, and without any
@@ -193,7 +193,9 @@ def test_second_turns(family, num_rows):
     assert torch.equal(second[:, -NEW_TOKENS:], anew[:, -NEW_TOKENS:])
 
 
-@pytest.mark.parametrize("family", [*available("qwen3_5_text"), *(slow(one) for one in available("falcon_h1", "lfm2"))])
+@pytest.mark.parametrize(
+    "family", mostly_slow(available("qwen3_5_text", "falcon_h1", "lfm2"), available("qwen3_5_text"))
+)
 def test_third_turns_of_padded_rows(family):
     """The cache of a second turn holds, behind rows that were padded in the first, tokens that nobody wrote there."""
     target = recurrent_target(family)
