@@ -176,7 +176,7 @@ class RaggedTarget:
         width, states, contexts = positions.shape[1], RecurrentStates(cache.layers), []
         past_length, size = self._mask.shape[1] - width, self._chunk_size or width
         if not self.cache.windows:
-            # transformers 5.24: a pass over one column lets padding into the states; plain `generate` has no chunks here
+            # transformers 5.24: a pass over one column lets padding into the states; plain `generate` has no chunks
             size = max(size, 2)
         outputs: Any = None
         for start in range(0, width, size):
