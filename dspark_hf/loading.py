@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
+from dspark_hf.adapters import adapted_name, is_adapter, load_adapted
 from dspark_hf.damage import first_line, index_files, read_object, weights_damage
 from dspark_hf.hubs import local_name
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
@@ -63,13 +64,15 @@ def find_device(device: str) -> torch.device:
 
 
 def load_tokenizer(target: str, option: str = "--target") -> Any:
-    """Return the tokenizer of a folder or hub name.
+    """Return the tokenizer of a folder or hub name; that of the model it adapts, if an adapter brings none.
 
     Raises:
         ValueError: if it cannot be read; the message names `option`.
     """
     target = local_name(target)
     with _named(option, _TARGET, target):
+        if is_adapter(target) and not (Path(target) / "tokenizer_config.json").exists():
+            return AutoTokenizer.from_pretrained(adapted_name(target))
         return AutoTokenizer.from_pretrained(target)
 
 
@@ -135,7 +138,8 @@ def load_target(
 ) -> Any:
     """Return the model of a folder or hub name, in evaluation mode.
 
-    DeepSeek-V4 is loaded as a `DeepseekV4DSparkForCausalLM`, which a drafter can assist.
+    DeepSeek-V4 is loaded as a `DeepseekV4DSparkForCausalLM`, which a drafter can assist. Of a folder of PEFT, such as
+    LoRA's, the model that it adapts is loaded, and the adapter merged into its weights unless they are quantised.
 
     Args:
         target: folder or hub name.
@@ -163,6 +167,8 @@ def load_target(
         )
     try:
         with _named(option, _TARGET, target):
+            if is_adapter(target):
+                return load_adapted(target, options).eval()
             fields, _ = PreTrainedConfig.get_config_dict(target)
             is_deepseek_v4 = fields.get("model_type") == RELEASED_MODEL_TYPE
             model_class: Any = DeepseekV4DSparkForCausalLM if is_deepseek_v4 else AutoModelForCausalLM

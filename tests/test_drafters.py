@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import runpy
+import sys
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,3 +84,35 @@ def test_a_cut_markov_head_drafts_the_same() -> None:
     # a proposable anchor: every token that the head then sees is one
     drafts = [draft_greedily(one, adapter, context, [5], [12]) for one in (drafter, cut)]
     torch.testing.assert_close(drafts[0].logits, drafts[1].logits)
+
+
+def test_prompts_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of the shipped drafter cannot be repeated, or holds questions that were answered or put aside."""
+    questions = [f"Tom has {count} apples and eats {count - 3}. How many are left?" for count in range(3, 800)]
+    answer = "The first sentence is about loaves of bread. The second one tells what they cost. A third ends it all."
+    chats = [{"user": questions[count], "assistant": f"{answer} {count} loaves are sold."} for count in range(40)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"turns": [one]}) + "\n" for one in questions))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats))
+
+    def make(name: str) -> list[dict]:
+        arguments = ["make_prompts.py", "--count", "160", "--questions", str(tmp_path / "questions.jsonl")]
+        arguments += ["--chats", str(tmp_path / "chats.jsonl"), "--output", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--left-out", str(tmp_path / "left.jsonl")])
+        # the standard library's own files, but few of them
+        script = runpy.run_path(str(DRAFTERS / "make_prompts.py"))
+        monkeypatch.setitem(script["main"].__globals__, "find_functions", lambda: list(functions))
+        functions = script["_functions_of"](ast.parse(source), source.splitlines())
+        script["main"]()
+        return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+
+    source = Path(textwrap.__file__).read_text(encoding="utf-8")
+    first, second = make("first.jsonl"), make("second.jsonl")
+    assert first == second
+    kinds = Counter(one["kind"] for one in first)
+    assert kinds["question"] == 46
+    assert kinds["mend"] == kinds["complete"] == 16
+    texts = [one["turns"][0] for one in first]
+    assert len(set(texts)) == len(texts)
+    left = [json.loads(line)["turns"][0] for line in (tmp_path / "left.jsonl").open(encoding="utf-8")]
+    assert len(left) == 500
+    assert not set(texts) & {*left, *questions[:40]}

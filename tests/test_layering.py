@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dspark_hf"
 # top-level files that any floor may use; they know nothing of ours but each other
 SHARED = {
+    "adapters",
     "console",
     "damage",
     "figures",

@@ -43,6 +43,25 @@ def _anchor(line: str) -> str:
     return words.replace(" ", "-")
 
 
+@pytest.mark.parametrize("page", ["docs/adapting.md", "docs/training.md", "drafters/README.md"])
+def test_commands_have_the_options_that_are_given(page):
+    """A reader pastes a command, and one of its options is unknown."""
+    from typer.main import get_command
+
+    from dspark_hf.cli.main import app
+
+    commands = get_command(app).commands
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    given = [found for line in lines if (found := re.search(r"dspark[-_]hf (\w+) (.*)", line))]
+    assert given
+    for name, options in (found.groups() for found in given):
+        known = {
+            option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        assert set(re.findall(r"--[a-z][\w-]+", options)) <= known, (name, options)
+
+
 def test_every_page_is_in_the_index():
     """A page is written, and nobody finds it."""
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")

@@ -90,6 +90,7 @@ assert dspark_hf.generate_stream is dspark_hf.generation.requests.stream.generat
 """
 
 
+@pytest.mark.slow
 def test_importing_costs_what_generation_costs(tmp_path):
     """`import dspark_hf` takes a second for models and SciPy; or the Auto classes then know nothing of ours."""
     drafter = dspark_hf.DSparkAssistantModel.from_target(tiny_target(), num_hidden_layers=1, markov_rank=4)

@@ -1,7 +1,9 @@
 """`dspark-hf train`: a drafter for any causal LM, from conversations that model wrote."""
 
 import shlex
+import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +63,9 @@ def train(
     preset: Annotated[Preset, typer.Option(help="What is not given below: the paper's drafter, or a small one.")] = (
         Preset.small
     ),
-    drafter: Annotated[str | None, typer.Option(help="Go on from this drafter instead of a fresh one.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Begin with this drafter, of any packaging, instead of a fresh one.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Drafter layers.", rich_help_panel=_DRAFTER)] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Drafts per round.", rich_help_panel=_DRAFTER)] = 7,
     markov_head: Annotated[
@@ -153,10 +157,13 @@ def train(
     Several GPUs: accelerate launch -m dspark_hf train ...
     """
     # imported here, so that the help is instant
+    from tqdm.auto import tqdm
     from transformers import set_seed
 
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
+    from dspark_hf.training.adapting import adapt_drafter
     from dspark_hf.training.checkpoints import RESULT, check_output
+    from dspark_hf.training.forecast import Forecast
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
 
@@ -206,7 +213,9 @@ def train(
         training, held_out = _read(data, tokenizer, max_length, num_held_out, _vocab_size(model))
         set_seed(seed)
         if drafter is not None:
+            # with it, an open choice is that of the drafter
             start = load_drafter(drafter, dtype="float32")
+            start = adapt_drafter(start, model, training, draft_vocab=draft_vocab)
         else:
             start = build_drafter(
                 model,
@@ -223,18 +232,40 @@ def train(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
+        # a run that goes on was told at its beginning
+        is_first = drafter is not None and not any(output.glob("checkpoint-*"))
+        before = trainer.evaluate()["eval_expected_tau"] if is_first else None
+        if before is not None and trainer.is_world_process_zero():
+            typer.echo(f"The drafter's held-out tau on this text: {before:.2f}.", err=True)
+        forecast = Forecast(
+            start,
+            trainer.target,
+            training,
+            # above the bar, not behind it
+            partial(tqdm.write, file=sys.stderr),
+            max_minutes=max_minutes,
+            start=before,
+        )
+        if drafter is None or is_first:
+            trainer.add_callback(forecast)
         trainer.train()
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. The same command goes on from the newest checkpoint in {output}, if any.", err=True)
         raise typer.Exit(130) from None
     if trainer.is_world_process_zero():
         save_trained(trainer, output / RESULT)
-        typer.echo(describe_result(target, output / RESULT, trainer.best_tau))
+        typer.echo(describe_result(target, output / RESULT, trainer.best_tau, expected=forecast.tau, before=before))
 
 
-def describe_result(target: str, folder: Path, tau: float) -> str:
-    """Return what there is now, what its tau means, and what to do next."""
+def describe_result(
+    target: str, folder: Path, tau: float, *, expected: float | None = None, before: float | None = None
+) -> str:
+    """Return what there is now, what its tau means, what it was expected to be, and what to do next."""
     lines = [f"Saved: {folder}", f"Held-out tau {tau:.2f}: tokens that a pass of the target is expected to yield."]
+    if before is not None:
+        lines.append(f"It was {before:.2f} before.")
+    if expected is not None and tau > 0:
+        lines.append(f"The forecast was {expected:.2f}, {abs(expected / tau - 1):.0%} off.")
     if tau < _USEFUL_TAU:
         lines.append(
             "1.00 is what decoding yields without a drafter: this one is of no use yet. Train on, or on more text."

@@ -38,7 +38,10 @@ def slot_weights(valid: Tensor, decay: float) -> Tensor:
 
 @dataclass
 class TargetHead:
-    """The target's head over the proposable tokens: `weight` `(V, D)`, `bias` `(V,)` or None, factor and soft cap."""
+    """A head over the proposable tokens: `weight` `(V, D)`, `bias` `(V,)` or None, factor and soft cap.
+
+    The target's, or what a drafter has in its place: a matrix of its own, or the target's without factor and cap.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -83,6 +86,7 @@ class _DraftLoss(Function):
         latents: Tensor | None,
         markov_weight: Tensor | None,
         head: TargetHead,
+        draft_head: TargetHead,
         slots: Slots,
         loss_weights: LossWeights,
         chunk_size: int,
@@ -100,9 +104,9 @@ class _DraftLoss(Function):
             latent = None if latents is None else latents[part].to(dtype)
             bias = None if latent is None or transition is None else latent @ transition.T
             cross_entropy[part], distance[part], grad_bias, grad_products = chunk_terms(
-                head.products(states), bias, *_target_terms(head, slots, part), head, loss_weights
+                draft_head.products(states), bias, *_target_terms(head, slots, part), head, draft_head, loss_weights
             )
-            grads[0][part] = (grad_products @ head.weight).to(hidden_states.dtype)
+            grads[0][part] = (grad_products @ draft_head.weight).to(hidden_states.dtype)
             if latent is not None and transition is not None and grads[1] is not None and grads[2] is not None:
                 grads[1][part] = (grad_bias @ transition).to(grads[1].dtype)
                 grads[2].add_(grad_bias.T @ latent)
@@ -117,7 +121,7 @@ class _DraftLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads = [grad * grad_loss for grad in ctx.saved_tensors]
-        return (grads[0], *(grads[1:] if ctx.has_markov else (None, None)), None, None, None, None, None)
+        return (grads[0], *(grads[1:] if ctx.has_markov else (None, None)), None, None, None, None, None, None)
 
 
 def _target_terms(head: TargetHead, slots: Slots, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -137,6 +141,7 @@ def _chunk_terms(
     labels: Tensor,
     weights: Tensor,
     head: TargetHead,
+    draft_head: TargetHead,
     loss_weights: LossWeights,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return one chunk's cross-entropy, L1 distance, and the loss's gradients by Markov bias and by head products.
@@ -144,7 +149,7 @@ def _chunk_terms(
     Everything that is as wide as the vocabulary and no matrix product is done here, from products in the head's dtype
     to gradients in it: compiled, this is two or three sweeps over memory instead of twenty.
     """
-    plain = head.finish(products)
+    plain = draft_head.finish(products)
     draft_logits = plain if bias is None else plain + bias.float()
     log_norm = draft_logits.logsumexp(-1)
     draft_probs = torch.exp(draft_logits - log_norm[:, None])
@@ -162,8 +167,8 @@ def _chunk_terms(
     grad = draft_probs * (grad * (loss_weights.tv * weights)[:, None] + ce_weights[:, None])
     is_label = torch.arange(grad.shape[-1], device=labels.device) == labels[:, None]
     grad = torch.where(is_label, grad - ce_weights[:, None], grad)
-    by_products = grad if head.cap is None else grad * (1 - (plain / head.cap) ** 2)
-    by_products = by_products if head.factor == 1.0 else by_products * head.factor
+    by_products = grad if not draft_head.cap else grad * (1 - (plain / draft_head.cap) ** 2)
+    by_products = by_products if draft_head.factor == 1.0 else by_products * draft_head.factor
     return cross_entropy, distance, grad.to(products.dtype), by_products.to(products.dtype)
 
 
@@ -204,6 +209,7 @@ def draft_losses(
     slots: Slots,
     weights: LossWeights,
     *,
+    draft_head: TargetHead | None = None,
     chunk_size: int = 256,
     compiled: bool = False,
 ) -> DraftLosses:
@@ -214,14 +220,15 @@ def draft_losses(
         latents: the Markov head's latents `(P, R)`, or None.
         markov_weight: its matrix W2 `(V, R)`, or None.
         confidence_logits: `(P,)`, or None without a confidence head.
-        head: the frozen head, in the dtype the products are computed in.
+        head: the target's frozen head, in the dtype the products are computed in.
         slots: labels, target distributions and weights.
         weights: weights of the terms.
+        draft_head: what makes the drafts' logits of `hidden_states`, frozen too; None: `head`.
         chunk_size: slots per chunk; memory is `chunk_size * V`, whatever P is.
         compiled: whether to run the vocabulary-sized element-wise work through `torch.compile`.
     """
     loss, cross_entropy, distance = _DraftLoss.apply(
-        hidden_states, latents, markov_weight, head, slots, weights, chunk_size, compiled
+        hidden_states, latents, markov_weight, head, draft_head or head, slots, weights, chunk_size, compiled
     )
     confidence = torch.zeros_like(distance)
     if confidence_logits is not None:

@@ -84,7 +84,7 @@ class DSparkTrainer(Trainer):
         self.target = TargetAdapter(target.eval().requires_grad_(False), drafter.target_layer_ids)
         drafter.check_target(self.target)
         if drafter.config.owns_embeddings:
-            # copies of the target's, and frozen like them
+            # as wide as the vocabulary, and frozen as the target's are
             drafter.embed_tokens.requires_grad_(False)
         if drafter.config.owns_head:
             drafter.lm_head.requires_grad_(False)
@@ -116,8 +116,8 @@ class DSparkTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LiveProgress())
         self._dtype = torch.bfloat16 if args.bf16 else drafter.dtype
-        self._head = self._target_head()
-        self._draft_ids = self._token_to_draft_id()
+        self._read_vocabulary()
+        self.add_callback(_VocabularyFirst(self))
         self._states = StateSource(self.target, dtype=self._dtype, cache=self._state_cache())
         self._metrics = DraftMetrics(drafter.block_size)
 
@@ -153,6 +153,39 @@ class DSparkTrainer(Trainer):
         """Return the objective (Eq. 12) of one batch."""
         losses = self._draft_losses(model, inputs, self.args.seed * 1_000_003 + self.state.global_step, self._metrics)
         return (losses.total, losses) if return_outputs else losses.total
+
+    def take_steps(self, conversations: Sequence[Conversation], num_steps: int) -> float:
+        """Take optimiser steps on other conversations, outside of `train`; return the mean loss.
+
+        For text that a target writes while it changes itself: head and states are those of this moment, the optimiser
+        and its rate go on. Nothing is scheduled, logged or saved.
+
+        Raises:
+            ValueError: if no conversation holds two of the target's own tokens in a row.
+        """
+        usable = _usable(conversations)
+        if not usable:
+            raise ValueError(
+                f"`conversations` must hold two of the target's own tokens in a row, got {len(conversations)} without "
+                "any. Check the loss masks."
+            )
+        self._read_vocabulary()
+        dataset, optimizer, total = ConversationDataset(usable), self.create_optimizer(), 0.0
+        self._drafter.train()
+        for _ in range(num_steps):
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+            chosen = torch.randperm(len(dataset), generator=generator)[: self.args.train_batch_size].tolist()
+            batch = self._prepare_inputs(collate([dataset[index] for index in chosen]))
+            with torch.enable_grad(), self.accelerator.autocast():
+                loss = self.compute_loss(self._drafter, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._drafter.parameters(), self.args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.state.global_step += 1
+            total += float(loss)
+        self._drafter.eval()
+        return total / max(num_steps, 1)
 
     @torch.no_grad()
     def evaluate(
@@ -249,6 +282,7 @@ class DSparkTrainer(Trainer):
             self._head,
             slots,
             self.args.loss_weights,
+            draft_head=self._draft_head,
             compiled=self.args.compile_loss,
         )
         metrics.add(losses, valid.flatten(0, 1))
@@ -260,6 +294,20 @@ class DSparkTrainer(Trainer):
             generator = torch.Generator().manual_seed(seed * 1_000_033 + index)
             blocks.append(sample_blocks(mask[:length], self.args.num_anchors, self._drafter.block_size, generator))
         return stack_blocks(blocks)
+
+    def _read_vocabulary(self) -> None:
+        """Read what follows from the drafter's proposable tokens; a checkpoint may bring others than it began with."""
+        self._head = self._target_head()
+        self._draft_head = self._drafters_head(self._head)
+        self._draft_ids = self._token_to_draft_id()
+
+    def _drafters_head(self, lent: TargetHead) -> TargetHead:
+        """Return the head that the drafter drafts with."""
+        config = self._drafter.config
+        if config.owns_head:
+            weight = self._drafter.lm_head.weight.detach().to(self.args.device, self._dtype)
+            return TargetHead(weight, None, cap=config.final_logit_softcapping)
+        return TargetHead(lent.weight, lent.bias) if config.borrows_bare_weights else lent
 
     def _target_head(self) -> TargetHead:
         ids = self._drafter.draft_token_ids
@@ -290,6 +338,16 @@ class DSparkTrainer(Trainer):
         folder = self.args.state_cache_dir or Path(str(self.args.output_dir)) / "states"
         max_bytes = int(self.args.state_cache_gb * 1e9 / self.args.world_size)
         return StateCache(folder, self.target, dtype=self._dtype, max_bytes=max_bytes)
+
+
+class _VocabularyFirst(TrainerCallback):
+    """Let a trainer read the vocabulary anew once a checkpoint is loaded, if one is."""
+
+    def __init__(self, trainer: DSparkTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._read_vocabulary()
 
 
 def _freeze_all_but_confidence(drafter: DSparkAssistantModel) -> None:

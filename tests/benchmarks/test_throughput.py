@@ -66,6 +66,7 @@ def test_simulated_drafts_are_accepted_at_the_stated_rates():
         assert abs(rate - RATES[position]) < 4.5 * deviation
 
 
+@pytest.mark.slow
 def test_a_page_is_written_and_an_interrupted_run_goes_on(app, tmp_path, monkeypatch):
     """Hours of measurements are lost, or measured twice."""
     runner, folder = CliRunner(), tmp_path / "results"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -72,6 +73,12 @@ def test_trains_a_drafter_that_drafts(folder: Path) -> None:
     code, output = _run(folder, "small", "--tensorboard")
     assert code == 0, output
     assert "Held-out tau" in output
+    # six steps are too few to tell how fast they are
+    assert re.search(
+        r"expected held-out tau 1\.\d\d, about \d\.\d\d times plain speed after 6 steps \(96 blocks", output
+    )
+    assert "A guess: no run that this rests on had 96 blocks (fitted on 51,000 to 1,640,000)" in output
+    assert re.search(r"The forecast was 1\.\d\d, \d+% off\.", output)
     assert f"Next: dspark-hf eval --target {folder / 'target'} --drafter {folder / 'small' / 'drafter'}" in output
     drafter = DSparkAssistantModel.from_pretrained(folder / "small" / "drafter")
     assert drafter.dtype == torch.bfloat16
@@ -196,3 +203,77 @@ def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch)
     code, output = _run(folder, "stopped")
     assert code == 130
     assert "The same command goes on from the newest checkpoint" in output
+
+
+@pytest.fixture(scope="module")
+def fine_tune(folder: Path) -> Path:
+    """A fine-tune of the tiny target that gained tokens, under a name of its own."""
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    target.resize_token_embeddings(72)
+    target.save_pretrained(folder / "fine-tune")
+    AutoTokenizer.from_pretrained(folder / "target").save_pretrained(folder / "fine-tune")
+    return folder / "fine-tune"
+
+
+def test_an_existing_drafter_is_adapted(folder: Path, fine_tune: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A fine-tune needs a drafter from nothing, or the adapted one still bears its old target's name."""
+    further = ("--drafter", str(folder / "drafter"), "--target", str(fine_tune), "--draft-vocab", "30")
+    code, output = _run(folder, "adapted", *further)
+    assert code == 0, output
+    config = DSparkAssistantModel.from_pretrained(folder / "adapted" / "drafter").config
+    assert (config.vocab_size, config.draft_vocab_size) == (72, 30)
+    assert config.base_model_name_or_path == str(fine_tune)
+    assert "The drafter's held-out tau on this text: 1." in output
+    assert "before." in output
+    assert (
+        config.target_fingerprint != DSparkAssistantModel.from_pretrained(folder / "drafter").config.target_fingerprint
+    )
+
+
+def test_an_adapter_that_cannot_be_read_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA's owner gets a traceback for a package that is missing, or a name that is."""
+    (folder / "unread").mkdir()
+    config = folder / "unread" / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": str(folder / "target")}), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, output = _run(folder, "mistake", "--target", str(folder / "unread"))
+    assert code == 2
+    assert "`peft` must be installed to read the adapter" in output
+    config.write_text("{}", encoding="utf-8")
+    code, output = _run(folder, "mistake", "--target", str(folder / "unread"))
+    assert code == 2
+    assert "`base_model_name_or_path` must name a model" in output
+
+
+def test_an_adapter_is_a_target(folder: Path) -> None:
+    """A LoRA cannot be named as the target, or a drafter is trained for the model without it."""
+    peft = pytest.importorskip("peft")
+    from dspark_hf.loading import load_target, load_tokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "target")
+    base.resize_token_embeddings(70)
+    options = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "init_lora_weights": False,
+    }
+    tuned = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **options))
+    tuned.save_pretrained(folder / "lora")
+    loaded = load_target(str(folder / "lora"), dtype="fp32")
+    ids = torch.tensor([[5, 9, 7, 69]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, tuned.eval()(ids).logits)
+    assert load_tokenizer(str(folder / "lora")).vocab_size == 68
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "target"), prompts).save_pretrained(
+        folder / "prompts"
+    )
+    with pytest.raises(ValueError, match="`target` must be an adapter of a model's layers, such as LoRA's, got"):
+        load_target(str(folder / "prompts"))
+    code, output = _run(folder, "for-lora", "--drafter", str(folder / "drafter"), "--target", str(folder / "lora"))
+    assert code == 0, output
+    config = DSparkAssistantModel.from_pretrained(folder / "for-lora" / "drafter").config
+    assert config.base_model_name_or_path == str(folder / "lora")

@@ -25,6 +25,7 @@ from tests.generation.frequencies import (
     untrained_drafter,
 )
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 SEED = 5
@@ -66,7 +67,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("warper", [{}, {"top_k": 7, "temperature": 1.4}, {"repetition_penalty": 1.3, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "warper", [slow({}), slow({"top_k": 7, "temperature": 1.4}), {"repetition_penalty": 1.3, "top_p": 0.9}]
+)
 def test_a_seed_decides_the_text(warper: dict[str, Any]) -> None:
     """The same seed gives another text with another drafter, schedule or number of drafts."""
     target = tiny_target("llama")

@@ -285,6 +285,7 @@ def test_sampled_text_keeps_the_distribution(drafts, name):
     assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 
 
+@pytest.mark.slow
 def test_sampled_requests_keep_the_distribution():
     """Greedy and sampling requests that share a pass with lookups are sampled from another distribution."""
     target = small_target()

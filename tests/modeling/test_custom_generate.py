@@ -128,6 +128,7 @@ def test_without_an_import(folders: tuple[str, str], tmp_path: Path) -> None:
     _run_python(_USE.format(before="", after=_COUNT), tmp_path, *folders)
 
 
+@pytest.mark.slow
 def test_without_the_package(folders: tuple[str, str], tmp_path: Path) -> None:
     """The folder that says that it needs no package does."""
     drafter = DSparkAssistantModel.from_pretrained(folders[1])

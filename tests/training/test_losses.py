@@ -255,3 +255,26 @@ def test_memory_does_not_grow_with_the_slots() -> None:
             losses.total.backward()
         peaks.append(largest.num_elements)
     assert peaks == [chunk_size * vocab_size] * 2
+
+
+def test_a_head_of_the_drafters_own_makes_its_logits() -> None:
+    """A drafter with an output head of its own learns through the target's, whose logits it never drafts by."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    head, own = TargetHead(draw(9, 6), draw(9), factor=1.5), TargetHead(draw(9, 6), None, cap=2.0)
+    states, target_states = draw(5, 6).requires_grad_(), draw(5, 6)
+    labels, weights = torch.tensor([1, 8, -1, 0, 4]), torch.rand(5, generator=generator) + 0.1
+    target_logits = head.logits(target_states)
+    slots = Slots(labels, torch.arange(5), target_states, target_logits.logsumexp(-1), weights)
+    found = draft_losses(states, None, None, None, head, slots, LossWeights(), draft_head=own)
+    (gradient,) = torch.autograd.grad(found.total, states)
+
+    logs = own.logits(states).log_softmax(-1)
+    distance = (logs.exp() - target_logits.softmax(-1)).abs().sum(-1)
+    cross_entropy = -logs.gather(-1, labels.clamp_min(0)[:, None])[:, 0] * (labels >= 0)
+    expected = (weights * (0.1 * cross_entropy + 0.9 * distance)).sum() / weights.sum()
+    torch.testing.assert_close(found.total, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, states)[0])

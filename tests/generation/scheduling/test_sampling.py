@@ -66,7 +66,7 @@ SCHEDULERS: dict[str, Callable[[], Scheduler | str | None]] = {
 
 # confidence learnt online takes the same way to a decision; "default" is "adaptive" with costs of its own; the others'
 # batches are sampled below
-QUICK = ("threshold", "adaptive, parking")
+QUICK = ("adaptive, parking",)
 
 
 def _write_chains(

@@ -25,7 +25,7 @@ WIDTH = 18
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt2")
 # Gemma 2 caps its attention scores, which SDPA cannot
 CASES = [
-    slow(family, "sdpa") if family in ("mistral", "qwen3") else (family, "sdpa")
+    slow(family, "sdpa") if family in ("mistral", "qwen3", "gemma4_text") else (family, "sdpa")
     for family in FAMILIES
     if family != "gemma2"
 ]
