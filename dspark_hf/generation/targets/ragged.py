@@ -99,8 +99,11 @@ class RaggedTarget:
             if not self._states.layers:
                 ragged.adopt(mask, past_length)
         # padding is gone once the prompts are packed; a returned cache has its columns again
-        missing: list[int] = (~self._new_mask).sum(-1).tolist()
-        self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
+        self._num_padded: list[int] = (~mask).sum(-1).tolist()
+        if ragged is None:
+            # a cache of the model's own knows what it holds; ours may take over what there is with the prompts only
+            missing = (~self._new_mask).sum(-1).tolist()
+            self._num_padded = [past_length - held + new for held, new in zip(self._lengths(), missing, strict=True)]
         self._given = given
         self._is_filled = False
         # of the last verify pass, until its tokens are kept
@@ -151,17 +154,13 @@ class RaggedTarget:
         cache = copy.deepcopy(self._given)
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -width:]
         if self._prompt_kwargs is None:
-            # states alone look at the new columns only
-            columns = mask if self.cache.windows else self._new_mask
-            inputs = {"position_ids": positions, "attention_mask": columns.long()}
-            with RecurrentStates(cache.layers).watched(width, are_drafts=False):
-                outputs = self._call(self._prompt_ids, cache, inputs, 1)
+            outputs, context = self._call_in_chunks(cache, positions)
         else:
             outputs = self._call_with_images(cache)
+            context = self._adapter.pop_context_hidden_states()
         self.cache.adopt(mask, mask.shape[1], cache)
         self._is_filled = True
         order, num_new = pack_order(self._new_mask)
-        context = self._adapter.pop_context_hidden_states()
         index = order.to(context.device)[..., None].expand(-1, -1, context.shape[-1])
         return TargetPass(
             logits=outputs.logits[:, -1:],
@@ -170,6 +169,25 @@ class RaggedTarget:
             num_tokens=num_new,
             hidden_states=outputs.get("hidden_states"),
         )
+
+    def _call_in_chunks(self, cache: Any, positions: Tensor) -> tuple[Any, Tensor]:
+        """Return what the model says of the last chunk of the padded prompts, and the context `(B, T, *)` of all."""
+        assert isinstance(self.cache, RaggedCache)
+        width, states, contexts = positions.shape[1], RecurrentStates(cache.layers), []
+        past_length, size = self._mask.shape[1] - width, self._chunk_size or width
+        if not self.cache.windows:
+            # transformers 5.24: a pass over one column lets padding into the states; plain `generate` has no chunks
+            size = max(size, 2)
+        outputs: Any = None
+        for start in range(0, width, size):
+            end = min(start + size, width)
+            # states alone look at the new columns only
+            columns = self._mask[:, : past_length + end] if self.cache.windows else self._new_mask[:, start:end]
+            inputs = {"position_ids": positions[:, start:end], "attention_mask": columns.long()}
+            with states.watched(end - start, are_drafts=False):
+                outputs = self._call(self._prompt_ids[:, start:end], cache, inputs, 1)
+            contexts.append(self._adapter.pop_context_hidden_states())
+        return outputs, torch.cat(contexts, dim=1)
 
     def _call_with_images(self, cache: Any) -> Any:
         """Return what the model says of prompts with images, prepared by itself over `cache`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
-from dspark_hf import DSparkAssistantModel, Request, generate_stream
+from dspark_hf import DSparkAssistantModel, LookupAssistant, Request, generate_stream
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.scheduling.costs.workload import StepTimer
@@ -26,6 +26,7 @@ from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import EveryThirdRound
 from tests.recurrent import RECURRENT_FAMILIES, available, recurrent_target, tiny_glm5_next
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
+from tests.thinning import mostly_slow
 from tests.tiny import VOCAB_SIZE
 
 # one of each recurrence, with attention in other layers, in the same layers, and without any
@@ -190,6 +191,26 @@ def test_second_turns(family, num_rows):
     new = {**whole, "input_ids": ids[:, first.shape[1] - 1 :]} if all(cache.is_linear) else whole
     second = _generate(target, new, _drafter("often right", target, anew, whole), **{CACHE_KEY: cache})
     assert torch.equal(second[:, -NEW_TOKENS:], anew[:, -NEW_TOKENS:])
+
+
+@pytest.mark.parametrize(
+    "family", mostly_slow(available("qwen3_5_text", "falcon_h1", "lfm2"), available("qwen3_5_text"))
+)
+def test_third_turns_of_padded_rows(family):
+    """The cache of a second turn holds, behind rows that were padded in the first, tokens that nobody wrote there."""
+    target = recurrent_target(family)
+    chats = []
+    for is_assisted in (False, True):
+        inputs, cache = ragged_prompts(3), DynamicCache(config=target.config)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        generator, texts = torch.Generator().manual_seed(3), []
+        for _ in range(3):
+            drafter = LookupAssistant() if is_assisted else None
+            texts.append(_generate(target, {"input_ids": ids, "attention_mask": mask}, drafter, **{CACHE_KEY: cache}))
+            ids = torch.cat([texts[-1], torch.randint(2, VOCAB_SIZE, (3, 5), generator=generator)], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        chats.append(texts)
+    assert all(torch.equal(ours, plain) for plain, ours in zip(*chats, strict=True))
 
 
 @pytest.mark.parametrize("family", [*FEW, *OTHERS])
