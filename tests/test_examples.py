@@ -79,6 +79,7 @@ def test_quickstart_notebook_in_a_kernel(tiny_models):
 def test_every_notebook_is_run():
     """A notebook is added, and no test runs it."""
     assert {path.stem for path in NOTEBOOKS} == {
+        "adapt_drafter",
         "batches_and_streams",
         "deepseek_v4_tiny",
         "quickstart",

@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 
+__all__ = ["write_tiny_pair"]
+
 _SPECIAL_WORDS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _SYLLABLES = ["ba", "du", "fo", "ka", "li", "mo", "ne", "ra"]
 _WORDS = [first + second for first in _SYLLABLES for second in _SYLLABLES]

@@ -121,5 +121,6 @@ def test_nothing_heavy_is_imported(path):
     modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     roots = {module.split(".")[0] for module in modules} - {"dspark_hf"}
     assert not roots & {"torch", "transformers", "accelerate", "safetensors"}
-    ours = {module for module in modules if module.startswith("dspark_hf")}
+    # names that come when they are asked for cost nothing before
+    ours = {module for module in modules if module.startswith("dspark_hf")} - {"dspark_hf.lazy"}
     assert all(module.startswith("dspark_hf.modeling.deepseek_v4.estimation.") for module in ours)
