@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +87,10 @@ class Service:
             _LOGGER.exception("a prompt could not be read")
             self._metrics.count_end("error")
             raise ApiError(500, f"the prompt must be readable, got {type(error).__name__}. Change it.") from error
-        if body.stream:
-            return await self._stream(call, http)
-        return await self._whole(call, http)
+        try:
+            return await (self._stream if body.stream else self._whole)(call, http)
+        except ClientLeftError:
+            return Response(status_code=_CLIENT_LEFT)
 
     async def _begin(self, body: ChatBody | CompletionBody, began: float) -> _Call:
         model = self._model
@@ -126,14 +128,19 @@ class Service:
         return call.began + self._seconds - time.monotonic()
 
     async def _whole(self, call: _Call, http: Request) -> Response:
-        end = "cancelled"
-        try:
+        with self._ended_by_failure(call):
             delta = await work_for_client(self._collect(call), http.receive, self._left(call))
             reason = _reason(call.answer.ending)
-            end = reason
-            return JSONResponse(call.form.whole(delta, reason, call.usage))
-        except ClientLeftError:
-            return Response(status_code=_CLIENT_LEFT)
+        self._end(call, reason)
+        return JSONResponse(call.form.whole(delta, reason, call.usage))
+
+    @contextmanager
+    def _ended_by_failure(self, call: _Call) -> Iterator[None]:
+        """End a call whose answer fails inside the block, by what it failed of."""
+        end = "cancelled"
+        try:
+            yield
+            end = ""
         except TimeOverError:
             end = "timeout"
             raise self._time_over() from None
@@ -141,7 +148,8 @@ class Service:
             end = "refused" if error.status == 400 else "error"
             raise
         finally:
-            self._end(call, end)
+            if end:
+                self._end(call, end)
 
     async def _collect(self, call: _Call) -> Delta:
         whole = Delta()
@@ -158,23 +166,10 @@ class Service:
 
     async def _stream(self, call: _Call, http: Request) -> Response:
         # an error before the first text has a status of its own
-        end = "cancelled"
-        try:
+        with self._ended_by_failure(call):
             first = await work_for_client(self._next(call), http.receive, self._left(call))
             if first is None:
                 _reason(call.answer.ending)
-            end = ""
-        except ClientLeftError:
-            return Response(status_code=_CLIENT_LEFT)
-        except TimeOverError:
-            end = "timeout"
-            raise self._time_over() from None
-        except ApiError as error:
-            end = "refused" if error.status == 400 else "error"
-            raise
-        finally:
-            if end:
-                self._end(call, end)
         return EventStream(self._events(call, first), self._left(call), lambda: self._end(call, "cancelled"))
 
     async def _events(self, call: _Call, delta: Delta | None) -> AsyncGenerator[bytes, None]:
