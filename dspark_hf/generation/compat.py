@@ -22,12 +22,14 @@ CACHE_KEY = "cache" if Version(transformers.__version__) >= Version("5.24") else
 # the decoding method that `generate` looks up on every call
 SEAM = "_assisted_decoding"
 # run-time knobs; Transformers fills in defaults of the last two for other kinds of assistants
-KNOBS = ("scheduler", "drafts", "sampling", "num_assistant_tokens", "assistant_confidence_threshold")
+KNOBS = ("scheduler", "drafts", "sampling", "draft_tree", "num_assistant_tokens", "assistant_confidence_threshold")
+_FILLED_IN = {"num_assistant_tokens": 20, "assistant_confidence_threshold": 0.4}
 # where a prepared generation configuration keeps which of them the user set, and what the call itself said
 EXPLICIT = "_dspark_explicit"
 SCHEDULER = "_dspark_scheduler"
 DRAFTS = "_dspark_drafts"
 SAMPLING = "_dspark_sampling"
+DRAFT_TREE = "_dspark_draft_tree"
 
 
 def is_installed() -> bool:
@@ -45,8 +47,8 @@ def explicit_knob(generation_config: GenerationConfig, name: str) -> Any:
     """Return a run-time knob if the user set it, else None; Transformers fills in 20 tokens and a threshold of 0.4."""
     if not is_installed() and not hasattr(generation_config, EXPLICIT):
         # only a value that differs from Transformers' default is known to be the user's
-        value = getattr(generation_config, name, None)
-        return None if value in (20, 0.4) else value
+        value, filled_in = getattr(generation_config, name, None), _FILLED_IN.get(name)
+        return None if value == filled_in else value
     return getattr(generation_config, name) if is_set(generation_config, name) else None
 
 

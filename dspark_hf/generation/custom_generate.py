@@ -22,10 +22,12 @@ class CustomGenerate(Drafter):
         scheduler: Scheduler | str | None = None,
         drafts: str | None = None,
         sampling: str | None = None,
+        draft_tree: int | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the decoding loop without a patch: `target.generate(**inputs, custom_generate=drafter.decode)`.
 
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
-        return decode(model, input_ids, drafter=self, scheduler=scheduler, drafts=drafts, sampling=sampling, **kwargs)
+        knobs = {"scheduler": scheduler, "drafts": drafts, "sampling": sampling, "draft_tree": draft_tree}
+        return decode(model, input_ids, drafter=self, **knobs, **kwargs)

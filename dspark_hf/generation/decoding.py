@@ -5,7 +5,7 @@ b rows in the batch, K drafts, W = 1 + K positions of a verify pass, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -38,6 +38,7 @@ from dspark_hf.generation.targets.interface import TargetPass, TargetState
 from dspark_hf.generation.targets.padding import prompt_tokens
 from dspark_hf.generation.targets.static import StaticTarget
 from dspark_hf.generation.verification import verify, verify_greedy
+from dspark_hf.generation.walking import walk
 
 
 @torch.no_grad()
@@ -57,12 +58,14 @@ def decode(
     scheduler: Scheduler | str | None = None,
     drafts: str | None = None,
     sampling: str | None = None,
+    draft_tree: int | str | None = None,
     **model_kwargs: Any,
 ) -> Tensor | DSparkGenerateOutput:
     """Generate with a drafter: the same output as plain `generate`, in fewer passes of the target.
 
-    The arguments are those that `generate` hands to its decoding methods, and the scheduler, who drafts and how
-    samples are accepted, which on the way through `assistant_model=` come with the generation configuration. Greedy
+    The arguments are those that `generate` hands to its decoding methods, and the scheduler, who drafts, how samples
+    are accepted and whether drafts branch, which on the way through `assistant_model=` come with the generation
+    configuration. Greedy
     output is token-identical where the target's arithmetic does not depend on the number of tokens per pass (fp32);
     sampled output follows the target's distribution exactly.
 
@@ -74,7 +77,9 @@ def decode(
     check_request(
         model, input_ids, generation_config, model_kwargs, num_drafts=drafter.block_size, synced_gpus=synced_gpus
     )
-    options = read_options(generation_config, drafter, model, scheduler, drafts, model_kwargs[CACHE_KEY], sampling)
+    options = read_options(
+        generation_config, drafter, model, scheduler, drafts, model_kwargs[CACHE_KEY], sampling, draft_tree
+    )
     adapter = TargetAdapter(model, options.target_layer_ids(drafter))
     drafter.check_target(adapter)
     with adapter:
@@ -103,7 +108,8 @@ def decode(
         if options.num_looked_up:
             prompts = prompt_tokens(input_ids, model_kwargs.get("attention_mask"))
             lookups = Lookups(prompts, schedule.match_chances, min_match=drafter.min_match)
-        rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups)
+        num_branching = options.num_branching if _may_branch(target, context, rows, len(input_ids)) else 0
+        rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups, num_branching)
         try:
             rounds.prefill()
             while not rows.are_done:
@@ -126,6 +132,8 @@ class Rounds:
         rows: the rows, and the rules by which they are written.
         statistics: where passes and their time are counted.
         lookups: the rows' texts, if drafts may be looked up in them.
+        num_branching: drafts of a tree that the drafter makes instead of a chain; 0 for none, None for as many as the
+            schedule says. Only for one row, where drafter, target and rows have to do with trees.
     """
 
     def __init__(
@@ -137,6 +145,7 @@ class Rounds:
         rows: Rows,
         statistics: SpeculationStatistics,
         lookups: Lookups | None = None,
+        num_branching: int | None = 0,
     ):
         self._adapter = adapter
         self._target = target
@@ -145,6 +154,7 @@ class Rounds:
         self._rows = rows
         self._statistics = statistics
         self._lookups = lookups
+        self._num_branching = num_branching
         # how much of each row the target's cache holds
         self._num_processed: list[int] = []
 
@@ -170,14 +180,21 @@ class Rounds:
         with self._recorded(batch) as record:
             anchors = rows.anchors()
             drafted = propose(
-                self._schedule, self._lookups, batch, partial(self._draft, anchors), record, anchors.device
+                self._schedule, self._lookups, batch, partial(self._draft, anchors, batch), record, anchors.device
             )
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
-            target_pass = self._verify(tokens, None if drafted is None else drafted.parents)
-            scores, num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
+            parents = None if drafted is None else drafted.parents
+            target_pass = self._verify(tokens, parents)
+            path = range(tokens.shape[1])
+            if parents is None:
+                scores, num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
+            else:
+                found = walk(rows, target_pass, tokens, parents)
+                path, scores, bonus, record.num_tried = found.path, found.scores, found.bonus, found.num_tried
+                target_pass, tokens, num_accepted = target_pass.along(path), tokens[:, path], [len(path) - 1]
             record.num_accepted, new_tokens = _accepted_tokens(tokens, num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
-            self._keep(target_pass, num_kept)
+            self._keep(target_pass, path, num_kept)
             self._look_back(new_tokens, num_kept)
             self.drop_rows()
 
@@ -209,18 +226,22 @@ class Rounds:
         room = [last - 1 - length for length in self._num_processed]
         return replace(batch, limits=_cut(batch.limits, room), rooms=_cut(batch.rooms, room) if batch.rooms else ())
 
-    def _draft(self, anchors: Tensor, num_drafts: int) -> DraftedBlock | None:
+    def _draft(self, anchors: Tensor, batch: Batch, num_drafts: int) -> DraftedBlock | None:
         """Return the drafts of all rows, or None for a round without."""
         if num_drafts < 1:
             return None
         positions = torch.tensor(self._num_processed, device=anchors.device)
+        num_branching = self._schedule.num_branching(batch) if self._num_branching is None else self._num_branching
+        if num_branching:
+            with self._statistics.timed("draft_seconds", self._adapter.device):
+                return self._context.draft_tree(anchors, positions, batch.max_drafts, num_branching)
         sampler = SlotSampler(self._rows, wants_margins=self._schedule.wants_margins)
         with self._statistics.timed("draft_seconds", self._adapter.device):
             drafted = self._context.draft(anchors, positions, num_drafts, sampler)
         if drafted.parents is not None:
             raise ValueError(
-                "`parents` of a drafted block must be None, got a tree. Decoding accepts chains only: draft one token "
-                "for each position."
+                "`parents` of a drafted block must be None where a chain was asked for, got a tree. Return trees from "
+                "`draft_tree` alone."
             )
         margins = sampler.margins()
         return drafted if margins is None else replace(drafted, margins=margins)
@@ -256,10 +277,10 @@ class Rounds:
             num_accepted, bonus = verify(draft_ids, draft_probs, target_probs, limits, is_certain)
         return scores, num_accepted, bonus
 
-    def _keep(self, target_pass: TargetPass, num_kept: list[int]) -> None:
-        """Roll the target back to the kept tokens, and let the drafter read their hidden states."""
+    def _keep(self, target_pass: TargetPass, path: Sequence[int], num_kept: list[int]) -> None:
+        """Roll the target back to the kept tokens of `path`, and let the drafter read their hidden states."""
         self._num_processed = [old + new for old, new in zip(self._num_processed, num_kept, strict=True)]
-        self._target.keep([range(count) for count in num_kept])
+        self._target.keep([path[:count] for count in num_kept])
         self._context.extend(target_pass.context_hidden_states, target_pass.positions, num_kept)
 
     def _look_back(self, new_tokens: NewTokens, num_kept: list[int]) -> None:
@@ -280,9 +301,15 @@ class Rounds:
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         statistics.count_parking(self._schedule.parked_because, record.num_drafted)
         outcome = outcome_of(batch, record, drafting, seconds - drafting, is_typical=is_typical)
-        self._schedule.observe(outcome)
+        if record.num_tried is None:
+            self._schedule.observe(outcome)
         if self._lookups is not None:
             self._schedule.compare(outcome)
+
+
+def _may_branch(target: TargetState, context: DraftContext, rows: Rows, num_rows: int) -> bool:
+    """Return whether drafts of one row may form a tree; a processor that remembers its calls is shown chains."""
+    return num_rows == 1 and context.drafts_trees and not rows.accept_in_steps and target.takes_trees
 
 
 def _cut(limits: tuple[int, ...], room: list[int]) -> tuple[int, ...]:

@@ -2,10 +2,10 @@
 
 `generate()` looks its decoding method up on every call (`GenerationMixin._assisted_decoding`). `install` wraps that
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Three more methods are wrapped
-because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=`, `drafts=`
-and `sampling=` among them, which `generate` does not know, that an assistant was passed by its name or to a mode that
-ignores it, and a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter without a word, is
-wrapped to refuse it. Pipelines have a seam of their own (`pipelines.py`).
+because what they know is gone when the decoding method is called: which knobs the user set, `scheduler=`, `drafts=`,
+`sampling=` and `draft_tree=` among them, which `generate` does not know, that an assistant was passed by its name or to
+a mode that ignores it, and a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter without a
+word, is wrapped to refuse it. Pipelines have a seam of their own (`pipelines.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
 from dspark_hf.generation.call.names import find_assistant
-from dspark_hf.generation.compat import DRAFTS, EXPLICIT, SAMPLING, SCHEDULER, SEAM, is_installed
+from dspark_hf.generation.compat import DRAFT_TREE, DRAFTS, EXPLICIT, SAMPLING, SCHEDULER, SEAM, is_installed
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.pipelines import install_in_pipelines, uninstall_from_pipelines
 
@@ -35,7 +35,7 @@ NO_INSTALL_VARIABLE = "DSPARK_HF_NO_INSTALL"
 
 _LOGGER = logging.get_logger(__name__)
 # arguments of `generate` that are ours alone, and where a prepared configuration keeps them
-_OURS = {"scheduler": SCHEDULER, "drafts": DRAFTS, "sampling": SAMPLING}
+_OURS = {"scheduler": SCHEDULER, "drafts": DRAFTS, "sampling": SAMPLING, "draft_tree": DRAFT_TREE}
 _CONFIG_SEAM = "_prepare_generation_config"
 _MODE_SEAM = "_validate_generation_mode"
 _DOOR_SEAM = "_extract_generation_mode_kwargs"

@@ -39,7 +39,9 @@ def propose(
     if any(choice.num_looked_up):
         record.num_looked_up = choice.num_looked_up
         drafted = with_lookups(drafted, offers, choice.num_looked_up, device)
-    if drafted is not None:
+    if drafted is not None and drafted.parents is not None:
+        record.num_drafted, record.num_verified = drafted.num_drafts, [drafted.num_drafts]
+    elif drafted is not None:
         record.num_drafted, record.confidence = drafted.num_modelled_drafts, drafted.confidence
         record.num_verified = schedule.admit(drafted, choice.limit(batch))
     return drafted

@@ -34,13 +34,18 @@ class Round:
 
 @dataclass
 class RoundInProgress:
-    """What has become of a round so far; the fields are those of a `Round`, one count a row."""
+    """What has become of a round so far; the fields are those of a `Round`, one count a row.
+
+    `num_tried`: where drafts branched, how many places behind the anchor there was a draft for, on the way that the
+    text took; None for chains.
+    """
 
     num_drafted: int = 0
     confidence: Tensor | None = None
     num_verified: list[int] = field(default_factory=list)
     num_accepted: list[int] = field(default_factory=list)
     num_looked_up: tuple[int, ...] = ()
+    num_tried: int | None = None
 
     def drafts_of(self, row: int) -> tuple[str, int]:
         """Return who made the drafts of the batch's row, and how many."""
@@ -62,18 +67,22 @@ class SourceCounts:
     accepted_by_position: list[int] = field(default_factory=list)
 
     def add(
-        self, num_drafted: int, num_verified: int, num_accepted: int, num_output: int, *, has_positions: bool = True
+        self,
+        num_drafted: int,
+        num_verified: int,
+        num_accepted: int,
+        num_output: int,
+        *,
+        num_positions: int = 0,
     ) -> None:
-        """Count the drafts of one row's round, of which `num_output` became output; by position only on request."""
+        """Count the drafts of one row's round, of which `num_output` became output; `num_positions` by position."""
         self.num_drafted += num_drafted
         self.num_verified += num_verified
         self.num_accepted += num_output
-        if not has_positions:
-            return
-        missing = num_verified - len(self.verified_by_position)
+        missing = num_positions - len(self.verified_by_position)
         self.verified_by_position.extend([0] * missing)
         self.accepted_by_position.extend([0] * missing)
-        for position in range(min(num_verified, num_accepted + 1)):
+        for position in range(min(num_positions, num_accepted + 1)):
             self.verified_by_position[position] += 1
             self.accepted_by_position[position] += position < num_accepted
 
@@ -189,16 +198,26 @@ class SpeculationStatistics(SourceCounts):
         self.token_sources = [[] for _ in range(num_rows)]
 
     def add_round(
-        self, num_drafted: int, num_verified: int, num_accepted: int, num_committed: int, source: str = "model"
+        self,
+        num_drafted: int,
+        num_verified: int,
+        num_accepted: int,
+        num_committed: int,
+        source: str = "model",
+        num_tried: int | None = None,
     ) -> None:
-        """Count one row's round; `num_committed` tokens survived the stopping criteria."""
+        """Count one row's round; `num_committed` tokens survived the stopping criteria.
+
+        Where drafts branched, `num_tried` places had one on the way of the text, else all that were verified.
+        """
         self.num_rounds += 1
         self.num_committed += num_committed
         num_output = min(num_accepted, num_committed)
         for counts in (self, self.by_source[source]):
             # positions of both together would tell of neither
             has_positions = counts is not self or source == "model"
-            counts.add(num_drafted, num_verified, num_accepted, num_output, has_positions=has_positions)
+            num_positions = (num_verified if num_tried is None else num_tried) if has_positions else 0
+            counts.add(num_drafted, num_verified, num_accepted, num_output, num_positions=num_positions)
 
     def add_tokens(self, row: int, num_tokens: int, num_accepted: int, source: str = "model") -> None:
         """Remember where a row's new tokens came from: accepted drafts of `source`, then the target's own."""

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from dspark_hf.generation.compat import run_compiled
 from dspark_hf.generation.custom_generate import CustomGenerate
+from dspark_hf.generation.drafting.branching import grow_tree
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
@@ -595,19 +596,8 @@ class _DSparkContext(DraftContext):
         self.cache.write(self._drafter.context_keys_and_values(features, positions))
 
     def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
-        drafter = self._drafter
-        anchors, positions = anchor_ids.to(drafter.device), positions.to(drafter.device)
-        context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
-        masks = {window: self.cache.mask(window) for window in set(self._windows)}
-        seen = [masks[window] for window in self._windows]
-        if self._compiled_block is None:
-            hidden_states, unnormed, state, logits = self._run_block(anchors, positions, num_drafts, context, seen)
-        else:
-            fix_shapes([mask for mask in masks.values() if mask is not None])
-            hidden_states, unnormed, state, logits = run_compiled(
-                self._compiled_block, anchors, positions, drafter.block_size, context, seen
-            )
-            hidden_states, unnormed, logits = (x[:, :num_drafts] for x in (hidden_states, unnormed, logits))
+        drafter, anchors = self._drafter, anchor_ids.to(self._drafter.device)
+        hidden_states, unnormed, state, logits = self._block(anchors, positions, num_drafts)
         token_ids, probs, previous_ids = sample_block(
             logits,
             hidden_states,
@@ -623,6 +613,39 @@ class _DSparkContext(DraftContext):
         if beliefs is not None and self._temperatures is not None:
             beliefs = beliefs / self._temperatures[:num_drafts]
         return DraftedBlock(token_ids, probs, None if beliefs is None else beliefs.sigmoid())
+
+    @property
+    def drafts_trees(self) -> bool:
+        return True
+
+    def draft_tree(self, anchor_ids: Tensor, positions: Tensor, num_slots: int, num_drafts: int) -> DraftedBlock:
+        drafter, anchors = self._drafter, anchor_ids.to(self._drafter.device)
+        hidden_states, _, state, logits = self._block(anchors, positions, num_slots)
+        token_ids, parents, log_probs = grow_tree(
+            logits,
+            hidden_states,
+            anchors,
+            num_drafts,
+            markov_head=drafter.markov_head,
+            proposable_ids=self._ids,
+            markov_top_k=drafter.markov_top_k,
+            state=state,
+        )
+        return DraftedBlock(token_ids, None, None, parents=parents, chances=log_probs.exp()[None])
+
+    def _block(self, anchors: Tensor, positions: Tensor, num_drafts: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return what `_run_block` does, compiled where sizes are fixed, behind all that was read."""
+        drafter, positions = self._drafter, positions.to(self._drafter.device)
+        context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
+        masks = {window: self.cache.mask(window) for window in set(self._windows)}
+        seen = [masks[window] for window in self._windows]
+        if self._compiled_block is None:
+            return self._run_block(anchors, positions, num_drafts, context, seen)
+        fix_shapes([mask for mask in masks.values() if mask is not None])
+        hidden_states, unnormed, state, logits = run_compiled(
+            self._compiled_block, anchors, positions, drafter.block_size, context, seen
+        )
+        return hidden_states[:, :num_drafts], unnormed[:, :num_drafts], state, logits[:, :num_drafts]
 
     def _run_block(
         self,

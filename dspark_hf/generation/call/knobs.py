@@ -22,6 +22,9 @@ from dspark_hf.generation.targets.interface import RowwiseCache
 _SCHEDULING = ("scheduler", "assistant_confidence_threshold")
 # how sampled drafts are accepted: as many as can be, or so that the text does not depend on them
 SAMPLING_RULES = ("block", "invariant")
+# what `draft_tree` may be beside a number of drafts; with the anchor, that makes a pass of 64 tokens at most
+TREE_RULES = ("off", "auto")
+MOST_BRANCHING = 63
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class SpeculationOptions:
 
     `num_drafts`: the drafter's drafts per round at most, 0 if it is not asked; `num_looked_up`: drafts that a row may
     look up instead, 0 if none; `scheduler`: how many are made, and how many of them verified; `drafts`: who makes
-    them; `sampling`: the rule by which they are accepted when tokens are sampled.
+    them; `sampling`: the rule by which they are accepted when tokens are sampled; `num_branching`: drafts of a tree
+    that the drafter makes instead of a chain, 0 for chains alone, None for as many as the schedule says.
     """
 
     num_drafts: int
@@ -38,6 +42,7 @@ class SpeculationOptions:
     scheduler: Scheduler
     drafts: str
     sampling: str = SAMPLING_RULES[0]
+    num_branching: int | None = 0
 
     @property
     def is_invariant(self) -> bool:
@@ -64,7 +69,7 @@ def choose_knobs(
     """Return the knobs that were set: by the call, else the configuration given with it, else the target's own."""
     levels = [{name: call[name] for name in KNOBS if call.get(name) is not None}]
     levels += [_knobs_of(config) for config in (given, models_own) if config is not None]
-    groups = (_SCHEDULING, ("num_assistant_tokens",), ("drafts",), ("sampling",))
+    groups = (_SCHEDULING, ("num_assistant_tokens",), ("drafts",), ("sampling",), ("draft_tree",))
     return {name: value for group in groups for name, value in _first(levels, group).items()}
 
 
@@ -86,12 +91,13 @@ def read_options(
     drafts: str | None = None,
     cache: Any = None,
     sampling: str | None = None,
+    draft_tree: int | str | None = None,
     *,
     is_stream: bool = False,
 ) -> SpeculationOptions:
     """Return the run-time knobs of a call, else those that the drafter comes with.
 
-    `scheduler`, `drafts` and `sampling` are what `custom_generate` was called with. Lookups are no longer than the
+    `scheduler`, `drafts`, `sampling` and `draft_tree` are what `custom_generate` was called with. Lookups are no longer than the
     `cache` can take back, if it is given. With `is_stream`, requests that come and go share the passes.
 
     Raises:
@@ -105,6 +111,7 @@ def read_options(
     of_call |= {"scheduler": scheduler} if scheduler is not None else {}
     of_call |= {"drafts": drafts} if drafts is not None else {}
     of_call |= {"sampling": sampling} if sampling is not None else {}
+    of_call |= {"draft_tree": draft_tree} if draft_tree is not None else {}
     of_call = {name: value for name, value in of_call.items() if value is not None}
     recommended = {} if drafter.generation_config is None else _knobs_of(drafter.generation_config)
     own = {} if drafter.scheduler is None else {"scheduler": drafter.scheduler}
@@ -123,6 +130,8 @@ def read_options(
     _check_source(source, drafter)
     rule = _first(levels, ("sampling",)).get("sampling", SAMPLING_RULES[0])
     _check_rule(rule)
+    tree = _first(levels, ("draft_tree",)).get("draft_tree", TREE_RULES[0])
+    _check_tree(tree)
     chosen = choose_scheduler(
         scheduling.get("scheduler"),
         threshold,
@@ -137,7 +146,22 @@ def read_options(
         chosen,
         source,
         rule,
+        # requests that come and go share a pass, and how far drafts reach past a switch was checked for chains
+        0 if is_stream or has_switch(model.config.get_text_config(decoder=True)) else _num_branching(tree),
     )
+
+
+def _num_branching(tree: int | str) -> int | None:
+    return tree if isinstance(tree, int) else 0 if tree == TREE_RULES[0] else None
+
+
+def _check_tree(tree: Any) -> None:
+    is_number = isinstance(tree, int) and not isinstance(tree, bool)
+    if tree not in TREE_RULES and not (is_number and 2 <= tree <= MOST_BRANCHING):
+        raise ValueError(
+            f"`draft_tree` must be one of {', '.join(TREE_RULES)}, or a number of drafts in [2, {MOST_BRANCHING}], got "
+            f"{tree!r}. Correct it, or leave it out."
+        )
 
 
 def _check_source(source: Any, drafter: Drafter) -> None:

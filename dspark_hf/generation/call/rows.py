@@ -266,7 +266,9 @@ class CallRows:
         for index, kept in enumerate(num_kept):
             if kept:
                 source, num_drafted = record.drafts_of(index)
-                self.statistics.add_round(num_drafted, verified[index], accepted[index], kept, source)
+                self.statistics.add_round(
+                    num_drafted, verified[index], accepted[index], kept, source, record.num_tried
+                )
 
     def leave(self) -> list[int]:
         """Let rows that are over leave the batch; return the indices of those that stay, or none to leave all be."""

@@ -41,7 +41,7 @@ def sample_block(
     best = None
     if markov_head is not None:
         state = markov_head.initial_state(hidden_states[:, 0]) if state is None else state
-        best = _best_places(base_logits, markov_top_k)
+        best = best_places(base_logits, markov_top_k)
     if best is not None:
         base_logits = base_logits.gather(-1, best)
     candidates = best if proposable_ids is None else proposable_ids if best is None else proposable_ids[best]
@@ -65,7 +65,7 @@ def sample_block(
     return token_ids, _spread(probs, candidates, vocab_size), previous_ids
 
 
-def _best_places(base_logits: Tensor, count: int | None) -> Tensor | None:
+def best_places(base_logits: Tensor, count: int | None) -> Tensor | None:
     """Return where the `count` best logits `(B, K, n)` of every slot stand, `(B, K, k)`; None for all."""
     if count is None or count >= base_logits.shape[-1]:
         return None

@@ -81,6 +81,16 @@ class DeferredContext(DraftContext):
         self.catch_up()
         return self._context.draft(anchor_ids, positions, num_drafts, sampler)
 
+    @property
+    def drafts_trees(self) -> bool:
+        """Whether `draft_tree` may be asked for."""
+        return self._context.drafts_trees
+
+    def draft_tree(self, anchor_ids: Tensor, positions: Tensor, num_slots: int, num_drafts: int) -> DraftedBlock:
+        """Return drafts that branch, once the drafter has read all that waits."""
+        self.catch_up()
+        return self._context.draft_tree(anchor_ids, positions, num_slots, num_drafts)
+
     def fix_size(self, size: FixedSize) -> None:
         """Keep all shapes from round to round."""
         self._context.fix_size(size)

@@ -181,6 +181,13 @@ class Schedule(ABC):
         """Return how many drafts to make, decided from earlier rounds only."""
         return batch.max_drafts
 
+    def num_branching(self, batch: Batch) -> int:
+        """Return how many drafts of a tree the drafter makes instead of a chain, asked after `num_drafts`; 0 for none.
+
+        Only one row is drafted so. The tree follows from the drafter's logits, so all that was said before counts.
+        """
+        return 0
+
     def choose(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
         """Return who drafts, where some rows could look drafts up; decided from earlier rounds and these offers only.
 

@@ -6,6 +6,8 @@ W positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,15 +17,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length, stop_recording
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.branching import branched_inputs, can_branch, close_up
 from dspark_hf.generation.targets.interface import TargetPass, joined
 from dspark_hf.generation.targets.prompts import check_chunks, foreign_preparation
-from dspark_hf.generation.targets.trees import check_kept, refuse_tree
+from dspark_hf.generation.targets.trees import Tree, check_kept, is_front, read_tree, refuse_tree
 
 _PER_TOKEN_KWARGS = ("token_type_ids", "mm_token_type_ids")
 
 
 class SingleRowTarget:
-    """Run the target on one unpadded row, drafts in a chain.
+    """Run the target on one unpadded row; `takes_trees` where it has ordinary attention over text alone.
 
     Args:
         adapter: the target, entered by the caller.
@@ -31,8 +34,6 @@ class SingleRowTarget:
         generation_config: the prepared generation configuration.
         model_kwargs: what `generate` prepared for the forward pass.
     """
-
-    takes_trees = False
 
     def __init__(
         self,
@@ -51,10 +52,16 @@ class SingleRowTarget:
             output_attentions=generation_config.output_attentions or None,
         )
         self._ids = input_ids
+        self._tree: Tree | None = None
         self._prompt_length = 0
         # tokens that are kept, and those of a pass behind them of which nothing is known yet
         self._length = self._held()
         self._width = 0
+
+    @cached_property
+    def takes_trees(self) -> bool:
+        """Whether a verify pass may hold several drafts for one position."""
+        return can_branch(self._adapter, self._generation_config, self._kwargs)
 
     def _held(self) -> int:
         """Return how many tokens the cache holds when the call starts."""
@@ -153,14 +160,21 @@ class SingleRowTarget:
         return kwargs
 
     def verify(self, token_ids: Tensor, parents: Tensor | None = None) -> TargetPass:
-        """Process anchor and drafts `(1, W)`; `parents` `(W,)`, if given, must describe a chain."""
+        """Process anchor and drafts `(1, W)`, which continue each other as `parents` `(W,)` say."""
         width, past_length = token_ids.shape[1], self._length
-        refuse_tree(parents, width, "one unpadded row")
+        if parents is not None and not self.takes_trees:
+            refuse_tree(parents, width, f"one unpadded row of {type(self._model).__name__}")
+        tree = read_tree(parents, width)
         inputs = self._model.prepare_inputs_for_generation(
             token_ids, next_sequence_length=width, is_first_iteration=False, **self._lengthened(width, past_length)
         )
+        if tree is not None:
+            inputs = branched_inputs(self._adapter, self._cache, inputs, tree, past_length)
         target_pass = self._run(inputs, width, width, past_length)
-        self._width = width
+        if tree is not None:
+            depths = torch.tensor(tree.depths, device=target_pass.positions.device)
+            target_pass = replace(target_pass, positions=past_length + depths[None])
+        self._width, self._tree = width, tree
         return target_pass
 
     def _lengthened(self, width: int, past_length: int) -> dict[str, Any]:
@@ -197,7 +211,9 @@ class SingleRowTarget:
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Crop the cache behind the kept tokens."""
-        check_kept(kept, self._width)
+        check_kept(kept, self._width, self._tree)
+        if not is_front(kept[0]):
+            close_up(self._cache.layers, self._width, kept[0])
         num_kept = len(kept[0])
         self._length += num_kept
         # even a crop of nothing is needed: it trims sliding layers to their window

@@ -31,6 +31,18 @@ class TargetPass:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
+    def along(self, path: list[int]) -> TargetPass:
+        """Return what a verify pass over those of its tokens alone would have been, one behind the other."""
+        states = self.hidden_states
+        return replace(
+            self,
+            logits=self.logits[:, path],
+            context_hidden_states=self.context_hidden_states[:, path],
+            positions=self.positions[:, path],
+            num_tokens=[len(path)] * len(self.logits),
+            hidden_states=None if states is None else tuple(layer[:, path] for layer in states),
+        )
+
 
 def joined(passes: Sequence[TargetPass]) -> TargetPass:
     """Return passes over parts of the same prompts as one, with what the model put out last."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from dspark_hf.generation.compat import attention_implementation
 from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.trees import Tree
 
@@ -34,6 +36,14 @@ def visible_slots(
     if window:
         visible = visible & _is_near(slots.expand(len(positions), 1, -1), query, window, columns)
     return visible
+
+
+def shown(visible: Tensor, model: PreTrainedModel) -> Tensor:
+    """Return `visible` `(B, W, S)` as the mask `(B, 1, W, S)` that the model's attention takes."""
+    visible = visible[:, None]
+    if attention_implementation(model) != "eager":
+        return visible
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)
 
 
 def _is_near(held: Tensor, query: Tensor, window: int, columns: SlotColumns | None) -> Tensor:

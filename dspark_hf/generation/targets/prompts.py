@@ -47,6 +47,11 @@ def check_chunks(model_kwargs: dict[str, Any]) -> None:
         )
 
 
+def has_text_alone(model_kwargs: dict[str, Any]) -> bool:
+    """Return whether the input is tokens, with nothing beside them but mask and positions."""
+    return not _other_inputs(model_kwargs)
+
+
 def has_images(adapter: TargetAdapter, model_kwargs: dict[str, Any], past_length: int = 0) -> bool:
     """Return whether the prompts hold images that a target of padded rows can be shown exactly.
 

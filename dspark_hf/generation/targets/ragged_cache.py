@@ -31,7 +31,7 @@ from dspark_hf.generation.compat import (
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
 from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.generation.targets.columns import SlotColumns
-from dspark_hf.generation.targets.masks import visible_slots
+from dspark_hf.generation.targets.masks import shown, visible_slots
 from dspark_hf.generation.targets.padding import pack_order
 from dspark_hf.generation.targets.recurrent import RecurrentStates
 from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
@@ -226,13 +226,8 @@ class RaggedCache(Cache):
     def _mask(self, positions: Tensor, window: int | None, tree: Tree | None) -> Tensor:
         num_slots = self._num_seen(positions.shape[1])
         columns = self._columns if self._columns is not None and self._columns.have_holes else None
-        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree, columns=columns)[
-            :, None
-        ]
-        if attention_implementation(self._model) != "eager":
-            return visible
-        dtype = self._model.dtype
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree, columns=columns)
+        return shown(visible, self._model)
 
     def _num_seen(self, width: int) -> int:
         """Return how many slots a pass over `width` tokens a row looks at."""
@@ -304,6 +299,12 @@ def _padded(states: Tensor, columns: Tensor, lengths: Sequence[int]) -> Tensor:
     for row, length in enumerate(lengths):
         padded[row, :, columns[row, :length]] = states[row, :, :length]
     return padded
+
+
+def has_plain_attention(model: PreTrainedModel) -> bool:
+    """Return whether all layers have full or sliding attention under an implementation that takes any mask."""
+    kinds = _attention_kinds(model.config.get_text_config(decoder=True))
+    return kinds <= {"full_attention", "sliding_attention"} and attention_implementation(model) in ("eager", "sdpa")
 
 
 def _check_attention_kinds(model: PreTrainedModel) -> None:
