@@ -138,3 +138,34 @@ class _NoContext(DraftContext):
 
     def select_rows(self, rows: Tensor) -> None:
         """Nothing is remembered."""
+
+
+class ScriptedTreeDrafter(ScriptedDrafter):
+    """Draft random trees: a child goes on by the script with probability `accuracy`, another way otherwise."""
+
+    def start(self, target: TargetAdapter, batch_size: int) -> DraftContext:
+        return _ScriptedTreeContext(self, target.vocab_size, batch_size)
+
+
+class _ScriptedTreeContext(_ScriptedContext):
+    @property
+    def drafts_trees(self) -> bool:
+        return True
+
+    def draft_tree(self, anchor_ids: Tensor, positions: Tensor, num_slots: int, num_drafts: int) -> DraftedBlock:
+        generator, place = self.drafter.generator, int(positions)
+        tokens, parents, depths = [int(anchor_ids)], [-1], [0]
+        while len(tokens) <= num_drafts:
+            # mostly a late one, so that trees are deep
+            parent = max(int(torch.randint(len(tokens), (), generator=generator)) for _ in range(2))
+            if depths[parent] == num_slots:
+                parent = 0
+            taken = {token for token, other in zip(tokens, parents, strict=True) if other == parent}
+            token = self._token(0, place + depths[parent] + 1)
+            while token in taken:
+                token = (token + 1) % self.vocab_size
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+        self.drafter.widths.append(num_drafts)
+        return DraftedBlock(torch.tensor([tokens[1:]]), None, None, parents=torch.tensor(parents))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -142,16 +142,63 @@ def test_kept_tokens_that_form_no_path(kept):
             target.keep([range(5), range(1)])
 
 
+def _single(adapter: TargetAdapter, prompt: Tensor, cache: Any = None) -> SingleRowTarget:
+    kwargs = {CACHE_KEY: empty_cache_like(adapter.model) if cache is None else cache}
+    target = SingleRowTarget(adapter, prompt[None], GenerationConfig(), kwargs)
+    target.prefill()
+    return target
+
+
+# Gemma 4 shares layers, and the last ones hold nothing
+# the window lies behind the longer prompt
+@pytest.mark.parametrize(
+    ("family", "prompt_length"),
+    [("llama", 3), ("mistral", 29), slow("mistral", 3), slow("gemma2", 29), slow("gemma3_text", 3), ("gemma4_text", 5)]
+    + [slow("gpt2", 29)],
+)
+@torch.no_grad()
+def test_one_unpadded_row(family, prompt_length):
+    """In Transformers' own cache a node sees a sibling, stands at a wrong position, or leaves a trace."""
+    model = tiny_target(family)
+    generator = torch.Generator().manual_seed(prompt_length)
+    text = torch.randint(2, VOCAB_SIZE, (prompt_length,), generator=generator)
+    with TargetAdapter(model, [0]) as adapter:
+        target = _single(adapter, text)
+        assert target.takes_trees
+        for is_deep in (True, False):
+            parents = _tree(generator, is_deep=is_deep)
+            tokens = torch.randint(2, VOCAB_SIZE, (1, WIDTH), generator=generator)
+            target_pass = target.verify(tokens, torch.tensor(parents))
+            for node in range(0, WIDTH, 2):
+                path = _path(parents, node)
+                expected = model(input_ids=torch.cat([text, tokens[0, path]])[None]).logits[0, -1]
+                _assert_equal(target_pass.logits[0, node], expected)
+                assert int(target_pass.positions[0, node]) == len(text) + len(path) - 1
+            kept = _path(parents, int(torch.randint(0, WIDTH, (), generator=generator)))
+            target.keep([kept])
+            text = torch.cat([text, tokens[0, kept]])
+            # a chain goes on from there
+            chain = torch.randint(2, VOCAB_SIZE, (1, 4), generator=generator)
+            whole = model(input_ids=torch.cat([text, chain[0]])[None])
+            _assert_equal(target.verify(chain).logits[0], whole.logits[0, -4:])
+            target.keep([range(0)])
+        cache = target.returned_cache(text[None])
+        fresh = getattr(model(input_ids=text[None], use_cache=True), CACHE_KEY)
+        assert cache.get_seq_length() == len(text)
+        for own, expected in zip(cache.layers, fresh.layers, strict=True):
+            if getattr(expected, "keys", None) is not None:
+                _assert_equal(own.keys, expected.keys[:, :, -own.keys.shape[2] :])
+                _assert_equal(own.values, expected.values[:, :, -own.keys.shape[2] :])
+
+
 def test_targets_of_chains_refuse_trees():
     """A target that knows chains only scores a tree as one."""
     tokens, parents = torch.ones(1, 3, dtype=torch.long), torch.tensor([-1, 0, 0])
-    plain, own = tiny_target("llama"), tiny_model()
+    # a cache without windows, whose layers do not say what the model sees of them
+    plain, own = tiny_target("mistral"), tiny_model()
     inputs = ragged_prompts(1)
     with torch.no_grad(), TargetAdapter(plain, [0]) as adapter:
-        single = SingleRowTarget(
-            adapter, inputs["input_ids"], GenerationConfig(), {CACHE_KEY: empty_cache_like(plain)}
-        )
-        single.prefill()
+        single = _single(adapter, inputs["input_ids"][0], DynamicCache())
         assert not single.takes_trees
         assert _ragged(adapter, inputs).takes_trees
         with pytest.raises(ValueError, match="`parents` must describe a chain for one unpadded row"):
@@ -164,7 +211,7 @@ def test_targets_of_chains_refuse_trees():
 
 
 def test_decoding_refuses_a_block_with_parents(monkeypatch):
-    """A drafted tree is accepted as if it were a chain."""
+    """A tree that nobody asked for is accepted as if it were a chain."""
     target = tiny_target("llama")
     inputs = ragged_prompts(2)
     plain = target.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -184,5 +231,5 @@ def test_decoding_refuses_a_block_with_parents(monkeypatch):
         return context
 
     monkeypatch.setattr(drafter, "start", with_parents)
-    with pytest.raises(ValueError, match="`parents` of a drafted block must be None, got a tree"):
+    with pytest.raises(ValueError, match="`parents` of a drafted block must be None where a chain was asked for"):
         target.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=drafter)
