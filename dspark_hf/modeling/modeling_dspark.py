@@ -633,7 +633,9 @@ class _DSparkContext(DraftContext):
         )
         return DraftedBlock(token_ids, None, None, parents=parents, chances=log_probs.exp()[None])
 
-    def _block(self, anchors: Tensor, positions: Tensor, num_drafts: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def _block(
+        self, anchors: Tensor, positions: Tensor, num_drafts: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return what `_run_block` does, compiled where sizes are fixed, behind all that was read."""
         drafter, positions = self._drafter, positions.to(self._drafter.device)
         context = [self.cache.read(layer) for layer in range(len(drafter.layers))]

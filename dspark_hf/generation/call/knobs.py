@@ -97,8 +97,8 @@ def read_options(
 ) -> SpeculationOptions:
     """Return the run-time knobs of a call, else those that the drafter comes with.
 
-    `scheduler`, `drafts`, `sampling` and `draft_tree` are what `custom_generate` was called with. Lookups are no longer than the
-    `cache` can take back, if it is given. With `is_stream`, requests that come and go share the passes.
+    `scheduler`, `drafts`, `sampling` and `draft_tree` are what `custom_generate` was called with. Lookups are no longer
+    than the `cache` can take back, if it is given. With `is_stream`, requests that come and go share the passes.
 
     Raises:
         ValueError: if more drafts are asked for than the drafter was trained to propose, or of a source that there is
@@ -159,8 +159,8 @@ def _check_tree(tree: Any) -> None:
     is_number = isinstance(tree, int) and not isinstance(tree, bool)
     if tree not in TREE_RULES and not (is_number and 2 <= tree <= MOST_BRANCHING):
         raise ValueError(
-            f"`draft_tree` must be one of {', '.join(TREE_RULES)}, or a number of drafts in [2, {MOST_BRANCHING}], got "
-            f"{tree!r}. Correct it, or leave it out."
+            f"`draft_tree` must be one of {', '.join(TREE_RULES)}, or a number of drafts in [2, {MOST_BRANCHING}], "
+            f"got {tree!r}. Correct it, or leave it out."
         )
 
 

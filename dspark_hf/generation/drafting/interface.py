@@ -54,8 +54,8 @@ class DraftedBlock:
     where a scheduler wants it. `confidence[:, k]` and `margins[:, k]` depend on the drafts before k only.
 
     `parents` `(1 + K,)` says which token of the anchor and its drafts each one continues, by index, -1 for the anchor;
-    None is a chain, in which each continues the one before. `chances` of a tree `(1, K)`, fp32, are those of whole paths
-    by the drafter. Only `draft_tree` may return a block with parents.
+    None is a chain, in which each continues the one before. `chances` of a tree `(1, K)`, fp32, are those of whole
+    paths, by the drafter. Only `draft_tree` may return a block with parents.
 
     The decoding loop fills in the rest where rows look drafts up: `is_certain` `(B, K)`, which of them are not drawn
     from `probs`; `chances` `(B, K)`, fp32, the estimated chances of these, NaN for others; `num_modelled`, how many of
@@ -112,9 +112,7 @@ class DraftContext(ABC):
         """Whether `draft_tree` may be asked for."""
         return False
 
-    def draft_tree(
-        self, anchor_ids: Tensor, positions: Tensor, num_slots: int, num_drafts: int
-    ) -> DraftedBlock:
+    def draft_tree(self, anchor_ids: Tensor, positions: Tensor, num_slots: int, num_drafts: int) -> DraftedBlock:
         """Return at most `num_drafts` drafts of one row that branch, none more than `num_slots` behind the anchor.
 
         They follow from what is known before the round alone: nothing is drawn, so `probs` is None. Of the first n
