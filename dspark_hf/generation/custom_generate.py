@@ -29,5 +29,10 @@ class CustomGenerate(Drafter):
 
         Mind what Transformers drops on this way: `streamer=` and `tokenizer=`, and with the latter `stop_strings=`.
         """
-        knobs = {"scheduler": scheduler, "drafts": drafts, "sampling": sampling, "draft_tree": draft_tree}
+        knobs: dict[str, Any] = {
+            "scheduler": scheduler,
+            "drafts": drafts,
+            "sampling": sampling,
+            "draft_tree": draft_tree,
+        }
         return decode(model, input_ids, drafter=self, **knobs, **kwargs)

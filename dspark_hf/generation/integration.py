@@ -4,8 +4,8 @@
 method once: a DSpark drafter goes to our loop, every other assistant to the original. Three more methods are wrapped
 because what they know is gone when the decoding method is called: which knobs the user set, among them `scheduler=`,
 `drafts=`, `sampling=` and `draft_tree=`, which `generate` does not know, that an assistant was passed by its name or
-to a mode that ignores it, and a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter without
-a word, is wrapped to refuse it. Pipelines have a seam of their own (`pipelines.py`).
+to a mode that ignores it, and a streamer beside `custom_generate`. `generate_batch`, which would drop a drafter
+without a word, is wrapped to refuse it. Pipelines have a seam of their own (`pipelines.py`).
 """
 
 from __future__ import annotations
