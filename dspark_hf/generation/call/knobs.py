@@ -98,7 +98,7 @@ def read_options(
     """Return the run-time knobs of a call, else those that the drafter comes with.
 
     `scheduler`, `drafts`, `sampling` and `draft_tree` are what `custom_generate` was called with. Lookups are no
-    longer than the `cache` can take back, if it is given. With `is_stream`, requests that come and go share the passes.
+    longer than the `cache` can take back, if it is given. With `is_stream`, requests that come and go share passes.
 
     Raises:
         ValueError: if more drafts are asked for than the drafter was trained to propose, or of a source that there is
