@@ -65,9 +65,8 @@ def decode(
 
     The arguments are those that `generate` hands to its decoding methods, and the scheduler, who drafts, how samples
     are accepted and whether drafts branch, which on the way through `assistant_model=` come with the generation
-    configuration. Greedy
-    output is token-identical where the target's arithmetic does not depend on the number of tokens per pass (fp32);
-    sampled output follows the target's distribution exactly.
+    configuration. Greedy output is token-identical where the target's arithmetic does not depend on the number of
+    tokens per pass (fp32); sampled output follows the target's distribution exactly.
 
     Returns the token ids `(B, length)`, or a `DSparkGenerateOutput` with `return_dict_in_generate=True`.
 
@@ -103,12 +102,15 @@ def decode(
         context = options.start_context(drafter, adapter, len(input_ids))
         if isinstance(target, StaticTarget) and target.size.compile_options is not None:
             context.fix_size(target.size)
-        schedule = options.scheduler.start(rows.describe(adapter, drafter))
+        num_branching = options.num_branching
+        if num_branching != 0 and not _may_branch(target, context, rows, len(input_ids)):
+            num_branching = 0
+        call = replace(rows.describe(adapter, drafter), may_branch=num_branching is None)
+        schedule = options.scheduler.start(call)
         lookups = None
         if options.num_looked_up:
             prompts = prompt_tokens(input_ids, model_kwargs.get("attention_mask"))
             lookups = Lookups(prompts, schedule.match_chances, min_match=drafter.min_match)
-        num_branching = options.num_branching if _may_branch(target, context, rows, len(input_ids)) else 0
         rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups, num_branching)
         try:
             rounds.prefill()
@@ -183,15 +185,16 @@ class Rounds:
                 self._schedule, self._lookups, batch, partial(self._draft, anchors, batch), record, anchors.device
             )
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
-            parents = None if drafted is None else drafted.parents
+            parents = None if drafted is None or drafted.parents is None else drafted.parents[: tokens.shape[1]]
             target_pass = self._verify(tokens, parents)
-            path = range(tokens.shape[1])
+            path: Sequence[int] = range(tokens.shape[1])
             if parents is None:
                 scores, num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
             else:
                 found = walk(rows, target_pass, tokens, parents)
-                path, scores, bonus, record.num_tried = found.path, found.scores, found.bonus, found.num_tried
-                target_pass, tokens, num_accepted = target_pass.along(path), tokens[:, path], [len(path) - 1]
+                path, scores, bonus = found.path, found.scores, found.bonus
+                record.num_tried, record.places = found.num_tried, tuple(place - 1 for place in path[1:])
+                target_pass, tokens, num_accepted = target_pass.along(found.path), tokens[:, path], [len(path) - 1]
             record.num_accepted, new_tokens = _accepted_tokens(tokens, num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
             self._keep(target_pass, path, num_kept)
@@ -301,8 +304,8 @@ class Rounds:
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         statistics.count_parking(self._schedule.parked_because, record.num_drafted)
         outcome = outcome_of(batch, record, drafting, seconds - drafting, is_typical=is_typical)
-        if record.num_tried is None:
-            self._schedule.observe(outcome)
+        learn = self._schedule.observe if record.places is None else self._schedule.observe_tree
+        learn(outcome)
         if self._lookups is not None:
             self._schedule.compare(outcome)
 

@@ -40,7 +40,7 @@ def propose(
         record.num_looked_up = choice.num_looked_up
         drafted = with_lookups(drafted, offers, choice.num_looked_up, device)
     if drafted is not None and drafted.parents is not None:
-        record.num_drafted, record.num_verified = drafted.num_drafts, [drafted.num_drafts]
+        record.num_drafted, record.num_verified = drafted.num_drafts, [schedule.admit_tree(drafted, batch)]
     elif drafted is not None:
         record.num_drafted, record.confidence = drafted.num_modelled_drafts, drafted.confidence
         record.num_verified = schedule.admit(drafted, choice.limit(batch))
@@ -60,4 +60,5 @@ def outcome_of(
         other_seconds,
         is_typical,
         record.num_looked_up,
+        record.places,
     )

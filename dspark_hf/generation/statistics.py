@@ -36,8 +36,8 @@ class Round:
 class RoundInProgress:
     """What has become of a round so far; the fields are those of a `Round`, one count a row.
 
-    `num_tried`: where drafts branched, how many places behind the anchor there was a draft for, on the way that the
-    text took; None for chains.
+    Where drafts branched, `places` are the indices of the accepted ones among all, and `num_tried` is how many places
+    behind the anchor there was a draft for, on the way that the text took; both are None for chains.
     """
 
     num_drafted: int = 0
@@ -46,6 +46,7 @@ class RoundInProgress:
     num_accepted: list[int] = field(default_factory=list)
     num_looked_up: tuple[int, ...] = ()
     num_tried: int | None = None
+    places: tuple[int, ...] | None = None
 
     def drafts_of(self, row: int) -> tuple[str, int]:
         """Return who made the drafts of the batch's row, and how many."""

@@ -118,3 +118,23 @@ TILT_TRUST = 8.0
 DRAFT_SHARE = 0.2
 # No step takes less than this share of the quickest that was measured. Plain choice: lines must not lead below zero.
 LEAST_SHARE = 0.1
+
+# --- when drafts branch (adaptive/branching.py, adaptive/scheduler.py)
+# Drafts of a tree that the drafter grows; with the anchor, a pass of 24. Plain choice: no larger tree has gained more
+# (benchmarks/results/trees.md).
+MOST_OF_TREE = 23
+# How many of them are verified, rounded up to one of these. Plain choice: costs of few widths are soon known.
+TREE_LEVELS = (0, 1, 2, 3, 5, 7, 11, 15, 23)
+# A tree must promise this many times the speed of a chain. Plain choice: about the error of both promises.
+TREE_GAIN = 1.03
+# Trees that are drafted to see what they would give, before a plan counts. Plain choice: one may be luck.
+FEW_TREES = 4
+# Drafted rounds from one that shows what the other kind of drafts would give to the next. Plain choice: costs below
+# 1%.
+OTHER_KIND_EVERY = 32
+# Probabilities at which paths begin to count together, and the paths of each band, by the drafter's own word, that are
+# believed beforehand. Plain choice: a few dozen trees outweigh them.
+CHANCE_BANDS = (0.03, 0.1, 0.25, 0.5)
+CHANCE_TRUST = 4.0
+# What a path still weighs after another one. Plain choice: some hundred count, so that they follow the text.
+CHANCE_MEMORY = 0.995

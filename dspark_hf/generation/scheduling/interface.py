@@ -38,6 +38,8 @@ class CallInfo:
         max_drafts: most drafts per round: the block size, or fewer if the user asked for fewer.
         prompt_length: tokens of the longest prompt.
         is_sampling: whether tokens are sampled.
+        may_branch: whether `Schedule.num_branching` is asked: there is one row, and drafter, target and the row's
+            rules have to do with trees.
     """
 
     target: TargetAdapter
@@ -46,6 +48,7 @@ class CallInfo:
     max_drafts: int
     prompt_length: int = 0
     is_sampling: bool = False
+    may_branch: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class RoundOutcome:
         is_typical: False if the drafter did extra work: it read the prompts, or the hidden states that rounds without
             drafts left unread.
         num_looked_up: drafts that each row looked up instead, empty if none did.
+        places: where drafts branched, the indices of those that were accepted; None for chains.
     """
 
     batch: Batch
@@ -141,6 +145,7 @@ class RoundOutcome:
     other_seconds: float = 0.0
     is_typical: bool = True
     num_looked_up: Sequence[int] = ()
+    places: tuple[int, ...] | None = None
 
     @property
     def modelled_rows(self) -> list[int]:
@@ -184,9 +189,20 @@ class Schedule(ABC):
     def num_branching(self, batch: Batch) -> int:
         """Return how many drafts of a tree the drafter makes instead of a chain, asked after `num_drafts`; 0 for none.
 
-        Only one row is drafted so. The tree follows from the drafter's logits, so all that was said before counts.
+        Only asked where the call `may_branch`.
         """
         return 0
+
+    def admit_tree(self, drafted: DraftedBlock, batch: Batch) -> int:
+        """Return how many drafts of a tree to verify, the most probable paths first; all by default.
+
+        Nothing was drawn for a tree, so any of its drafts may decide.
+        """
+        return drafted.num_drafts
+
+    def observe_tree(self, outcome: RoundOutcome) -> None:
+        """Learn from a finished round whose drafts branched; does nothing by default."""
+        return
 
     def choose(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
         """Return who drafts, where some rows could look drafts up; decided from earlier rounds and these offers only.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dspark_hf.generation.drafting.chances import MatchChances
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.scheduling.adaptive.branching import RecentTrees
 from dspark_hf.generation.scheduling.adaptive.parking import Parking
 from dspark_hf.generation.scheduling.defaults import (
     FEW_BLOCKS,
@@ -74,10 +75,11 @@ class RecentMargins:
 
 @dataclass
 class DrafterState:
-    """What is known about a drafter: the fit of its acceptance, its recent margins, and whether it is parked."""
+    """What is known about a drafter: the fit of its acceptance, its recent blocks, and whether it is parked."""
 
     estimator: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
     recent_margins: RecentMargins = field(default_factory=RecentMargins)
+    recent_trees: RecentTrees = field(default_factory=RecentTrees)
     # gains that the drafter had where it was evaluated, if it was
     shown: list[float] | None = None
     _parking: dict[int, Parking] = field(default_factory=dict)

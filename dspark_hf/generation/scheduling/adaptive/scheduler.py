@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers.utils import logging
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
@@ -21,9 +24,13 @@ from dspark_hf.generation.scheduling.defaults import (
     FEW_BLOCKS,
     FEW_DRAFTS,
     FEW_TOKENS,
+    FEW_TREES,
+    MOST_OF_TREE,
     MOST_SURPRISE,
     PLAN_EVERY,
     REQUIRED_GAIN,
+    TREE_GAIN,
+    TREE_LEVELS,
 )
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Choice, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.survival import possible_survival
@@ -48,7 +55,7 @@ class AdaptiveScheduler(Scheduler):
         self.costs = costs
 
     def start(self, call: CallInfo) -> Schedule:
-        schedule = _Adaptive(self.costs or online_costs(call), remembered(call))
+        schedule = _Adaptive(self.costs or online_costs(call), remembered(call), call)
         schedule.match_chances = remembered_matches(call)
         return schedule
 
@@ -65,13 +72,21 @@ class _Mode(Enum):
 class _Adaptive(Schedule):
     wants_margins = True
 
-    def __init__(self, costs: Costs, memory: DrafterState):
+    def __init__(self, costs: Costs, memory: DrafterState, call: CallInfo):
         self._costs = costs
         self._memory = memory
+        # a tree takes the drafter about as long as one draft more than it can make in a chain, until it is timed
+        self._tree_size = call.max_drafts + 1 if call.may_branch else 0
+        # whether this round's drafts branch, and whether only to see what they, or a chain, would give
+        self._branches = False
+        self._is_trying = False
+        self._tree: list[float] = []
         self._source = OnlineConfidence(memory.estimator)
         self._mode = _Mode.plain
         self._num_rounds = 0
+        # the better one of chain and tree
         self._plan: Plan | None = None
+        self._better: tuple[bool, Plan, list[float]]
         self._plan_is_for: tuple[int, ...] = ()
         self._has_logged = False
         # of the plan, per row
@@ -92,12 +107,35 @@ class _Adaptive(Schedule):
             self.parked_because = None
             if is_busy and not self._is_worth_its_time(batch, plan):
                 self._mode = _Mode.plain
+            elif is_busy:
+                self._take_turns()
         elif parking.is_trial_due():
             self._mode = _Mode.trial
+            self._take_turns()
         else:
             # told once: the numbers hardly change while nothing is drafted
             self.parked_because = self.parked_because or self._explain(batch, plan, has_lost=parking.is_parked)
-        return 0 if self._mode in (_Mode.plain, _Mode.comparing) else min(plan.num_drafts, self._most_drafts(batch))
+        return 0 if self._mode in (_Mode.plain, _Mode.comparing) else self._num_planned(batch)
+
+    def _num_planned(self, batch: Batch) -> int:
+        """Return how many drafts the round's kind of drafts is to have."""
+        assert self._plan is not None
+        if self._is_trying:
+            return min(batch.max_drafts, self._most_drafts(batch))
+        return min(self._plan.num_drafts, self._most_drafts(batch))
+
+    def _take_turns(self) -> None:
+        """Draft the kind of drafts that is not in use, chain or tree, if it is its turn to show what it would give."""
+        self._is_trying = bool(self._tree_size) and self._memory.recent_trees.is_turn()
+        self._branches = self._branches != self._is_trying
+
+    def num_branching(self, batch: Batch) -> int:
+        # all that may be of use: what is not verified still tells what it would have given
+        return MOST_OF_TREE if self._branches else 0
+
+    def _drafting_seconds(self, batch: Batch, count: int) -> float:
+        size = self._tree_size if self._branches else count
+        return self._costs.draft_seconds(batch.num_rows, size, batch.context_length)
 
     def _is_worth_its_time(self, batch: Batch, plan: Plan) -> bool:
         """Return whether drafts add more tokens than their time is worth where much comes from elsewhere.
@@ -110,7 +148,7 @@ class _Adaptive(Schedule):
             return True
         count = plan.num_drafts
         passes = self._seconds_of_passes(batch, count)
-        drafting = self._costs.draft_seconds(batch.num_rows, count, batch.context_length)
+        drafting = self._drafting_seconds(batch, count)
         worth, tokens = 0.0, 0.0
         for level in range(1, count + 1):
             tokens += batch.num_live * self._gains[level - 1]
@@ -127,7 +165,8 @@ class _Adaptive(Schedule):
         """Return how far a pass may go: if widths are dear here, no great step is made to find out."""
         few = min(max(FEW_TOKENS // batch.num_rows - 1, 1), FEW_DRAFTS)
         widest = self._costs.widest(batch.num_rows) if isinstance(self._costs, OnlineCosts) else math.inf
-        return int(min(max(few, 2 * widest - 1), max(batch.limits + batch.rooms)))
+        limits = batch.limits + batch.rooms + ((MOST_OF_TREE,) if self._branches else ())
+        return int(min(max(few, 2 * widest - 1), max(limits)))
 
     def _explain(self, batch: Batch, plan: Plan, *, has_lost: bool) -> str:
         """Return why drafting is parked, and log it once a call."""
@@ -155,7 +194,7 @@ class _Adaptive(Schedule):
         return choice
 
     def _best_choice(self, batch: Batch, offers: Sequence[Offer], num_drafts: int) -> Choice:
-        rows, length = batch.num_rows, batch.context_length
+        rows = batch.num_rows
         most = self._most_drafts(batch)
         offers = [offer.up_to(most) for offer in offers]
         passes = self._seconds_of_passes(batch, max(num_drafts, *(len(offer.token_ids) for offer in offers)))
@@ -163,7 +202,7 @@ class _Adaptive(Schedule):
         plan = None
         if num_drafts and self._plan is not None:
             rates.append(self._plan.rate)
-            plan = DrafterPlan(self._gains[:num_drafts], self._costs.draft_seconds(rows, num_drafts, length))
+            plan = DrafterPlan(self._gains[:num_drafts], self._drafting_seconds(batch, num_drafts))
         # rows that wait have no room
         are_live = [limit > 0 for limit in batch.limits]
         choice = choose_sources(offers, plan, are_live, passes, max(rates))
@@ -188,39 +227,59 @@ class _Adaptive(Schedule):
         return self._passes
 
     def _current_plan(self, batch: Batch) -> Plan:
-        recent_margins = self._memory.recent_margins
-        num_blocks = recent_margins.num_blocks
+        recent_margins, recent_trees = self._memory.recent_margins, self._memory.recent_trees
+        num_blocks = recent_margins.num_blocks + (recent_trees.num_trees if self._tree_size else 0)
         # the first blocks change the plan most
         age = num_blocks if num_blocks < FEW_BLOCKS else num_blocks // PLAN_EVERY + FEW_BLOCKS
         is_for = (batch.num_rows, batch.num_live, batch.max_drafts, age)
         if self._plan is None or self._plan_is_for != is_for:
-            rows, length = batch.num_rows, batch.context_length
-            counts = range(1, batch.max_drafts + 1)
-            passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in (0, *counts)]
-            # a plain step costs no more than a pass over drafts, whatever noise may say
-            passes[0] = min(passes)
             gains = recent_margins.gains(batch.max_drafts, self._memory.estimator, self._memory.shown)
-            self._gains = gains.mean(0).tolist()
-            self._plan = make_plan(
-                batch.num_live * gains,
-                batch.num_live,
-                [self._costs.draft_seconds(rows, count, length) for count in counts],
-                passes,
-            )
+            chain = self._plan_for(batch, gains, range(1, batch.max_drafts + 1))
+            self._better = False, *chain
+            if self._tree_size and recent_trees.num_trees >= FEW_TREES:
+                gains = recent_trees.gains()
+                tree = self._plan_for(batch, gains, [self._tree_size] * gains.shape[1])
+                if tree[0].rate >= TREE_GAIN * chain[0].rate:
+                    self._better = True, *tree
             self._plan_is_for = is_for
+        self._branches, self._plan, self._gains = self._better
+        self._is_trying = False
         return self._plan
+
+    def _plan_for(self, batch: Batch, gains: NDArray[np.float64], sizes: Sequence[int]) -> tuple[Plan, list[float]]:
+        """Return the plan for blocks with such `gains` `(N, K)` a row, and their means.
+
+        The drafter takes as long for 1 to K drafts as for chains of `sizes`.
+        """
+        rows, length = batch.num_rows, batch.context_length
+        passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in range(len(sizes) + 1)]
+        # a plain step costs no more than a pass over drafts, whatever noise may say
+        passes[0] = min(passes)
+        drafting = {size: self._costs.draft_seconds(rows, size, length) for size in set(sizes)}
+        plan = make_plan(batch.num_live * gains, batch.num_live, [drafting[size] for size in sizes], passes)
+        return plan, gains.mean(0).tolist()
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         if self._mode is _Mode.looking_up:
             # as many as were worth it, which no draft was needed for to know
             return batch.cut(drafted.num_drafts)
         gains: list[float] = possible_survival(self._source.read(drafted), batch).sum(0).tolist()
-        if self._mode is _Mode.drafting and self._plan is not None:
+        if self._mode is _Mode.drafting and self._plan is not None and not self._is_trying:
             level = self._plan.admit(gains)
             # behind the drafter's last draft is only what was looked up
             return batch.cut(level if level < drafted.num_modelled_drafts else drafted.num_drafts)
         # a trial verifies everything, to see what becomes of the drafts
         return batch.cut(len(gains))
+
+    def admit_tree(self, drafted: DraftedBlock, batch: Batch) -> int:
+        if drafted.chances is None or not self._tree_size:
+            return drafted.num_drafts
+        self._tree = drafted.chances[0].tolist()
+        most = min(self._num_planned(batch), drafted.num_drafts)
+        if self._is_trying or self._mode is not _Mode.drafting or self._plan is None:
+            return most
+        level = self._plan.admit(self._memory.recent_trees.chances(self._tree))
+        return min(next(one for one in TREE_LEVELS if one >= level), most)
 
     def observe(self, outcome: RoundOutcome) -> None:
         self._num_rounds += 1
@@ -231,7 +290,23 @@ class _Adaptive(Schedule):
             self._remember(outcome)
         self._count(outcome)
 
+    def observe_tree(self, outcome: RoundOutcome) -> None:
+        if not self._tree_size:
+            # trees were asked for, whatever they cost
+            return
+        self._num_rounds += 1
+        outcome = replace(outcome, num_drafted=self._tree_size)
+        assert outcome.places is not None
+        if outcome.batch.max_drafts == self._tree_size - 1:
+            # near its end a row has fewer slots
+            self._memory.recent_trees.learn(self._tree, outcome.num_verified[0], outcome.places)
+        if isinstance(self._costs, OnlineCosts):
+            self._costs.observe(outcome)
+        self._count(outcome)
+
     def compare(self, outcome: RoundOutcome) -> None:
+        if outcome.places is not None:
+            outcome = replace(outcome, num_drafted=self._tree_size)
         rows, length, costs = outcome.batch.num_rows, outcome.batch.context_length, self._costs
         if isinstance(costs, OnlineCosts) and not costs.has_timed():
             return
