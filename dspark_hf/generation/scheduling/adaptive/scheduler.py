@@ -101,11 +101,14 @@ class _Adaptive(Schedule):
         if batch.max_drafts < 1:
             return 0
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
-        if plan.rate > self._required_gain(batch) * plan.plain_rate and not parking.is_parked:
+        # trees may pay where chains do not
+        is_unknown = bool(self._tree_size) and self._memory.recent_trees.num_trees < FEW_TREES
+        promises = plan.rate > self._required_gain(batch) * plan.plain_rate
+        if (promises or is_unknown) and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
             self._mode = _Mode.drafting if is_busy else _Mode.comparing
             self.parked_because = None
-            if is_busy and not self._is_worth_its_time(batch, plan):
+            if is_busy and not is_unknown and not self._is_worth_its_time(batch, plan):
                 self._mode = _Mode.plain
             elif is_busy:
                 self._take_turns()
