@@ -66,8 +66,8 @@ def main(
         f"# Drafts that branch: {packaged.title}, {dtype}",
         "",
         f"Greedy, one row, {max_new_tokens} new tokens at most, {num_prompts} prompts a set (questions from "
-        f"`{prompts.name}`), {runs} interleaved run(s); {seconds}. Chains and trees of a size are the drafter's alone; "
-        "the default may also look drafts up, and what it learns in the first prompts counts.",
+        f"`{prompts.name}`), {runs} interleaved run(s); {seconds}. Chains and trees of a size are the drafter's "
+        "alone; the default may also look drafts up, and what it learns in the first prompts counts.",
         "",
         *describe_run(),
     ]

@@ -63,14 +63,18 @@ def _nothing_learned():
 
 
 def _widths(
-    per_token: float, chain_accuracy: float, accuracy: float, draft_tree: str | None = "auto"
+    per_token: float,
+    chain_accuracy: float,
+    accuracy: float,
+    draft_tree: str | None = "auto",
+    accept_rates: list[float] | None = None,
 ) -> list[tuple[int, int]]:
     """Return of every round the drafts that were made and verified, of a text that is the target's own."""
     target, inputs = tiny_target(), ragged_prompts(1)
     options: dict[str, Any] = {**inputs, "max_new_tokens": 80, "do_sample": False}
     plain = target.generate(**options)
     drafter = _Drafter(target, plain, [0], accuracy)
-    drafter.chain_accuracy = chain_accuracy
+    drafter.chain_accuracy, drafter.accept_rates = chain_accuracy, accept_rates
     scheduler = AdaptiveScheduler(costs=_Costs(per_token))
     options |= {"draft_tree": draft_tree, "scheduler": scheduler}
     assert torch.equal(target.generate(**options, assistant_model=drafter), plain)
@@ -85,6 +89,13 @@ def test_trees_are_as_wide_as_pays():
     assert len(verified) > len(free) / 2
     assert min(verified) == MOST_OF_TREE
     assert max(verified for _, verified in dear) < MOST_OF_TREE / 2
+
+
+def test_trees_are_tried_where_chains_do_not_pay():
+    """A drafter whose chains were never accepted is parked before its trees have shown what they give."""
+    rounds = _widths(0.001, chain_accuracy=0.0, accuracy=0.9, accept_rates=[1e-3] * 5)
+    assert [made for made, _ in rounds[:FEW_TREES]] == [MOST_OF_TREE] * FEW_TREES
+    assert sum(made == MOST_OF_TREE for made, _ in rounds) > len(rounds) / 2
 
 
 def test_chains_where_they_give_more():
