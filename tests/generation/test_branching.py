@@ -21,6 +21,7 @@ from tests.closeness import assert_same_up_to_rounding
 from tests.generation.drafters import ScriptedDrafter, ScriptedTreeDrafter
 from tests.generation.frequencies import PrefixDependent
 from tests.generation.prompts import ragged_prompts
+from tests.recurrent import recurrent_target
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value
 from tests.thinning import slow
 from tests.tiny import tiny_target
@@ -256,11 +257,13 @@ def test_places_that_were_tried():
         assert found.num_tried == tried, wanted
 
 
-@pytest.mark.parametrize("case", ["rows", "a processor that remembers", "a static cache", "a drafter of chains"])
+@pytest.mark.parametrize(
+    "case", ["rows", "a processor that remembers", "a static cache", "a drafter of chains", "a recurrent target"]
+)
 def test_chains_where_trees_do_not_go(case):
     """A tree is drafted where it cannot be verified exactly, and the call ends in an error or in another text."""
-    target, inputs = tiny_target(), _prompt()
-    options: dict[str, Any] = {**inputs, "max_new_tokens": 10, "do_sample": False}
+    target = recurrent_target("lfm2") if case == "a recurrent target" else tiny_target()
+    options: dict[str, Any] = {**_prompt(), "max_new_tokens": 10, "do_sample": False}
     if case == "rows":
         options |= ragged_prompts(2)
     elif case == "a static cache":
