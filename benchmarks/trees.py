@@ -444,7 +444,7 @@ def main(
         "costs below, one row. A tree of N holds the N most probable paths of a block; in brackets, how many drafts "
         "at most and how probable each path at least, the fastest of all that were tried on these very texts, for "
         "chains and trees alike. In favour of trees: the loop's bookkeeping costs nothing. Errors: leaving out "
-        "single texts.",
+        "single texts. Rounds of `generate` itself: [drafts that branch](branching.md).",
         "",
         f"Blocks: {', '.join(f'{count} of {name}' for name, count in counts.items())}.",
         "",
