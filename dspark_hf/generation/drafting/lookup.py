@@ -22,10 +22,10 @@ _LONGEST_MATCH = 32
 class TextIndex:
     """A text that knows where its latest tokens stood before.
 
-    Of every sequence of `min_match`, twice and four times as many tokens it keeps the latest places, in hash tables. So
-    a token costs the same however long the text is. The match is the latest place of the longest of these sequences;
-    beyond their length it is kept for as long as the text goes on as it did there. It `is_disputed` if the text went
-    on otherwise behind the place of the same sequence before that.
+    Of every sequence of `min_match`, twice and four times as many tokens it keeps the latest places, in hash tables.
+    So a token costs the same however long the text is. The match is the latest place of the longest of these
+    sequences; beyond their length it is kept for as long as the text goes on as it did there. It `is_disputed` if the
+    text went on otherwise behind the place of the same sequence before that.
 
     Args:
         min_match: tokens that a match has at least.

@@ -52,7 +52,7 @@ def test_match_is_what_a_search_through_the_text_finds(vocab_size, min_match):
 
 
 def test_single_token_that_stood_before_is_offered():
-    """Half of what a text repeats is passed over, since it begins with one token: Transformers' own lookup drafts it."""
+    """What repeats behind one token alone is passed over, which Transformers' own lookup drafts."""
     (offer,) = Lookups([[5, 6, 7, 5]], MatchChances()).offers([2])
     assert offer.token_ids == (6, 7)
 

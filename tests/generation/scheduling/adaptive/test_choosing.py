@@ -32,7 +32,7 @@ def test_offers_that_cost_more_than_they_yield_are_passed_over():
 
 
 def test_drafter_is_asked_where_a_long_offer_yields_more_only_on_paper():
-    """A doubtful match spares the drafter, as fifteen drafts that are too dear to verify sum up to more than its one."""
+    """A doubtful match spares the drafter, since drafts that are too dear to verify sum up to more than its one."""
     offer, plan = _offer(0.35, 0.6, *[0.8] * 13), DrafterPlan([0.6], 0.05)
     assert sum(offer.survival()) > sum(plan.gains)
     assert choose_sources([offer], plan, [True], _passes(0.2), 1.0) is None
