@@ -38,10 +38,8 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; default: MODEL.", rich_help_panel=_SERVING)
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="How far to draft, such as fixed; default: adaptive.", rich_help_panel=options.MODELS),
-    ] = None,
+    scheduler: options.SchedulerOption = None,
+    num_drafts: options.NumDraftsOption = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Requests decoded together.", rich_help_panel=_BOUNDS)] = 8,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Requests that wait; more are told to come back.", rich_help_panel=_BOUNDS)
@@ -60,7 +58,6 @@ def serve(
     """Serve a model to OpenAI's clients: chats and texts, many at a time, from this machine alone unless told."""
     # imported here, so that the help is instant
     from dspark_hf.cli.answering import Asked
-    from dspark_hf.demo.packaged import UnavailableError
 
     _check_extra()
     console = Console(stderr=True)
@@ -69,13 +66,12 @@ def serve(
             raise ValueError("`--api-key` must be of visible ASCII characters, got others. Choose another.")
         if api_key == "":
             raise ValueError("`--api-key` must be a key, got an empty one. Leave it out to serve without.")
-        served = _load(Asked(model, drafter, dtype.value, device), name or model, context, console)
-        engine = _start(served, console, max_rows=max_rows, max_waiting=max_waiting, scheduler=scheduler)
+        asked = Asked(model, drafter, dtype.value, device, options.value_of(scheduler), num_drafts)
+        served = _load(asked, name or model, context, console)
+        drafting = {"scheduler": asked.scheduler, "num_drafts": num_drafts}
+        engine = _start(served, console, max_rows=max_rows, max_waiting=max_waiting, **drafting)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    except UnavailableError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     from dspark_hf.serving.app import create_app
     from dspark_hf.serving.gate import LOCAL_HOSTS
 
@@ -118,7 +114,7 @@ def _start(served: tuple[ServedModel, Any], console: Console, **options: Any) ->
     say(
         console,
         f"{model.name} ({dtype} on {model.target.device}, {model.context} tokens of context), up to "
-        f"{drafter.block_size} drafts a round{_origin(drafter)}",
+        f"{options['num_drafts'] or drafter.block_size} drafts a round{_origin(drafter)}",
     )
     return engine
 

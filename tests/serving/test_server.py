@@ -12,10 +12,11 @@ import openai
 import pytest
 import torch
 
+from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.noise import KeyedNoise
 from tests.closeness import assert_same_up_to_rounding
 from tests.serving.running import END, EOS, NAME, Running, serve, wait_until
-from tests.tiny import VOCAB_SIZE
+from tests.tiny import VOCAB_SIZE, tiny_target
 
 # every word is another length of prompt
 QUESTIONS = [" ".join(f"w{10 + (7 * i + k) % 50}" for k in range(1 + i % 9)) for i in range(24)]
@@ -368,3 +369,19 @@ def test_a_key_is_asked_for():
             for path, body in (("/v1/chat/completions", _body()), ("/v1/models", None), ("/metrics", None)):
                 assert guarded.ask(path, body, headers)[0] == 401
         assert guarded.ask("/health")[0] == 200
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_drafts_are_as_many_as_were_asked_for(num_drafts):
+    """`--num-drafts` is taken and forgotten, or changes the text."""
+    target = tiny_target()
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, block_size=5)
+    drafter.drafts = "model"
+    options = {"scheduler": "fixed", "num_drafts": num_drafts}
+    with serve(target=target, drafter=drafter.eval(), engine_options=options) as few:
+        text = _chat(few, "w10 w11", max_tokens=8).choices[0].message.content
+        assert text == few.text(few.plain(few.ids("w10 w11"), 8))
+        wait_until(lambda: few.metric("dspark_rounds_total") > 0)
+        drafted = few.metric('dspark_drafts_total{step="drafted"}')
+        # the last round may have room for fewer
+        assert num_drafts / 2 < drafted / few.metric("dspark_rounds_total") <= num_drafts
