@@ -43,7 +43,7 @@ BELOW: dict[str, set[str]] = {
     # a network's side of requests that come and go
     "serving": {"generation"},
     "demo": {"generation", "modeling", "terminal", "loading", ""},
-    "doctor": {"generation", "modeling", "profiling", "loading"},
+    "doctor": {"generation", "modeling", "profiling", "loading", "registry"},
     "cli": {
         "generation",
         "profiling",

@@ -78,6 +78,8 @@ def serve(
     bounds: dict[str, Any] = {"seconds": timeout, "max_body_bytes": max_body_bytes}
     has_no_key, is_here = api_key is None, host in LOCAL_HOSTS
     app = create_app(served[0], engine, api_key=api_key, is_local=has_no_key and is_here, **bounds)
+    if has_no_key and is_here and port:
+        _say_how_to_ask(console, f"http://{host}:{port}", served[0].name)
     _run(console, app, host, port, is_open=has_no_key and not is_here)
 
 
@@ -123,6 +125,17 @@ def _origin(drafter: Any) -> str:
     from dspark_hf.generation.lookup_assistant import LookupAssistant
 
     return ", looked up in the text: no drafter known (--drafter names one)" * isinstance(drafter, LookupAssistant)
+
+
+def _say_how_to_ask(console: Console, address: str, name: str) -> None:
+    import json
+    import shlex
+
+    from dspark_hf.console import say
+
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Name a planet."}]})
+    words = ("curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
+    say(console, f"Once it runs: {shlex.join(words)}")
 
 
 def _run(console: Console, app: Any, host: str, port: int, *, is_open: bool) -> None:
