@@ -48,6 +48,10 @@ class PackagedModel(str, Enum):
     gemma = "gemma"
 
 
+# of the folders that short names have led to
+_SHORT_NAMES: dict[str, str] = {}
+
+
 def is_packaged(name: str) -> bool:
     """Return whether a packaged model is meant: its short name, unless a folder is called so."""
     return name in {model.value for model in PackagedModel} and not Path(name).exists()
@@ -67,9 +71,16 @@ def packaged_folder(name: str | None) -> str | None:
 
     try:
         with quiet_transformers():
-            return str(converted_target(name))
+            folder = str(converted_target(name))
     except UnavailableError as error:
         raise typer.BadParameter(str(error)) from error
+    _SHORT_NAMES[folder] = name
+    return folder
+
+
+def as_given(word: str) -> str:
+    """Return the short name that the user gave for a folder of a packaged model, any other word as it is."""
+    return _SHORT_NAMES.get(word, word)
 
 
 def value_of(choice: Enum | None) -> str | None:

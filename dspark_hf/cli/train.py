@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspark_hf.cli.options import Dtype, packaged_folder
+from dspark_hf.cli.options import Dtype, as_given, packaged_folder
 
 if TYPE_CHECKING:
     from dspark_hf.training.conversations import Conversation
@@ -273,7 +273,7 @@ def describe_result(
         lines.append(
             "1.00 is what decoding yields without a drafter: this one is of no use yet. Train on, or on more text."
         )
-    options = f"--target {shlex.quote(target)} --drafter {shlex.quote(str(folder))}"
+    options = f"--target {shlex.quote(as_given(target))} --drafter {shlex.quote(str(folder))}"
     lines.append(f"Next: dspark-hf eval {options} questions.jsonl")
     lines.append(f"or, where confidence matters, first: dspark-hf calibrate {options} --prompts others.jsonl")
     return "\n".join(lines)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dspark_hf.cli import answering
 from dspark_hf.cli.answering import Asked, drafter_for
+from dspark_hf.cli.hints import say_next
 from dspark_hf.cli.main import app
 from dspark_hf.cli.options import PackagedModel, Scheduler, is_packaged, packaged_folder
 from dspark_hf.demo.packaged import PACKAGED_MODELS
@@ -146,3 +149,16 @@ def test_short_names_are_those_of_packaged_models(tmp_path, monkeypatch):
     assert is_packaged("smollm2") and not is_packaged("smollm3")
     (tmp_path / "smollm2").mkdir()
     assert not is_packaged("smollm2") and packaged_folder("smollm2") == "smollm2"
+
+
+def test_the_next_command_calls_a_model_as_its_user_did(tmp_path, monkeypatch):
+    """A packaged model's next command names a folder deep in a cache, which nobody typed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dspark_hf.demo.packaged.converted_target", lambda name: tmp_path / "cache" / name)
+    console = Console(file=io.StringIO(), width=200)
+    for given in ("smollm2", "some folder"):
+        say_next(console, "chat", str(packaged_folder(given)))
+    assert console.file.getvalue().splitlines() == [
+        "Next: dspark-hf chat smollm2",
+        "Next: dspark-hf chat 'some folder'",
+    ]
