@@ -422,7 +422,9 @@ def test_a_run_tells_how_far_it_is(
     is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A run says nothing, or its bar stays on the screen and the cursor away when the run fails."""
-    monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_terminal)))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if is_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
     target = tiny_target()
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "max_steps": 3}
