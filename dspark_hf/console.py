@@ -83,7 +83,8 @@ def progress_bar(console: Console, *, note: str = "") -> Progress:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    # what stands behind the bar says more than its length
+    columns = (TextColumn("{task.description}"), BarColumn(12 if note else 40), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn(), *([TextColumn(note, markup=False)] if note else []))
     return Progress(*columns, *times, console=console, transient=True)
 

@@ -10,7 +10,7 @@ from transformers import IntervalStrategy, TrainerCallback
 from dspark_hf.console import Steps
 
 # what stands behind the bar; taus here are teacher-forced
-_SHOWN = {"loss": "loss", "expected_tau": "tau", "accept_rate_1": "first", "eval_expected_tau": "held-out tau"}
+_SHOWN = {"loss": "loss", "expected_tau": "tau", "accept_rate_1": "first", "eval_expected_tau": "held-out"}
 
 
 class LiveProgress(TrainerCallback):
@@ -40,7 +40,7 @@ class LiveProgress(TrainerCallback):
             return
         logs = logs or {}
         self._newest.update({name: float(logs[key]) for key, name in _SHOWN.items() if key in logs})
-        self._bar.describe("training", ", ".join(f"{name} {value:.3f}" for name, value in self._newest.items()))
+        self._bar.describe("training", ", ".join(f"{name} {value:.2f}" for name, value in self._newest.items()))
         if "eval_expected_tau" in logs:
             rates = [value for key, value in logs.items() if key.startswith("eval_accept_rate_")]
             shown = " ".join(f"{rate:.2f}" for rate in rates)

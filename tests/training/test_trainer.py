@@ -435,7 +435,7 @@ def test_a_run_tells_how_far_it_is(
     shown = capfd.readouterr().err
     assert re.search(r"step 1: held-out tau 1\.\d+ \(teacher-forced\), accept rates 0\.\d", shown)
     if is_terminal:
-        assert "training" in shown and "2/3" in shown and "held-out tau" in shown
+        assert "training" in shown and "2/3" in shown and "held-out 1." in shown
         assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
     else:
         assert "training: 2 of 3; loss " in shown and "\x1b" not in shown
