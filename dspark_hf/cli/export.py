@@ -48,4 +48,10 @@ def export(
         raise typer.BadParameter(str(error)) from error
     console = Console()
     say(console, f"Written: {output}")
+    if to is Layout.custom_generate:
+        say(
+            console,
+            "Where Transformers alone is installed: "
+            f"target.generate(**inputs, custom_generate={str(output)!r}, trust_remote_code=True)",
+        )
     say_next(console, "eval", "--target", target or "TARGET", "--drafter", str(output), "questions.jsonl")

@@ -154,3 +154,14 @@ def test_the_command_writes_a_folder(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, arguments, env={"COLUMNS": "500", "NO_COLOR": "1"})
     assert again.exit_code == 2
     assert "`--output` must be absent or empty" in again.output
+
+
+def test_the_command_says_how_a_folder_is_used(tmp_path: Path) -> None:
+    """Who writes a folder for Transformers alone is not told the line that uses it."""
+    given = write(tmp_path / "given", deepspec_fields(Layout()), WEIGHTS)
+    folder = str(tmp_path / "new")
+    arguments = ["export", str(given), "--to", "custom_generate", "--output", folder]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "500", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert f"target.generate(**inputs, custom_generate={folder!r}, trust_remote_code=True)" in result.output
+    assert f"Next: dspark-hf eval --target TARGET --drafter {folder} questions.jsonl" in result.output
