@@ -6,6 +6,7 @@ import json
 import string
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tokenizers import Tokenizer
@@ -77,7 +78,9 @@ def _scores(model: str, task: dict[str, Any], batch_size: int, arguments: str) -
     # without those that the harness brings, which take half a minute to list
     tasks = TaskManager(include_defaults=False)
     options: dict[str, Any] = {"task_manager": tasks, "batch_size": batch_size, "device": "cpu", "bootstrap_iters": 0}
-    results = lm_eval.simple_evaluate(model, arguments, tasks=[task], **options)
+    # what it notes of the machine takes seconds to find out
+    with patch("lm_eval.evaluator.add_env_info"):
+        results = lm_eval.simple_evaluate(model, arguments, tasks=[task], **options)
     samples = [(one["resps"], one["filtered_resps"]) for one in results["samples"]["words"]]
     return results["results"]["words"], samples, results["config"]
 
