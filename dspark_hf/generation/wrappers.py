@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
@@ -32,6 +33,9 @@ def row_adapter_options(model: nn.Module) -> set[str]:
 
     PEFT keeps them in hooks of its layers, and hands none on to `generate`.
     """
+    if "peft" not in sys.modules:
+        # a model may have ten thousand modules
+        return set()
     # a dictionary of PyTorch's own, which it offers no other way to read
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     return {name for hook in hooks for name in getattr(hook, "keywords", ())} & {"adapter_names", "alora_offsets"}
