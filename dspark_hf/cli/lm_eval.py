@@ -11,7 +11,7 @@ import typer
 def lm_eval(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[WORDS]...", help="What `lm-eval` takes; its own help: dspark-hf lm-eval -- run -h"),
+        typer.Argument(metavar="WORDS", help="What `lm-eval` takes; its own help: dspark-hf lm-eval -- run -h"),
     ] = None,
 ) -> None:
     """Run lm-evaluation-harness (`lm-eval`), where the model `dspark-hf` is `hf` with a drafter: the same scores."""
