@@ -339,6 +339,28 @@ def test_null_and_the_only_value_say_nothing(running):
     assert running.ask("/v1/chat/completions", _body(**fields))[0] == 200
 
 
+def test_an_address_that_is_not_there_is_told_what_is(running):
+    """Who asks for embeddings, or forgets `/v1`, is not told what this server can do."""
+    with pytest.raises(openai.NotFoundError) as failure:
+        running.client.embeddings.create(model=NAME, input="w1")
+    assert failure.value.code == "unknown_url"
+    assert "got 'POST /v1/embeddings'" in failure.value.message
+    for address in (
+        "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "GET /v1/models",
+        "GET /health",
+        "GET /metrics",
+    ):
+        assert address in failure.value.message
+        method, path = address.split()
+        # each of them is there
+        assert running.ask(path, {} if method == "POST" else None)[0] != 404
+    status, headers, body = running.ask("/v1/chat/completions")
+    assert status == 405 and headers["Allow"] == "POST"
+    assert "got 'GET /v1/chat/completions'" in json.loads(body)["error"]["message"]
+
+
 def test_a_body_has_a_size():
     """Anybody fills the memory with one request, with its length said or not."""
     with serve(max_body_bytes=4096) as small:
