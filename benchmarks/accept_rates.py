@@ -17,7 +17,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.loading import DTYPES, DtypeName, PackagedName, load_packaged
+from benchmarks.loading import DtypeName, PackagedName, load_packaged
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.prompts import encode_prompt, user_turn
@@ -78,7 +78,7 @@ def main(
     most_tokens: Annotated[int, typer.Option(min=16, help="Of a text.")] = 96,
 ) -> None:
     """Print the rates, and how many blocks they rest on."""
-    packaged = load_packaged(model, DTYPES[dtype])
+    packaged = load_packaged(model, dtype)
     size = packaged.drafter.block_size
     counts: list[int] = []
     for path in files:
