@@ -281,9 +281,9 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         elif hasattr(self.config, "auto_map"):
             del self.config.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self.generation_config is not None:
+        if self.recommended is not None:
             # Transformers saves those of models that generate by themselves
-            self.generation_config.save_pretrained(save_directory)
+            self.recommended.save_pretrained(save_directory)
         if remote_code:
             write_custom_generate(save_directory)
         complete_folder(save_directory, self.config, self._origin)

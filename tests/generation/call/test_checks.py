@@ -93,7 +93,7 @@ def test_layers_outside_the_target(target, no_forward):
 
 def test_beam_search(target, drafter, no_forward):
     """Beams are silently decoded as one greedy text."""
-    with pytest.raises(ValueError, match=r"`num_beams` must be 1 when a drafter assists, got the mode 'beam_search'"):
+    with pytest.raises(ValueError, match=r"`num_beams` must be 1 when a drafter assists, got 2"):
         _generate(target, drafter, num_beams=2)
     with pytest.raises(ValueError, match=r"`num_beams` must be 1"):
         target.generate(**ragged_prompts(1), max_new_tokens=4, num_beams=2, custom_generate=drafter.decode)

@@ -15,7 +15,7 @@ from dspark_hf import DSparkAssistantModel
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
 from dspark_hf.modeling.formats.tensors import INDEX_NAME
 from tests.modeling.deepspec_layout import Layout, deepspec_fields, deepspec_weights
-from tests.modeling.formats.layouts import speculators_fields, specforge_fields, without_vocabulary, write
+from tests.modeling.formats.layouts import specforge_fields, speculators_fields, without_vocabulary, write
 from tests.tiny import tiny_target
 
 WEIGHTS = deepspec_weights(Layout())

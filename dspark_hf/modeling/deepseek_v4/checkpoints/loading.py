@@ -191,8 +191,8 @@ def _require_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wa
     if shape != wanted:
         raise ValueError(
             f"`{checkpoint.stored_name(name)}` must have the shape {wanted}, got {shape} in "
-            f"{str(checkpoint.target[name].file)!r}. Use the configuration that belongs to the checkpoint, or fetch that "
-            "file again."
+            f"{str(checkpoint.target[name].file)!r}. Use the configuration that belongs to the checkpoint, or fetch "
+            "that file again."
         )
 
 
