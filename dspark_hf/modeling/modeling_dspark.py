@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from dspark_hf import hubs
 from dspark_hf.generation.compat import run_compiled
 from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.chain import sample_block
@@ -24,7 +25,6 @@ from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, 
 from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
-from dspark_hf.hubs import is_elsewhere, local_name
 from dspark_hf.modeling import from_target, quantization
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
@@ -200,9 +200,11 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
             ValueError: if the folder holds no DSpark drafter, or its tensors are not exactly the drafter's: one left
                 at random would draft badly without an error.
         """
-        if is_elsewhere(str(pretrained_model_name_or_path)):
+        if hubs.is_elsewhere(str(pretrained_model_name_or_path)):
             revision = kwargs.pop("revision", None)
-            pretrained_model_name_or_path = local_name(str(pretrained_model_name_or_path), revision=revision)
+            pretrained_model_name_or_path = hubs.local_name(str(pretrained_model_name_or_path), revision=revision)
+        known_file = kwargs.get(gguf.OPTION) or "config.json"
+        kwargs.update(hubs.hub_options(pretrained_model_name_or_path, kwargs, known_file))
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         fields: dict[str, Any] = {}
         file = None

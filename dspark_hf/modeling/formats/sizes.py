@@ -27,8 +27,8 @@ def check_sizes(
     name, more = wrong[0], len(wrong) - 1
     file = find_file(name_or_path, lambda stored: our_name(packed.plain_name(stored)) == name, **hub_options)
     raise ValueError(
-        f"`{name}` must have the shape {tuple(expected[name])}, which follows from the drafter's configuration and "
-        f"its first layer, got {tuple(shapes[name])} in {str(file or name_or_path)!r}"
-        + (f", and {more} more tensors of other sizes" if more else "")
+        "`pretrained_model_name_or_path` must hold tensors of the sizes that follow from the drafter's configuration, "
+        f"got `{name}` of {tuple(shapes[name])} instead of {tuple(expected[name])} in {str(file or name_or_path)!r}"
+        + (f", and {more} more" if more else "")
         + ". Save the drafter anew, or fetch that file again."
     )
