@@ -25,8 +25,7 @@ from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.padding import prompt_tokens
-from dspark_hf.generation.targets.ragged import RaggedTarget
-from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.targets.ragged import RaggedTarget, new_cache
 from dspark_hf.generation.wrappers import unwrap
 
 # between two looks for requests while none is being decoded
@@ -108,7 +107,7 @@ class RequestStream(Iterator[FinishedRequest]):
         drafter.check_target(self._adapter)
         target = self._adapter.model
         try:
-            RaggedCache(target, 1)
+            new_cache(target, 1)
         except ValueError as error:
             if not _has_own_rows(target):
                 raise _unfit(target) from error
