@@ -265,7 +265,7 @@ class RequestStream(Iterator[FinishedRequest]):
         # rows that share a pass share its width
         num_drafts = self._drafter.block_size
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
-        _check_options(input_ids, config)
+        _check_options(input_ids, config, has_embeddings=prepared.get("inputs_embeds") is not None)
         speculation = read_options(
             config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY], sampling
         )
@@ -367,11 +367,16 @@ def _keep_in(prepared: dict[str, Any]) -> Callable[..., Tensor]:
     return keep
 
 
-def _check_options(input_ids: Tensor, generation_config: Any) -> None:
+def _check_options(input_ids: Tensor, generation_config: Any, *, has_embeddings: bool) -> None:
     if len(input_ids) != 1:
         raise ValueError(
             f"`input_ids` of a request must hold one prompt, to be continued once, got {len(input_ids)}. Make each a "
             "request of its own."
+        )
+    if has_embeddings:
+        raise ValueError(
+            "`inputs_embeds` must be left out in a stream, got some. A request's prompt is its `input_ids`: call "
+            "`target.generate` for embeddings."
         )
     if generation_config.return_dict_in_generate:
         raise ValueError(

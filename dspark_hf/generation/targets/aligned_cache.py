@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dspark_hf.generation.compat import empty_cache_like
@@ -23,17 +23,25 @@ from dspark_hf.generation.targets.padding import known_positions
 from dspark_hf.generation.targets.recurrent import RecurrentStates
 from dspark_hf.generation.targets.trees import Tree
 
-# biases by distance, and no positions beside them
+# kinds of attention that count columns, and families that always have a bias
+_KINDS = {"alibi", "local"}
 _BIASED = ("bloom", "mpt")
+
+
+def counted_columns(config: PreTrainedConfig) -> set[str]:
+    """Return which kinds of attention of a text decoder count columns: `"alibi"`, and GPT-Neo's `"local"` windows."""
+    kinds = set(getattr(config, "attention_layers", None) or ()) & _KINDS
+    if config.model_type in _BIASED or getattr(config, "alibi", False):
+        kinds.add("alibi")
+    return kinds
 
 
 def counts_columns(model: PreTrainedModel) -> bool:
     """Return whether a target's layers count the columns of their cache, and nothing but the distance between them."""
     config = model.config.get_text_config(decoder=True)
-    has_bias = config.model_type in _BIASED or getattr(config, "alibi", False)
-    # GPT-Neo's windows
-    has_windows = "local" in (getattr(config, "attention_layers", None) or ())
-    return (has_bias or has_windows) and all(type(layer) is DynamicLayer for layer in empty_cache_like(model).layers)
+    return bool(counted_columns(config)) and all(
+        type(layer) is DynamicLayer for layer in empty_cache_like(model).layers
+    )
 
 
 class AlignedCache(DynamicCache):

@@ -71,6 +71,12 @@ def _other_inputs(model_kwargs: dict[str, Any]) -> list[str]:
     )
 
 
+def _takes_embeddings(adapter: TargetAdapter, model_kwargs: dict[str, Any], past_length: int) -> bool:
+    """Return whether prompts given as embeddings are those of a plain text model, and the whole text so far."""
+    is_text_alone = adapter.config is adapter.model.config and not can_recompute_rows(adapter.model)
+    return is_text_alone and past_length == 0 and model_kwargs.get("token_type_ids") is None
+
+
 def check_length(config: PreTrainedConfig, generation_config: GenerationConfig, widest: int) -> None:
     """Raise a `ValueError` if a pass may reach where the target scales its attention by the column of a token.
 
@@ -107,8 +113,10 @@ def check_preparation(model: Any) -> None:
 def check_inputs(
     adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any], past_length: int = 0
 ) -> None:
-    """Raise a `ValueError` unless positions can be given, the input is text or images, and nobody wants attentions."""
+    """Raise a `ValueError` unless positions can be given, the input is text, its embeddings or images, and no more."""
     others = [] if has_images(adapter, model_kwargs, past_length) else _other_inputs(model_kwargs)
+    if others == ["inputs_embeds"] and _takes_embeddings(adapter, model_kwargs, past_length):
+        others = []
     # a model of states alone has no use for positions, nor one that counts columns
     needs_none = can_recompute_rows(adapter.model) or counts_columns(adapter.model)
     if others or not (adapter.accepts("position_ids") or needs_none):

@@ -76,6 +76,10 @@ class RaggedTarget:
         self._chunk_size = generation_config.prefill_chunk_size
         check_preparation(adapter.model)
         given, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
+        embeds, given_ids = model_kwargs.get("inputs_embeds"), input_ids
+        if embeds is not None:
+            # the tokens that the embeddings stand for may not be known
+            input_ids = input_ids.new_zeros(embeds.shape[:2])
         ragged: RaggedCache | AlignedCache | None = None
         width = mask_length(generation_config, attention_mask)
         past_length = cached_length(given, input_ids.shape[1], width)
@@ -92,20 +96,23 @@ class RaggedTarget:
         self._prompt_ids = input_ids[:, past_length:] if mask.shape[1] == input_ids.shape[1] else input_ids
         # those of the next pass, or the one of every token in it
         self._token_types: Tensor | None = None
-        # what prompts with images are prepared from, and how far the model's positions are from ours behind them
+        # what prompts with images, or of embeddings, are prepared from
         self._prompt_kwargs: dict[str, Any] | None = None
+        # how far the model's positions are from ours behind images
         self._offsets: Tensor | None = None
-        if ragged is not None and has_images(adapter, model_kwargs, past_length):
+        if ragged is not None and (embeds is not None or has_images(adapter, model_kwargs, past_length)):
             if self._chunk_size is not None:
                 check_chunks(model_kwargs)
             repeats = past_length and width == input_ids.shape[1]
+            if embeds is not None:
+                check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._prompt_kwargs = {
                 **model_kwargs,
-                "next_sequence_length": input_ids.shape[1] - past_length if repeats else None,
+                "next_sequence_length": input_ids.shape[1] - past_length if repeats or embeds is not None else None,
                 "return_dict": True,
                 "output_hidden_states": self._wants_hidden_states or None,
             }
-            self._given_ids = input_ids
+            self._given_ids = given_ids
         elif ragged is not None:
             check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._set_token_types(embedded_types(adapter, model_kwargs.get("token_type_ids")))
@@ -166,18 +173,17 @@ class RaggedTarget:
     def _prefill_padded(self) -> TargetPass:
         """Process the prompts as plain `generate` does.
 
-        A state cannot step over padding behind a row's end, images are told where they stand by the model, and what
-        counts columns is laid out so already.
+        A state cannot step over padding behind a row's end, images are told where they stand by the model, embeddings
+        may be of no tokens, and what counts columns is laid out so already.
         """
         assert isinstance(self.cache, RaggedCache | AlignedCache)
         mask, width = self._mask, self._new_mask.shape[1]
-        # one of the user's stays as it is until it is returned
-        cache = copy.deepcopy(self._given)
+        cache = self._cache_for_prompts()
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -width:]
         if self._prompt_kwargs is None:
             outputs, context = self._call_in_chunks(cache, positions)
         else:
-            outputs = self._call_with_images(cache)
+            outputs = self._call_prepared(cache)
             context = self._adapter.pop_context_hidden_states()
         self.cache.adopt(mask, mask.shape[1], cache)
         self._is_filled = True
@@ -190,6 +196,10 @@ class RaggedTarget:
             num_tokens=num_new,
             hidden_states=outputs.get("hidden_states"),
         )
+
+    def _cache_for_prompts(self) -> Any:
+        # one of the user's stays as it is until it is returned
+        return copy.deepcopy(self._given)
 
     def _call_in_chunks(self, cache: Any, positions: Tensor) -> tuple[Any, Tensor]:
         """Return what the model says of the last chunk of the padded prompts, and the context `(B, T, *)` of all."""
@@ -210,8 +220,8 @@ class RaggedTarget:
             contexts.append(self._adapter.pop_context_hidden_states())
         return outputs, torch.cat(contexts, dim=1)
 
-    def _call_with_images(self, cache: Any) -> Any:
-        """Return what the model says of prompts with images, prepared by itself over `cache`."""
+    def _call_prepared(self, cache: Any) -> Any:
+        """Return what the model says of prompts with images, or of embeddings, prepared by itself over `cache`."""
         assert self._prompt_kwargs is not None
         kwargs = {**self._prompt_kwargs, CACHE_KEY: cache}
         inputs = self._model.prepare_inputs_for_generation(self._given_ids, is_first_iteration=True, **kwargs)
@@ -223,7 +233,7 @@ class RaggedTarget:
             # a tensor, since an integer lets shared layers skip the other positions, and with them our taps
             last = self._new_mask.shape[1] - 1
             inputs["logits_to_keep"] = torch.tensor([last], device=self._adapter.device)
-        # images are not needed again
+        # neither is needed again
         self._prompt_kwargs = None
         return self._model(**inputs)
 

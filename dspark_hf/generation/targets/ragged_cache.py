@@ -30,6 +30,7 @@ from dspark_hf.generation.compat import (
 )
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
 from dspark_hf.generation.targets.adapter import input_device
+from dspark_hf.generation.targets.aligned_cache import counted_columns
 from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.masks import visible_slots
 from dspark_hf.generation.targets.padding import known_positions, pack_order
@@ -315,10 +316,8 @@ def _check_attention_kinds(model: PreTrainedModel) -> None:
 
 def _attention_kinds(config: PreTrainedConfig) -> set[str]:
     """Return what the layers' masks are made of, beyond full attention where nothing is said."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    # GPT-Neo's window, and biases by distance, are counted in columns: see `aligned_cache.py`
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        kinds.add("local")
+    # columns are no positions here
+    kinds = set(getattr(config, "layer_types", None) or ()) | counted_columns(config)
     # these read or copy layers of the cache themselves, past the layers' own methods
     if getattr(config, "cross_attention_layers", None):
         kinds.add("cross_attention")
@@ -327,6 +326,4 @@ def _attention_kinds(config: PreTrainedConfig) -> set[str]:
     # transformers 5.24: plain `generate` shows GIT its padding where there is no image
     if config.model_type == "git":
         kinds.add("image_prefix")
-    if getattr(config, "alibi", False):
-        kinds.add("alibi")
     return kinds

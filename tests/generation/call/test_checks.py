@@ -16,7 +16,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from dspark_hf import DSparkAssistantModel, generate_stream
+from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.decoding import decode
 from dspark_hf.generation.ragged_store import RaggedLengths
@@ -121,33 +121,6 @@ def test_attentions_of_a_batch(target, drafter, no_forward):
     """Attentions of rows that have left padding behind cannot be laid out as without a drafter."""
     with pytest.raises(ValueError, match=r"`output_attentions` must be False"):
         _generate(target, drafter, 3, output_attentions=True, return_dict_in_generate=True)
-
-
-BY_COLUMNS = {
-    "gpt_neo": {
-        "attention_types": [[["global", "local"], 1]],
-        "num_layers": 2,
-        "num_heads": 4,
-        "window_size": 4,
-        "max_position_embeddings": 64,
-    },
-    "falcon": {"alibi": True, "num_hidden_layers": 2, "num_attention_heads": 4},
-}
-
-
-@pytest.mark.parametrize("family", BY_COLUMNS)
-def test_attention_that_counts_columns(family):
-    """A window or a bias by distance, counted in columns, falls on the wrong tokens once rows differ in length."""
-    config = AutoConfig.for_model(family, vocab_size=64, hidden_size=32, eos_token_id=None, **BY_COLUMNS[family])
-    model = AutoModelForCausalLM.from_config(config).eval()
-    drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8)
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    plain = model.generate(**ragged_prompts(1), **options)
-    assert torch.equal(model.generate(**ragged_prompts(1), **options, assistant_model=drafter), plain)
-    with pytest.raises(ValueError, match=r"unless the target has full or sliding attention.*\['(local|alibi)'\].*one"):
-        model.generate(**ragged_prompts(3), **options, assistant_model=drafter)
-    with pytest.raises(ValueError, match="`target` must have full or sliding attention"):
-        generate_stream(model, [], drafter=drafter)
 
 
 def test_target_that_turns_its_cache_off():
