@@ -406,7 +406,7 @@ def _has_own_rows(target: Any) -> bool:
 
 def _unfit(target: PreTrainedModel) -> ValueError:
     return ValueError(
-        "`target` must have full or sliding attention under 'eager' or 'sdpa', without ALiBi, and a cache of "
+        "`target` must have full, sliding or chunked attention under 'eager' or 'sdpa', or ALiBi, and a cache of "
         f"Transformers, to decode requests that come and go, got {type(target).__name__}. Call `target.generate` for "
         "each, unpadded."
     )

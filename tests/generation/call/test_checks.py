@@ -131,10 +131,19 @@ def test_target_that_turns_its_cache_off():
     with pytest.raises(ValueError, match=r"`use_cache` must be True.*Pass `use_cache=True`"):
         _generate(model, drafter)
     options = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
-    plain = model.generate(**ragged_prompts(1), **options)
-    assert torch.equal(model.generate(**ragged_prompts(1), **options, assistant_model=drafter), plain)
+    for num_rows in (1, 3):
+        plain = model.generate(**ragged_prompts(num_rows), **options)
+        assert torch.equal(model.generate(**ragged_prompts(num_rows), **options, assistant_model=drafter), plain)
+
+
+def test_target_that_takes_no_positions():
+    """A target that counts its positions itself puts the tokens of a shorter row at the longest one's."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = AutoConfig.for_model("bart", vocab_size=64, is_decoder=True, is_encoder_decoder=False, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    drafter = DSparkAssistantModel.from_target(model, num_hidden_layers=1, markov_rank=8)
     with pytest.raises(ValueError, match="unless the target takes `position_ids`"):
-        model.generate(**ragged_prompts(3), **options, assistant_model=drafter)
+        _generate(model, drafter, 3)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
