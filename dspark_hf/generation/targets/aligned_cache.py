@@ -63,7 +63,8 @@ class AlignedCache(DynamicCache):
         self._mask = torch.zeros(batch_size, 0, dtype=torch.bool, device=input_device(model))
         self.windows: list[int | None] = [None] * len(self.layers)
         self.states = RecurrentStates([])
-        self._lengths = [0] * batch_size
+        # of every row the tokens, and the columns from its first one on
+        self._lengths, self._spans = [0] * batch_size, [0] * batch_size
 
     @property
     def lengths(self) -> list[int]:
@@ -73,7 +74,9 @@ class AlignedCache(DynamicCache):
     def adopt(self, mask: Tensor, past_length: int, cache: Any = None) -> None:
         """Take over the `past_length` columns of a padded cache, of which `mask` `(B, S)` marks those with a token."""
         self.layers = (self._given if cache is None else cache).layers
-        self._set_mask(mask[:, :past_length])
+        self._mask = mask[:, :past_length]
+        self._lengths = self._mask.sum(-1).tolist()
+        self._spans = (past_length - self._mask.long().argmax(-1)).tolist()
 
     @property
     def _filled(self) -> list[Any]:
@@ -85,10 +88,8 @@ class AlignedCache(DynamicCache):
         """Let every row of a filled cache hold `length` tokens, to measure what a pass over such a context costs."""
         for layer in self._filled:
             layer.keys, layer.values = (_widened(x, length) for x in (layer.keys, layer.values))
-        self._set_mask(self._mask.new_ones(len(self._mask), length))
-
-    def _set_mask(self, mask: Tensor) -> None:
-        self._mask, self._lengths = mask, mask.sum(-1).tolist()
+        self._mask = self._mask.new_ones(len(self._mask), length)
+        self._lengths, self._spans = [length] * len(self._mask), [length] * len(self._mask)
 
     def pass_inputs(
         self, num_tokens: list[int], width: int, device: torch.device, tree: Tree | None, *, are_drafts: bool
@@ -108,25 +109,31 @@ class AlignedCache(DynamicCache):
         shifts = torch.tensor([most - count for count in counts], device=device)[:, None]
         sources = torch.arange(width, device=device) - shifts
         mask = functional.pad(self._mask, (0, most), value=True).gather(1, sources.clamp_min(0)) & (sources >= 0)
-        # columns that are padding in every row
-        first = int(mask.any(0).long().argmax())
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        self._spans = [span + count for span, count in zip(self._spans, counts, strict=True)]
+        # columns before it are padding in every row
+        first = width - max(self._spans)
         is_moved = min(counts) < most
         for layer in self._filled:
             layer.keys, layer.values = (
                 (_moved(x, sources) if is_moved else x)[:, :, first:width] for x in (layer.keys, layer.values)
             )
-        self._set_mask(mask[:, first:])
+        self._mask = mask[:, first:]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
-        self._set_mask(self._mask[rows])
+        self._mask = self._mask[rows]
+        self._lengths, self._spans = (
+            [values[row] for row in rows.tolist()] for values in (self._lengths, self._spans)
+        )
         for layer in self._filled:
             layer.keys, layer.values = (x[rows.to(x.device)] for x in (layer.keys, layer.values))
 
     def append_rows(self, other: AlignedCache) -> None:
         """Append the rows of another cache of the same model."""
         width = max(self._mask.shape[1], other._mask.shape[1])
-        self._set_mask(torch.cat([functional.pad(x._mask, (width - x._mask.shape[1], 0)) for x in (self, other)]))
+        self._mask = torch.cat([functional.pad(x._mask, (width - x._mask.shape[1], 0)) for x in (self, other)])
+        self._lengths, self._spans = self._lengths + other._lengths, self._spans + other._spans
         for layer, new in zip(self._filled, other._filled, strict=True):
             layer.keys, layer.values = (
                 torch.cat([_widened(x, width), _widened(y, width)])
