@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 
 from benchmarks.loading import (
-    DTYPES,
     PROMPTS,
     DtypeName,
     Packaged,
@@ -60,7 +59,7 @@ def main(
     clock, console = choose_clock(processor_time=processor_time), Console()
     # the default decides by the same clock
     decoding.perf_counter = statistics.perf_counter = clock  # type: ignore[attr-defined]
-    packaged = load_packaged(model, DTYPES[dtype])
+    packaged = load_packaged(model, dtype)
     seconds = "processor time of one thread" if processor_time else "time"
     lines = [
         f"# Drafts that branch: {packaged.title}, {dtype}",
