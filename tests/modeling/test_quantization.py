@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import BitsAndBytesConfig
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.modeling.drafting import draft_greedily
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 pytest.importorskip("bitsandbytes")
@@ -24,8 +26,13 @@ _OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-@pytest.mark.parametrize("name", _OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        (pytest.param if case in (("8 bit", "gated"), ("4 bit", "vanilla"), ("own list", "rnn")) else slow)(*case)
+        for case in product(_OPTIONS, ("vanilla", "gated", "rnn"))
+    ],
+)
 def test_a_quantised_drafter_drafts_nearly_the_same(name: str, head: str, tmp_path: Path) -> None:
     """A drafter in fewer bits would fail in its first draft, or draft noise."""
     target = tiny_target("llama", **_SIZES)

@@ -98,7 +98,7 @@ def test_a_few_steps(tmp_path: Path) -> None:
     target = _fresh_target()
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     special = {name: getattr(target.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    losses = _losses(_train_target(target, tmp_path, num_steps=6, batch_size=4))
+    losses = _losses(_train_target(target, tmp_path, num_steps=5, batch_size=2))
     assert losses[0] > 3.5
     assert losses[-1] < losses[0] - 0.5
     changed = {name for name, tensor in target.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -107,7 +107,7 @@ def test_a_few_steps(tmp_path: Path) -> None:
     assert {name: getattr(target.config, f"{name}_token_id") for name in special} == special
 
     target.config.output_router_logits = False
-    trainer = _train_drafter(target, tmp_path, 3, _own_texts(target, 12, seed=2, length=20))
+    trainer = _train_drafter(target, tmp_path, 3, _own_texts(target, 12, seed=2, length=14))
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     first = trainer.evaluate()
     trainer.train()
