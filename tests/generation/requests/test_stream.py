@@ -20,11 +20,12 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel
 from dspark_hf.generation.drafting.interface import DraftContext
 from dspark_hf.generation.requests.request import Request, RequestQueue
 from dspark_hf.generation.requests.stream import generate_stream
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
 from tests.generation.call.test_criteria import character_tokenizer
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.schedulers import EveryThirdRound
@@ -586,9 +587,10 @@ def test_cache_that_cannot_take_a_pass_back():
     assert "`max_rollback` must be at least 6, the tokens of a verify pass, got 3" in str(finished.error)
 
 
-def test_kinds_of_layers_that_transformers_does_not_know():
+def test_kinds_of_layers_that_transformers_does_not_know(tmp_path):
     """A target of our own classes ends in a KeyError, unless Transformers' class of the same kind was imported."""
-    model = tiny_model()
+    write_tiny_checkpoint(tmp_path, with_dspark=False)
+    model = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path)
     (request,) = _requests(((5, 4),))
     kinds = {kind: cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(kind, None) for kind in set(model.config.layer_types)}
     kinds = {kind: layer for kind, layer in kinds.items() if layer is not None}

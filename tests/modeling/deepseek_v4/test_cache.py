@@ -191,11 +191,11 @@ def test_memory_is_that_of_the_theory(indexer_dtype):
     csa = 2 * (4 * config.head_dim + key) * (length // 4)
     csa += 2 * 4 * 2 * 2 * (config.head_dim + config.index_head_dim) * (2 * 4 + config.max_rollback)
     hca = 4 * config.head_dim * (length // 8) + 4 * 2 * config.head_dim * (8 + config.max_rollback)
-    assert cache.num_bytes == pytest.approx(window + csa + hca, rel=0.02)
+    assert cache.num_bytes == pytest.approx(window + csa + hca, rel=0.04)
     for layer in (1, 3):
         entries = cache.store(layer).index.entries
-        # room for more grows by 1/128
-        assert entries.num_bytes == pytest.approx(key * (length // 4), rel=0.02)
+        # room for at most 16 more
+        assert 0 <= entries.num_bytes - key * (length // 4) <= 16 * key
         assert entries.num_bytes % key == 0
 
 
