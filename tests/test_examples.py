@@ -12,7 +12,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.demo.tiny import write_tiny_pair
@@ -69,6 +68,8 @@ def test_notebooks(name, printed, tiny_models, monkeypatch, capsys):
 @pytest.mark.slow
 def test_quickstart_notebook_in_a_kernel(tiny_models):
     """A notebook runs as a script only: what it shows cannot be shown."""
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     resources = {"metadata": {"path": str(EXAMPLES)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
@@ -111,6 +112,8 @@ def test_examples_use_public_names(path):
 @pytest.mark.slow
 def test_adapt_drafter_notebook():
     """A fine-tune's owner is shown steps that do not work."""
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(EXAMPLES / "adapt_drafter.ipynb", as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))

@@ -16,7 +16,6 @@ from tests.modeling.drafting import draft_greedily
 from tests.thinning import slow
 from tests.tiny import tiny_target
 
-pytest.importorskip("bitsandbytes")
 # kernels for four bits take widths of whole blocks
 _SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "num_key_value_heads": 4}
 _OPTIONS = {
@@ -35,6 +34,8 @@ _OPTIONS = {
 )
 def test_a_quantised_drafter_drafts_nearly_the_same(name: str, head: str, tmp_path: Path) -> None:
     """A drafter in fewer bits would fail in its first draft, or draft noise."""
+    # here, as it takes seconds to import
+    pytest.importorskip("bitsandbytes")
     target = tiny_target("llama", **_SIZES)
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, markov_head_type=head)
     drafter.save_pretrained(tmp_path)
