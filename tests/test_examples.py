@@ -48,7 +48,7 @@ def _code(notebook: Path) -> list[str]:
     ("name", "printed"),
     [
         ("quickstart", "the texts are identical"),
-        ("batches_and_streams", "everything: 0 new tokens (cancelled)"),
+        pytest.param("batches_and_streams", "everything: 0 new tokens (cancelled)", marks=pytest.mark.slow),
         pytest.param("your_own_drafter", "the same texts, and tau", marks=pytest.mark.slow),
         pytest.param("deepseek_v4_tiny", "the texts are identical", marks=pytest.mark.slow),
     ],

@@ -200,6 +200,7 @@ def test_a_confidence_that_is_no_number_is_refused_at_once(folder, tmp_path):
     assert "must have a confidence in [0, 1], got NaN from broken" in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX")
 def test_odd_names_cost_no_result(folder, tmp_path):
     """After hours the file's name breaks the writing of the numbers, the figures or the last line."""

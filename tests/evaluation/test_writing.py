@@ -116,7 +116,7 @@ def test_many_sets_and_no_confidence_are_drawn():
     """Nine sets, a drafter without a head or a set with one prompt breaks a figure."""
     models = tiny_models(with_confidence=False)
     sets = tiny_sets(**{f"set{index}": 1 for index in range(9)})
-    evaluation = evaluate(models, sets, EvaluationSettings(max_new_tokens=6, repeats=1))
+    evaluation = evaluate(models, sets, EvaluationSettings(max_new_tokens=3, repeats=1))
     assert [figure.name for figure in draw_figures(evaluation)] == [
         "accepted_length",
         "acceptance_by_position_temperature_0",

@@ -20,7 +20,7 @@ from tests.generation.prompts import num_padded, ragged_prompts
 from tests.thinning import slow
 from tests.tiny import VOCAB_SIZE, tiny_target
 
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 FIELDS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "rnn": {"markov_head_type": "rnn"},

@@ -38,11 +38,11 @@ def test_single_row_cache_equals_fresh_prefill(family, seed):
     """A rejected draft stays in the target's cache, or an accepted one is missing."""
     target = tiny_target(family)
     inputs = ragged_prompts(1, seed=seed)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     drafter = ScriptedDrafter(target, plain, [0], 0.6)
     drafter.generator.manual_seed(seed)
     output = target.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
+        **inputs, max_new_tokens=15, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
     )
     assert 0 < output.statistics.num_accepted < output.statistics.num_verified
     fresh = _fresh_cache(target, output.sequences[:, :-1])
@@ -58,10 +58,10 @@ def test_ragged_cache_equals_fresh_prefill(family, seed):
     target = tiny_target(family)
     inputs = ragged_prompts(4, seed=seed)
     padded = num_padded(inputs)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     drafter = ScriptedDrafter(target, plain, padded, 0.6)
     output = target.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
+        **inputs, max_new_tokens=15, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
     )
     for row, num_pad in enumerate(padded):
         fresh = _fresh_cache(target, output.sequences[row : row + 1, num_pad:-1])
@@ -79,7 +79,7 @@ def test_drafter_context_equals_one_from_scratch(scheduler, num_rows, seed, monk
     target = tiny_target("llama")
     inputs = ragged_prompts(num_rows, seed=seed)
     padded = num_padded(inputs)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=2, markov_rank=8, block_size=5)
     drafter.scheduler = scheduler
     contexts, deferred = [], []
@@ -99,7 +99,7 @@ def test_drafter_context_equals_one_from_scratch(scheduler, num_rows, seed, monk
     monkeypatch.setattr(drafter, "start", scripted_start)
     monkeypatch.setattr(decoding, "DeferredContext", recorded)
     output = target.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
+        **inputs, max_new_tokens=15, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
     )
     assert torch.equal(output.sequences, plain)
     assert 0 < output.statistics.num_accepted < output.statistics.num_verified
@@ -191,7 +191,7 @@ def test_finished_rows_leave_the_batch():
     """Rows that are done go on costing the target."""
     target = tiny_target("llama")
     inputs = ragged_prompts(4)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     width = inputs["input_ids"].shape[1]
     eos = int(plain[2, width + 4])
     sizes = []

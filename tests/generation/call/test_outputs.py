@@ -123,9 +123,9 @@ def test_accept_rate_by_position_matches_the_script():
     """Acceptance by position is counted at a shifted position or over the wrong rounds."""
     target = tiny_target("llama")
     inputs = ragged_prompts(4)
-    script = target.generate(**inputs, max_new_tokens=200, do_sample=False)
+    script = target.generate(**inputs, max_new_tokens=100, do_sample=False)
     drafter = ScriptedDrafter(target, script, num_padded(inputs), 0.7)
-    target.generate(**inputs, max_new_tokens=200, do_sample=False, assistant_model=drafter)
+    target.generate(**inputs, max_new_tokens=100, do_sample=False, assistant_model=drafter)
     statistics = drafter.last_statistics
     for rate, tried in zip(statistics.accept_rate_by_position, statistics.verified_by_position, strict=True):
         # five standard deviations of a frequency over so many tries

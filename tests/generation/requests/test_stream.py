@@ -37,7 +37,7 @@ from tests.thinning import slow
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_target
 
 # prompt lengths and new tokens: rows leave at different times, one at once; prompts both below and above the window
-SIZES = ((5, 20), (11, 3), (17, 30), (1, 1), (4, 25), (21, 9), (3, 14))
+SIZES = ((5, 12), (11, 3), (17, 18), (1, 1), (4, 14), (21, 6), (3, 9))
 
 
 class StreamDrafter(ScriptedDrafter):

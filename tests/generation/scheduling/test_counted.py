@@ -57,6 +57,7 @@ def test_what_repeats_anyway_goes_by_the_clock(options: dict[str, Any]) -> None:
     assert drafter.last_statistics is not None and drafter.last_statistics.scheduler == "adaptive"
 
 
+@pytest.mark.slow
 def test_the_text_follows_the_target() -> None:
     """Sampled text under the default is not the target's."""
     target = small_target()

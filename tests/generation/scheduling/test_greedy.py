@@ -26,7 +26,7 @@ from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.thinning import mostly_slow, slow
 from tests.tiny import tiny_target
 
-NEW_TOKENS = 18
+NEW_TOKENS = 14
 NUM_ROWS = (1, 4)
 ACCURACIES = {"right": 1.0, "wrong": 0.0, "often right": 0.7}
 FAMILIES = ("llama", "gemma3_text", "deepseek_v4")

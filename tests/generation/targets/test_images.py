@@ -137,7 +137,7 @@ def _inputs(kind: str, prefix: Tensor | None = None) -> dict[str, Any]:
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
-    options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, **options}
+    options = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True, **options}
     return model.generate(**inputs, **options)
 
 

@@ -23,7 +23,7 @@ from tests.recurrent import recurrent_target
 from tests.thinning import slow
 from tests.tiny import VOCAB_SIZE, tiny_target
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 STATIC: dict[str, Any] = {"cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
 QUICK = [("llama", 1), ("gemma3_text", 3)]
 CASES = [

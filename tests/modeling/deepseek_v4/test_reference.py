@@ -260,7 +260,7 @@ def test_oracle_sees_no_later_token():
     target = _target(15, **SMALL)
     token_ids = torch.randint(VOCAB, (34,)).tolist()
     whole = target.run(token_ids)
-    for length in (1, 3, 4, 8, 21):
+    for length in (1, 4, 21):
         begun = target.run(token_ids[:length])
         other = target.run(token_ids[:length] + [(token_ids[length] + 1) % VOCAB])
         for outputs in (whole, other):
