@@ -60,15 +60,15 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshInterpreter
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seldom_written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what tests seldom write: one of its own for each of thousands of tests takes longer than many."""
-    return tmp_path_factory.mktemp("places")
+    return tmp_path_factory.mktemp("seldom")
 
 
 @pytest.fixture(autouse=True)
-def profiles(places: Path) -> Iterator[Path]:
+def profiles(seldom_written: Path) -> Iterator[Path]:
     """The folder of measured profiles, absent at first: none of this machine's is read, and none written."""
-    folder = places / f"{next(_NUMBERS)}-profiles"
+    folder = seldom_written / f"{next(_NUMBERS)}-profiles"
     # not the test's own `monkeypatch`, which would then outlive its other fixtures
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
@@ -76,9 +76,9 @@ def profiles(places: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def own_drafters(places: Path) -> Iterator[Path]:
+def own_drafters(seldom_written: Path) -> Iterator[Path]:
     """The registry file of the user's drafters, absent at first: none of this machine's is read, and none written."""
-    file = places / f"{next(_NUMBERS)}-own-drafters.json"
+    file = seldom_written / f"{next(_NUMBERS)}-own-drafters.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DRAFTERS_VARIABLE, str(file))
         yield file

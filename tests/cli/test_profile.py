@@ -144,12 +144,12 @@ def test_deepseek_v4(profiles, tmp_path, monkeypatch, with_drafter):
     """A DeepSeek-V4 checkpoint is refused, or its costs are not those that `use_dspark=True` looks for."""
     write_tiny_checkpoint(tmp_path / "target")
     drafter = ("--drafter", str(tmp_path / "target")) if with_drafter else ()
-    code, output = _run(tmp_path, "--contexts", "16", "--widths", "1", "--rows", "1", *drafter)
+    code, output = _run(tmp_path, "--contexts", "64", "--widths", "1,2", "--rows", "1", *drafter)
     assert code == 0, output
     assert "DeepseekV4DSparkForCausalLM, bfloat16" in output
     monkeypatch.setattr(profile, "_TABLES", {})
     target = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path / "target")
-    call = CallInfo(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 2, 5, 30)
+    call = CallInfo(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 1, 5, 30)
     assert (online_costs(call).profile is not None) == with_drafter
 
 

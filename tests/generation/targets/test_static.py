@@ -197,7 +197,7 @@ def _count_stores(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_shapes_are_compiled_once(monkeypatch):
     """Passes are compiled again as a text grows, a store is made anew, or a block reads other context."""
     torch._dynamo.reset()
-    target, inputs = tiny_target("llama", num_hidden_layers=1), ragged_prompts(3)
+    target, inputs = tiny_target("llama"), ragged_prompts(3)
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, block_size=1, target_layer_ids=[0])
     options = {"max_new_tokens": 12, "scheduler": "fixed", "drafts": "model"}
     eager = target.generate(**inputs, **STATIC, **options, assistant_model=drafter)
