@@ -138,14 +138,14 @@ def test_train_drafter(tmp_path, monkeypatch, capsys):
         f"{first}{second} kali" for first in ("ba", "du", "fo", "ne") for second in ("ba", "du", "fo", "ka", "mo")
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in words))
-    arguments = ["train_drafter.py", str(target), "--output", str(tmp_path / "mine"), "--num-conversations", "12"]
+    arguments = ["train_drafter.py", str(target), "--output", str(tmp_path / "mine"), "--num-conversations", "20"]
     arguments += ["--prompts", str(tmp_path / "prompts.jsonl")]
-    arguments += ["--max-new-tokens", "16", "--max-steps", "2", "--draft-vocab", "50"]
+    arguments += ["--max-new-tokens", "24", "--max-steps", "2", "--draft-vocab", "50"]
     monkeypatch.setattr(sys, "argv", arguments)
     for _ in range(2):
         runpy.run_path(str(EXAMPLES / "train_drafter.py"), run_name="__main__")
         assert "tokens per round" in capsys.readouterr().out
-    assert len((tmp_path / "mine" / "texts.jsonl").read_text(encoding="utf-8").splitlines()) == 12
+    assert len((tmp_path / "mine" / "texts.jsonl").read_text(encoding="utf-8").splitlines()) == 20
 
 
 @pytest.mark.slow
