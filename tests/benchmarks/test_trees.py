@@ -131,7 +131,7 @@ def test_a_page_is_written(target, tmp_path, monkeypatch):
     app = typer.Typer()
     app.command()(benchmark.main)
     page = tmp_path / "page.md"
-    few = ["--sets", "chat,copying", "--num-prompts", "1", "--length", "16", "--output", str(page)]
+    few = ["--sets", "chat,copying", "--num-prompts", "2", "--length", "24", "--output", str(page)]
     assert CliRunner().invoke(app, few, catch_exceptions=False).exit_code == 0
     text = page.read_text(encoding="utf-8")
     # accepted lengths once, and for the costs of each dtype with and without lookups
