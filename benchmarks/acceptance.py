@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.console import Console
 
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
+from dspark_hf.console import progress_bar
 from dspark_hf.demo.packaged import PACKAGED_MODELS, converted_target, shipped_drafter
 from dspark_hf.evaluation.loading import encode_sets, load_models, read_prompt_sets
 from dspark_hf.evaluation.results import SetResult
@@ -40,7 +41,7 @@ def main(
     drafter_folder = drafter or str(shipped_drafter(model))
     models = load_models(target_folder, {"drafter": drafter_folder}, dtype="fp32", device="cpu")
     prompts = encode_sets(sets, models, max_new_tokens)
-    with Progress(transient=True) as progress:
+    with progress_bar(Console()) as progress:
         task = progress.add_task("warming up", total=num_trials(prompts, settings))
         evaluation = evaluate(
             models, prompts, settings, advance=lambda name: progress.update(task, advance=1, description=name)

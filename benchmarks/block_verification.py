@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.loading import DTYPES, PROMPTS, DtypeName, PackagedName, PromptsFile, load_packaged
+from benchmarks.loading import PROMPTS, DtypeName, PackagedName, PromptsFile, load_packaged
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf.generation import decoding, verification
@@ -80,7 +80,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the table goes.")] = FOLDER / "results" / "block_verification.md",
 ) -> None:
     """Sample at three temperatures, print the table and write it to a file."""
-    packaged = load_packaged(model, DTYPES[dtype])
+    packaged = load_packaged(model, dtype)
     texts = read_prompts(prompts, num_prompts)
     lines = [
         "# Sampled blocks verified at once",

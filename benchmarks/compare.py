@@ -101,7 +101,7 @@ def prompts_of(packaged: Packaged, name: str, prompts: Path, count: int) -> list
 def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
     """Return what a case takes, in this process."""
     clock = choose_clock(processor_time=settings.processor_time)
-    packaged = load_packaged(case.model, DTYPES[case.dtype])
+    packaged = load_packaged(case.model, case.dtype)
     prompts = prompts_of(packaged, case.set, Path(settings.prompts), settings.num_prompts)
     loads = [make_load([prompt], 0, packaged.target.device, {}) for prompt in prompts]
     sampling = {"do_sample": True, "temperature": case.temperature, "top_k": 0} if case.temperature else {}

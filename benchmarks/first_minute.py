@@ -21,16 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.loading import (
-    DTYPES,
-    PROMPTS,
-    DtypeName,
-    PackagedName,
-    ProcessorTime,
-    PromptsFile,
-    choose_clock,
-    load_packaged,
-)
+from benchmarks import loading
 from benchmarks.loads import random_prompts
 from benchmarks.lookup import make_sets
 from benchmarks.pages import FOLDER, write_page
@@ -186,20 +177,20 @@ def costs_of(path: Path, packaged: Any) -> CostTable:
 
 def main(
     recordings: Annotated[Path, typer.Option(help="Folder where recordings and costs are kept.")],
-    prompts: PromptsFile = PROMPTS,
-    model: PackagedName = "smollm2",
-    dtype: DtypeName = "bf16",
+    prompts: loading.PromptsFile = loading.PROMPTS,
+    model: loading.PackagedName = "smollm2",
+    dtype: loading.DtypeName = "bf16",
     costs: Annotated[str, typer.Option(help="Dtypes whose costs count, comma-separated.")] = "bf16,fp32",
     num_prompts: Annotated[int, typer.Option(min=NUM_PROMPTS, help="Texts of a set that are recorded.")] = 8,
     sessions: Annotated[int, typer.Option(min=2, help="Fresh processes.")] = 8,
     noises: Annotated[str, typer.Option(help="Standard deviations of a step's time, as shares.")] = "0.05,0.3",
-    processor_time: ProcessorTime = False,
+    processor_time: loading.ProcessorTime = False,
     output: Annotated[Path, typer.Option(help="Where the page goes.")] = FOLDER / "results" / "first_minute.md",
 ) -> None:
     """Record what is not recorded yet, replay, print the tables and write them to a file."""
     console = Console()
-    workload.perf_counter = choose_clock(processor_time=processor_time)  # type: ignore[attr-defined]
-    packaged = load_packaged(model, DTYPES[dtype])
+    workload.perf_counter = loading.choose_clock(processor_time=processor_time)  # type: ignore[attr-defined]
+    packaged = loading.load_packaged(model, dtype)
     encoded = make_sets(packaged, prompts, num_prompts)
     encoded["random tokens"] = random_prompts(num_prompts, packaged.tokenizer.vocab_size, seed=0)
     sets: dict[str, list[Text]] = {}
@@ -228,7 +219,7 @@ def main(
     for of in costs.split(","):
         loaded = packaged if of == dtype else None
         path = recordings / f"{model}-costs-{of}.json"
-        table = costs_of(path, loaded or (None if path.exists() else load_packaged(model, DTYPES[of])))
+        table = costs_of(path, loaded or (None if path.exists() else loading.load_packaged(model, of)))
         for noise in map(float, noises.split(",")):
             lines += ["", f"## Costs of {of}, noise of {noise:.0%}", "", *head()]
             for name, texts in sets.items():

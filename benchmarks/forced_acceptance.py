@@ -61,7 +61,7 @@ def accepted(
 @torch.no_grad()
 def main(num_texts: Annotated[int, typer.Option(min=1)] = 8, most_tokens: int = 260, every: int = 4) -> None:
     """Print the chances, averaged over slots, and the tokens per round that they come to, token by token."""
-    packaged, ways = load_packaged("smollm2", torch.bfloat16), load_ways()
+    packaged, ways = load_packaged("smollm2", "bf16"), load_ways()
     found: dict[str, list[Tensor]] = {}
     for number, line in enumerate(TEXTS.read_text(encoding="utf-8").splitlines()[-num_texts:]):
         turns = json.loads(line)

@@ -36,14 +36,21 @@ class Packaged:
     drafter: DSparkAssistantModel
 
 
-def load_packaged(name: str, dtype: torch.dtype) -> Packaged:
-    """Return a packaged target and what belongs to it."""
+def load_packaged(name: str, dtype: str) -> Packaged:
+    """Return a packaged target and what belongs to it, in a dtype of `DTYPES`.
+
+    Raises:
+        typer.BadParameter: if there is no such target, or no such dtype.
+    """
+    for option, given, known in (("--model", name, PACKAGED_MODELS), ("--dtype", dtype, DTYPES)):
+        if given not in known:
+            raise typer.BadParameter(f"`{option}` must be one of {', '.join(known)}, got {given!r}. Correct it.")
     folder = converted_target(name)
     return Packaged(
         PACKAGED_MODELS[name].title,
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]),
         AutoTokenizer.from_pretrained(folder),
-        DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[name]), dtype=dtype),
+        DSparkAssistantModel.from_pretrained(shipped_drafter(PACKAGED_MODELS[name]), dtype=DTYPES[dtype]),
     )
 
 
@@ -53,3 +60,8 @@ def choose_clock(*, processor_time: bool) -> Callable[[], float]:
         return perf_counter
     torch.set_num_threads(1)
     return process_time
+
+
+def time_word(*, processor_time: bool) -> str:
+    """Return what that clock measures, as a page says it."""
+    return "processor time of one thread" if processor_time else "time"

@@ -135,14 +135,14 @@ def by_piece(steps: list[Step], start: int, piece: int, width: int) -> dict[int,
     return {index: median(times) for index, times in sorted(grouped.items()) if len(times) >= 8}
 
 
-def load(model: str | None, shape: str, dtype: torch.dtype) -> tuple[str, Any, DSparkAssistantModel]:
+def load(model: str | None, shape: str, dtype: str) -> tuple[str, Any, DSparkAssistantModel]:
     """Return a title, the target, and its drafter: the shipped one, or an untrained one for random weights."""
     if model is None:
-        target = random_target(shape, dtype, "cpu")
+        target = random_target(shape, DTYPES[dtype], "cpu")
         fresh: Any = DSparkAssistantModel.from_target(
             target, num_hidden_layers=1, markov_rank=64, block_size=BLOCK_SIZE
         )
-        return f"random weights in the shape of {shape}", target, fresh.to(dtype)
+        return f"random weights in the shape of {shape}", target, fresh.to(DTYPES[dtype])
     packaged = load_packaged(model, dtype)
     return packaged.title, packaged.target, packaged.drafter
 
@@ -160,7 +160,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the table goes.")] = FOLDER / "results" / "long_run.md",
 ) -> None:
     """Measure, print the table and write it to a file."""
-    title, target, drafter = load(model, shape, DTYPES[dtype])
+    title, target, drafter = load(model, shape, dtype)
     prompts = random_prompts(rows, target.config.get_text_config().vocab_size, seed=0)
     batch = make_load(prompts, 0, torch.device("cpu"), {"do_sample": False, "eos_token_id": None})
     console = Console()

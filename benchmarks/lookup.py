@@ -21,17 +21,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.loading import (
-    DTYPES,
-    PROMPTS,
-    DtypeName,
-    Packaged,
-    PackagedName,
-    ProcessorTime,
-    PromptsFile,
-    choose_clock,
-    load_packaged,
-)
+from benchmarks import loading
 from benchmarks.loads import Load, Measured, make_load, num_new_tokens
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
@@ -87,7 +77,7 @@ def functions(count: int) -> list[str]:
     return found[:count]
 
 
-def make_sets(packaged: Packaged, prompts: Path, count: int) -> dict[str, list[Tensor]]:
+def make_sets(packaged: loading.Packaged, prompts: Path, count: int) -> dict[str, list[Tensor]]:
     """Return the encoded prompts of every set, at most `count` of each."""
     tokenizer = packaged.tokenizer
 
@@ -107,7 +97,7 @@ def make_sets(packaged: Packaged, prompts: Path, count: int) -> dict[str, list[T
     }
 
 
-def make_ways(packaged: Packaged, wanted: list[str]) -> dict[str, dict[str, Any]]:
+def make_ways(packaged: loading.Packaged, wanted: list[str]) -> dict[str, dict[str, Any]]:
     """Return what `generate` is told, by way."""
     ways: dict[str, dict[str, Any]] = {
         PLAIN: {},
@@ -205,23 +195,23 @@ def _drafts(counts: tuple[int, int]) -> str:
 
 
 def main(
-    prompts: PromptsFile = PROMPTS,
-    model: PackagedName = "smollm2",
+    prompts: loading.PromptsFile = loading.PROMPTS,
+    model: loading.PackagedName = "smollm2",
     sets: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
     ways: Annotated[str, typer.Option(help="Comma-separated, besides plain; default: all.")] = "",
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of a set at most.")] = 6,
     rows: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
     runs: Annotated[int, typer.Option(min=1, help="Runs whose median counts.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    dtype: DtypeName = "bf16",
-    processor_time: ProcessorTime = False,
+    dtype: loading.DtypeName = "bf16",
+    processor_time: loading.ProcessorTime = False,
     output: Annotated[Path | None, typer.Option(help="Where the page goes.")] = None,
 ) -> None:
     """Measure, print the tables and write them to a file."""
-    clock, console = choose_clock(processor_time=processor_time), Console()
-    packaged = load_packaged(model, DTYPES[dtype])
+    clock, console = loading.choose_clock(processor_time=processor_time), Console()
+    packaged = loading.load_packaged(model, dtype)
     reset_learned_state()
-    seconds = "processor time of one thread" if processor_time else "time"
+    seconds = loading.time_word(processor_time=processor_time)
     lines = [
         f"# Drafts that are looked up: {packaged.title}, {dtype}",
         "",

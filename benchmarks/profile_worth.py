@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.loading import DTYPES, PROMPTS, PackagedName, load_packaged
+from benchmarks.loading import PROMPTS, PackagedName, load_packaged
 from benchmarks.pages import FOLDER
 from benchmarks.recordings import CONTEXT, record
 from benchmarks.replay import Session, speed_of, with_error
@@ -51,7 +51,7 @@ def main(
     sessions: Annotated[int, typer.Option(min=2, help="Sessions, each with nothing learnt.")] = 12,
 ) -> None:
     """Print the speed against plain decoding, of all batches and of the first."""
-    packaged = load_packaged(model, DTYPES["fp32"])
+    packaged = load_packaged(model, "fp32")
     drafter: Any = packaged.drafter
     target = TargetAdapter(packaged.target, drafter.target_layer_ids)
     encoded = [encode_prompt(prompt, packaged.tokenizer).flatten() for prompt in read_prompts(PROMPTS, 48)]

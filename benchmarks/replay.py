@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.loading import DTYPES, PROMPTS, DtypeName, PackagedName, PromptsFile, load_packaged
+from benchmarks.loading import PROMPTS, DtypeName, PackagedName, PromptsFile, load_packaged
 from benchmarks.loads import DEFAULT
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
@@ -144,7 +144,7 @@ def main(
 ) -> None:
     """Record, replay, print the tables and write them to a file."""
     console = Console()
-    packaged = load_packaged(model, DTYPES[dtype])
+    packaged = load_packaged(model, dtype)
     drafter: Any = packaged.drafter
     counts = [int(one) for one in rows.split(",")]
     target = TargetAdapter(packaged.target, drafter.target_layer_ids)

@@ -17,16 +17,7 @@ import torch
 import typer
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from benchmarks.loading import (
-    DTYPES,
-    PROMPTS,
-    DtypeName,
-    Packaged,
-    PackagedName,
-    PromptsFile,
-    choose_clock,
-    load_packaged,
-)
+from benchmarks import loading
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf import DSparkAssistantModel, DSparkConfig
@@ -85,7 +76,7 @@ def seconds_in_turns(
     return {name: median(values) for name, values in times.items()}
 
 
-def block_costs(packaged: Packaged, clock: Callable[[], float], turns: int) -> dict[str, float]:
+def block_costs(packaged: loading.Packaged, clock: Callable[[], float], turns: int) -> dict[str, float]:
     """Return the time of a whole block of the shipped drafter, by how it is drawn."""
     drafter, target = packaged.drafter, packaged.target
     adapter = TargetAdapter(target, drafter.target_layer_ids)
@@ -119,7 +110,7 @@ def head_costs(size: int, rank: int, clock: Callable[[], float], turns: int, tar
 
 @torch.no_grad()
 def accepted_lengths(
-    packaged: Packaged,
+    packaged: loading.Packaged,
     texts: list[Prompt],
     max_new_tokens: int,
     options: dict[str, Any],
@@ -144,7 +135,7 @@ def accepted_lengths(
     return lengths
 
 
-def lengths_table(packaged: Packaged, texts: list[Prompt], max_new_tokens: int, tops: list[int]) -> list[str]:
+def lengths_table(packaged: loading.Packaged, texts: list[Prompt], max_new_tokens: int, tops: list[int]) -> list[str]:
     """Return the table of accepted lengths: greedy and sampled, by either rule, and by how many are corrected."""
     lines = ["| drawn | " + " | ".join(f"{top or 'all'} corrected" for top in tops) + " |"]
     lines.append("| --- |" + " ---: |" * len(tops))
@@ -166,17 +157,17 @@ def lengths_table(packaged: Packaged, texts: list[Prompt], max_new_tokens: int, 
 
 
 def main(
-    model: PackagedName = "smollm2",
-    dtype: DtypeName = "fp32",
-    prompts: PromptsFile = PROMPTS,
+    model: loading.PackagedName = "smollm2",
+    dtype: loading.DtypeName = "fp32",
+    prompts: loading.PromptsFile = loading.PROMPTS,
     num_prompts: Annotated[int, typer.Option(min=2)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     turns: Annotated[int, typer.Option(min=1)] = 15,
     output: Annotated[Path | None, typer.Option(help="Where the tables go.")] = None,
 ) -> None:
     """Measure, print the tables and write them to a file."""
-    clock = choose_clock(processor_time=True)
-    packaged = load_packaged(model, DTYPES[dtype])
+    clock = loading.choose_clock(processor_time=True)
+    packaged = loading.load_packaged(model, dtype)
     lines = [f"# What sampling costs: {packaged.title}, {dtype}", "", *describe_run(), ""]
     with torch.no_grad():
         costs = block_costs(packaged, clock, turns)

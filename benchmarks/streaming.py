@@ -19,16 +19,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.loading import (
-    DTYPES,
-    PROMPTS,
-    DtypeName,
-    PackagedName,
-    ProcessorTime,
-    PromptsFile,
-    choose_clock,
-    load_packaged,
-)
+from benchmarks import loading
 from benchmarks.loads import make_load
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
@@ -152,19 +143,19 @@ def table(runs: dict[str, list[Run]], reference: str) -> list[str]:
 
 
 def main(
-    prompts: PromptsFile = PROMPTS,
-    model: PackagedName = "smollm2",
+    prompts: loading.PromptsFile = loading.PROMPTS,
+    model: loading.PackagedName = "smollm2",
     num_requests: Annotated[int, typer.Option(min=2, help="Requests of a run.")] = 24,
     max_rows: Annotated[int, typer.Option(min=2, help="Rows of a batch, and of the stream.")] = 8,
     longest: Annotated[int, typer.Option(min=SHORTEST, help="New tokens of a request at most.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Runs whose median counts.")] = 3,
-    dtype: DtypeName = "fp32",
-    processor_time: ProcessorTime = False,
+    dtype: loading.DtypeName = "fp32",
+    processor_time: loading.ProcessorTime = False,
     output: Annotated[Path, typer.Option(help="Where the table goes.")] = FOLDER / "results" / "streaming.md",
 ) -> None:
     """Measure, print the table and write it to a file."""
-    clock = choose_clock(processor_time=processor_time)
-    packaged = load_packaged(model, DTYPES[dtype])
+    clock = loading.choose_clock(processor_time=processor_time)
+    packaged = loading.load_packaged(model, dtype)
     encoded = [encode_prompt(prompt, packaged.tokenizer).flatten().tolist() for prompt in read_prompts(prompts)]
     ways = Ways(packaged.target, packaged.drafter, max_rows).by_name()
     measured: dict[str, list[Run]] = {way: [] for way in ways}
@@ -180,7 +171,7 @@ def main(
                 answered = ways[way](requests, clock)
             if run >= 0:
                 measured[way].append(answered)
-    seconds = "processor time of one thread" if processor_time else "time"
+    seconds = loading.time_word(processor_time=processor_time)
     lines = [
         f"# Requests of different lengths: {packaged.title}, {dtype}",
         "",

@@ -25,17 +25,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.loading import (
-    DTYPES,
-    PROMPTS,
-    DtypeName,
-    Packaged,
-    PackagedName,
-    ProcessorTime,
-    PromptsFile,
-    choose_clock,
-    load_packaged,
-)
+from benchmarks import loading
 from benchmarks.loads import DEFAULT, PLAIN, WAYS, Load, Measured, make_load, random_prompts, run_once
 from benchmarks.pages import FOLDER
 from benchmarks.simulation import SHAPES, SimulatedDrafter, random_target
@@ -71,7 +61,7 @@ class Case:
     ways: tuple[str, ...] = tuple(WAYS)
 
 
-def packaged_cases(packaged: Packaged, prompts: Path) -> list[Case]:
+def packaged_cases(packaged: loading.Packaged, prompts: Path) -> list[Case]:
     """Return real prompts with the shipped drafter, and the worst that may come."""
     target, tokenizer, drafter = packaged.target, packaged.tokenizer, packaged.drafter
     torch.manual_seed(0)
@@ -189,8 +179,8 @@ def write_report(store: Store, title: str, description: str, path: Path) -> str:
 
 
 def main(
-    model: PackagedName = "smollm2",
-    prompts: PromptsFile = PROMPTS,
+    model: loading.PackagedName = "smollm2",
+    prompts: loading.PromptsFile = loading.PROMPTS,
     shape: Annotated[str | None, typer.Option(help="A random target of that shape instead.")] = None,
     rates: Annotated[
         str, typer.Option(help="Simulated chance of each draft, with --shape.")
@@ -198,29 +188,29 @@ def main(
     rows: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16",
     runs: Annotated[int, typer.Option(min=1, help="Runs whose median counts.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 96,
-    dtype: DtypeName = "fp32",
+    dtype: loading.DtypeName = "fp32",
     device: Annotated[str, typer.Option(help="With --shape.")] = "cpu",
     cases: Annotated[
         str | None, typer.Option(help=f"Comma-separated; default: all; {NO_CASE!r} writes the page anew.")
     ] = None,
-    processor_time: ProcessorTime = False,
+    processor_time: loading.ProcessorTime = False,
     output: Annotated[Path, typer.Option(help="Folder of the page, figures and numbers.")] = FOLDER / "results",
 ) -> None:
     """Measure, and write a page with tables and figures."""
     console = Console()
-    clock = choose_clock(processor_time=processor_time)
+    clock = loading.choose_clock(processor_time=processor_time)
     chances = [float(rate) for rate in rates.split(",")]
     if len(chances) != BLOCK_SIZE or not all(0 < chance < 1 for chance in chances):
         raise typer.BadParameter(f"`--rates` must be {BLOCK_SIZE} chances between 0 and 1, got {rates!r}. Correct it.")
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"`--shape` must be one of {', '.join(SHAPES)}, got {shape!r}. Correct the name.")
     if shape is None:
-        packaged = load_packaged(model, DTYPES[dtype])
+        packaged = loading.load_packaged(model, dtype)
         found = packaged_cases(packaged, prompts)
         title, stem = f"{packaged.title}, {dtype}", f"throughput-{model}-{dtype}"
         text = f"the prompts of `{prompts.name}`"
     else:
-        found = simulated_cases(shape, chances, DTYPES[dtype], device)
+        found = simulated_cases(shape, chances, loading.DTYPES[dtype], device)
         title, stem = f"random weights in the shape of {shape}, {dtype}", f"throughput-{shape}-{dtype}"
         text = f"random prompts. **Acceptance is simulated**: drafts are right at the rates {rates}"
     wanted = None if cases is None else cases.split(",")
@@ -247,7 +237,8 @@ def main(
                 continue
             with console.status(f"{case.name}, {num_rows} rows"):
                 store.add(case.name, num_rows, measure(case, num_rows, runs, max_new_tokens, clock))
-    seconds = "processor time of one thread, while schedulers go by the clock" if processor_time else "time"
+    seconds = loading.time_word(processor_time=processor_time)
+    seconds += ", while schedulers go by the clock" * processor_time
     description = f"{max_new_tokens} new tokens at most, medians of {runs} interleaved runs, {text}; {seconds}."
     page = write_report(store, title, description, output / f"{stem}.md")
     console.print(page, soft_wrap=True, markup=False)

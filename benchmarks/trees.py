@@ -25,17 +25,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import GenerationConfig
 
-from benchmarks.loading import (
-    DTYPES,
-    PROMPTS,
-    DtypeName,
-    Packaged,
-    PackagedName,
-    ProcessorTime,
-    PromptsFile,
-    choose_clock,
-    load_packaged,
-)
+from benchmarks import loading
 from benchmarks.loads import make_load, num_new_tokens
 from benchmarks.lookup import make_sets
 from benchmarks.pages import FOLDER, write_page
@@ -301,7 +291,7 @@ def gain(ours: Replayed, theirs: Replayed) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure_costs(packaged: Packaged) -> Costs:
+def measure_costs(packaged: loading.Packaged) -> Costs:
     """Return what passes, drafts and steps of the head cost here, one row, behind `CONTEXT` tokens."""
     drafter: Any = packaged.drafter
     with TargetAdapter(packaged.target, drafter.target_layer_ids) as adapter:
@@ -417,20 +407,20 @@ HEAD = [
 
 
 def main(
-    prompts: PromptsFile = PROMPTS,
-    model: PackagedName = "smollm2",
-    dtype: DtypeName = "bf16",
+    prompts: loading.PromptsFile = loading.PROMPTS,
+    model: loading.PackagedName = "smollm2",
+    dtype: loading.DtypeName = "bf16",
     costs: Annotated[str, typer.Option(help="Dtypes whose costs count, comma-separated.")] = "bf16,fp32",
     sets: Annotated[str, typer.Option(help="Comma-separated.")] = "questions,chat,code completion",
     num_prompts: Annotated[int, typer.Option(min=2, help="Texts of a set that are recorded.")] = 6,
     length: Annotated[int, typer.Option(min=16, help="New tokens of a text at most.")] = 128,
-    processor_time: ProcessorTime = False,
+    processor_time: loading.ProcessorTime = False,
     output: Annotated[Path, typer.Option(help="Where the page goes.")] = FOLDER / "results" / "trees.md",
 ) -> None:
     """Record, replay, print the tables and write them to a file."""
     console = Console()
-    workload.perf_counter = choose_clock(processor_time=processor_time)  # type: ignore[attr-defined]
-    packaged = load_packaged(model, DTYPES[dtype])
+    workload.perf_counter = loading.choose_clock(processor_time=processor_time)  # type: ignore[attr-defined]
+    packaged = loading.load_packaged(model, dtype)
     encoded = make_sets(packaged, prompts, num_prompts)
     recorded: dict[str, list[Text]] = {}
     for name in sets.split(","):
@@ -456,7 +446,7 @@ def main(
     ]
     for of in costs.split(","):
         with console.status(f"costs, {of}"):
-            table = measure_costs(packaged if of == dtype else load_packaged(model, DTYPES[of]))
+            table = measure_costs(packaged if of == dtype else loading.load_packaged(model, of))
         lines += ["", f"## Costs of {of}", "", "A plain step = 1.", ""]
         lines += cost_lines(table, packaged.drafter.block_size)
         for looks_up, title in ((False, "The drafter alone"), (True, "Beside lookups")):

@@ -5,6 +5,7 @@ Importing this costs little more than Transformers' `GenerationMixin`: names are
 
 from typing import TYPE_CHECKING
 
+from dspark_hf.evaluation.harness_name import offer_to_harness
 from dspark_hf.generation.integration import install, install_unless_refused, uninstall
 from dspark_hf.lazy import lazy_names
 from dspark_hf.modeling.registration import register_when_asked
@@ -67,4 +68,5 @@ __getattr__ = lazy_names(__name__, _PLACES)
 register_when_asked()
 install_old_names()
 serve_drafters()
+offer_to_harness()
 install_unless_refused()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -70,8 +71,8 @@ def say(console: Console, text: str) -> None:
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def progress_bar(console: Console) -> Progress:
-    """Return a bar with counts and times, which disappears when it is done."""
+def progress_bar(console: Console, *, note: str = "") -> Progress:
+    """Return a bar with counts and times, which disappears when it is done; `note`: a format of what stands behind."""
     # imported here: commands print their help without it
     from rich.progress import (
         BarColumn,
@@ -82,8 +83,72 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+    # what stands behind the bar says more than its length
+    columns = (TextColumn("{task.description}"), BarColumn(12 if note else 40), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn(), *([TextColumn(note, markup=False)] if note else []))
+    return Progress(*columns, *times, console=console, transient=True)
+
+
+class Steps:
+    """How far a long call is, on standard error: a bar in a terminal, a line at every tenth anywhere else.
+
+    Args:
+        description: what is done.
+        total: number of steps; None where nobody knows.
+        completed: steps that were done before.
+        is_shown: whether anything is shown at all, but for what is said.
+    """
+
+    def __init__(self, description: str, total: int | None = None, *, completed: int = 0, is_shown: bool = True):
+        # in a notebook a bar would need widgets
+        self._console = Console(stderr=True, force_jupyter=False)
+        self._description, self._total, self._completed, self._note = description, total, completed, ""
+        self._is_shown = is_shown
+        self._tenth = self._tenths()
+        self._bar = None
+        if is_shown and self._console.is_terminal:
+            self._bar = progress_bar(self._console, note="{task.fields[note]}")
+            self._task = self._bar.add_task(escape(description), total=total, completed=completed, note="")
+
+    def __enter__(self) -> Steps:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def advance(self, count: int = 1) -> None:
+        """Count steps that are done."""
+        self.reach(self._completed + count)
+
+    def reach(self, completed: int) -> None:
+        """Say how many steps are done."""
+        self._completed = completed
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed)
+        elif self._is_shown and self._tenths() > self._tenth:
+            self._tenth = self._tenths()
+            note = f"; {self._note}" if self._note else ""
+            self.say(f"{self._description}: {completed:,} of {self._total:,}{note}")
+
+    def describe(self, description: str, note: str | None = None) -> None:
+        """Say what is done, and behind the times what it comes to."""
+        self._description, self._note = description, self._note if note is None else note
+        if self._bar is not None:
+            self._bar.update(self._task, description=escape(description), note=self._note)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        say(self._console, text)
+
+    def close(self) -> None:
+        """Take the bar away; the terminal is as it was before."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _tenths(self) -> int:
+        return 10 * self._completed // self._total if self._total else 0
 
 
 @contextmanager

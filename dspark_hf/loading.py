@@ -87,6 +87,15 @@ def read_drafter_config(drafter: str, option: str = "--drafter") -> DSparkConfig
         return DSparkConfig.from_pretrained(drafter)
 
 
+def check_num_drafts(num_drafts: int | None, block_size: int, drafter: str) -> None:
+    """Raise a `ValueError` if `--num-drafts` is more than a drafter proposes; `drafter` is what the user calls it."""
+    if num_drafts is not None and num_drafts > block_size:
+        raise ValueError(
+            f"`--num-drafts` must lie in [1, {block_size}] for {drafter} (its block_size), got {num_drafts}. "
+            "Lower it, or leave it out."
+        )
+
+
 def load_drafter(drafter: str, option: str = "--drafter", **options: Any) -> DSparkAssistantModel:
     """Return the drafter of a folder or hub name, in evaluation mode; `options` go to `from_pretrained`.
 

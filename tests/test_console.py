@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dspark_hf.cli.command import PackageCommand
-from dspark_hf.console import printable, say
+from dspark_hf.console import Steps, printable, say
 from dspark_hf.terminal.display import ReplyView
 
 COMMANDS = [
@@ -61,3 +61,42 @@ def test_all_other_text_stays() -> None:
     text = "naïve 漢字 👩‍👩‍👧 \t\n e\u0301 [x]"
     assert printable(text) == text
     assert printable("\ud800") == "\ufffd"
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard error passes for a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_a_log_tells_how_far_a_long_call_is(capfd: pytest.CaptureFixture[str]) -> None:
+    """A run whose output goes to a file says nothing for hours, or fills the file."""
+    with Steps("prompts", 40, completed=4) as steps:
+        steps.describe("answers [1]", "5 tokens/s")
+        for _ in range(36):
+            steps.advance()
+        steps.say("done")
+    expected = [f"answers [1]: {count} of 40; 5 tokens/s" for count in range(8, 41, 4)]
+    assert capfd.readouterr().err.splitlines() == [*expected, "done"]
+    with Steps("prompts", 2, is_shown=False) as steps:
+        steps.advance(2)
+    # nobody knows how many
+    with Steps("prompts") as steps:
+        steps.advance(2)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_bar_leaves_the_terminal_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    """The bar of a call that fails keeps the cursor, or stays on the screen."""
+    with pytest.raises(RuntimeError), Steps("prompts", 40) as steps:
+        steps.describe("answers [1]", "5 tokens/s")
+        steps.advance(3)
+        raise RuntimeError
+    shown = capfd.readouterr().err
+    assert "answers [1]" in shown and "3/40" in shown and "5 tokens/s" in shown
+    hide, show, clear_line = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
+    assert shown.rindex(show) > shown.rindex(hide)
+    assert shown.endswith(clear_line)

@@ -24,6 +24,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_begins_with_its_title(notebook):
+    """A notebook has no title, or its sections stand beside it rather than below."""
+    cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown"]
+    headings = [line for source in cells for line in source.splitlines() if re.match("#+ ", line)]
+    assert cells[0].startswith(headings[0])
+    assert [heading.split()[0] for heading in headings] == ["#", *["##"] * (len(headings) - 1)]
+
+
 @pytest.fixture
 def tiny_models(tmp_path, monkeypatch) -> None:
     """Let notebooks find tiny random models, and little to do."""

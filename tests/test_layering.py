@@ -43,7 +43,7 @@ BELOW: dict[str, set[str]] = {
     # a network's side of requests that come and go
     "serving": {"generation"},
     "demo": {"generation", "modeling", "terminal", "loading", ""},
-    "doctor": {"generation", "modeling", "profiling", "loading"},
+    "doctor": {"generation", "modeling", "profiling", "loading", "registry"},
     "cli": {
         "generation",
         "profiling",
@@ -63,7 +63,11 @@ BELOW: dict[str, set[str]] = {
 }
 # top-level files with a place of their own: the public names, the command line as a program, and models from folders
 # or the hub
-TOP = {"__init__": {"generation", "modeling", "registry", "doctor"}, "__main__": {"cli"}, "loading": {"modeling"}}
+TOP = {
+    "__init__": {"generation", "modeling", "registry", "doctor", "evaluation"},
+    "__main__": {"cli"},
+    "loading": {"modeling"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

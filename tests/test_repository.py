@@ -90,6 +90,12 @@ def test_forms_are_complete(path):
     assert all(field["attributes"]["label"] for field in form["body"])
 
 
-def test_citation_has_the_version():
-    """A citation names a release that is not this one."""
-    assert _read(ROOT / "CITATION.cff")["version"] == _found(r'^version = "(.+)"$', PYPROJECT)
+def test_a_release_has_one_version_and_one_date():
+    """The package, its citation and the list of changes name different releases, or different days."""
+    version = _found(r'^version = "(.+)"$', PYPROJECT)
+    citation = _read(ROOT / "CITATION.cff")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    # what is newer stands under [Unreleased], above
+    newest = _found(r"^## \[(\d.*?)\] - ", changes), _found(r"^## \[\d.*?\] - (.+)$", changes)
+    assert newest == (version, str(citation["date-released"]))
+    assert citation["version"] == version

@@ -6,7 +6,6 @@ N blocks, K block_size, b rows of a round, T tokens.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from dspark_hf.console import Steps
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
@@ -189,18 +188,18 @@ def collect_observations(
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}. Raise it.")
     parts, num_done = [], 0
-    with tqdm(total=len(prompts), unit="prompt", disable=not has_progress_bar) as bar:
+    with Steps("prompts", len(prompts), is_shown=has_progress_bar) as bar:
         try:
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 parts.append(_observe(target, drafter, batch, start, max_new_tokens=max_new_tokens, **options))
                 num_done += len(batch)
-                bar.update(len(batch))
+                bar.advance(len(batch))
                 _check_pace(sum(map(len, parts)), num_done, len(prompts), min_reached)
         except KeyboardInterrupt:
             if not parts:
                 raise
-            bar.write(f"Interrupted: going on with the first {num_done} of {len(prompts)} prompts.", file=sys.stderr)
+            bar.say(f"Interrupted: going on with the first {num_done} of {len(prompts)} prompts.")
     observations = join_observations(parts)
     if len(observations) == 0:
         raise ValueError(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dspark_hf.cli.options import PACKAGED
+from dspark_hf.cli.options import is_packaged, packaged_folder
 
 if TYPE_CHECKING:
     from dspark_hf.generation.drafting.interface import Drafter
@@ -25,11 +24,8 @@ class Asked:
     drafter: str | None
     dtype: str
     device: str
-
-    @property
-    def packaged(self) -> str | None:
-        """The packaged model that is meant, unless a folder is called so."""
-        return self.model if self.model in PACKAGED and not Path(self.model).exists() else None
+    scheduler: str | None = None
+    num_drafts: int | None = None
 
 
 def open_tokenizer(asked: Asked, console: Console) -> tuple[str, Any]:
@@ -37,20 +33,18 @@ def open_tokenizer(asked: Asked, console: Console) -> tuple[str, Any]:
 
     Raises:
         ValueError: if a model cannot be read.
-        UnavailableError: if the packaged model is not installed.
+        typer.BadParameter: if the packaged model is not installed.
     """
     # imported here, so that the help is instant
-    from dspark_hf.console import quiet_transformers
-    from dspark_hf.demo.packaged import converted_target
-    from dspark_hf.loading import check_slip, load_tokenizer, read_drafter_config
+    from dspark_hf.loading import check_num_drafts, check_slip, load_tokenizer, read_drafter_config
 
     if asked.drafter is not None:
-        read_drafter_config(asked.drafter)
-    if asked.packaged is None:
+        check_num_drafts(asked.num_drafts, read_drafter_config(asked.drafter).block_size, asked.drafter)
+    if not is_packaged(asked.model):
         check_slip(asked.model, "MODEL")
         return asked.model, load_tokenizer(asked.model, "MODEL")
-    with console.status("Looking for the model (the first time, its weights are converted) ..."), quiet_transformers():
-        folder = str(converted_target(asked.packaged))
+    with console.status("Looking for the model (the first time, its weights are converted) ..."):
+        folder = str(packaged_folder(asked.model))
     return folder, load_tokenizer(folder, "MODEL")
 
 
@@ -75,21 +69,19 @@ def open_speaker(asked: Asked, folder: str, tokenizer: Any, writing: Writing, co
 
 
 def drafter_for(target: Any, asked: Asked) -> Drafter:
-    """Return the drafter that was named, else the one that is known for the target, else one that looks drafts up."""
-    from dspark_hf.demo.packaged import PACKAGED_MODELS, UnavailableError, shipped_drafter
-    from dspark_hf.loading import load_drafter
+    """Return the drafter that was named, else the one that is known for the target, else one that looks drafts up.
+
+    Raises:
+        ValueError: if it cannot be read, or proposes fewer drafts than were asked for.
+    """
+    from dspark_hf.loading import check_num_drafts, load_drafter
     from dspark_hf.registry.finding import load_drafter_for
 
-    name = asked.drafter
-    if name is None and asked.packaged is not None:
-        try:
-            name = str(shipped_drafter(PACKAGED_MODELS[asked.packaged]))
-        except UnavailableError:
-            # an installed package has no drafters/ folder
-            name = None
-    if name is None:
-        return load_drafter_for(target)
-    return load_drafter(name, dtype=target.dtype).to(target.device)
+    if asked.drafter is not None:
+        return load_drafter(asked.drafter, dtype=target.dtype).to(target.device)
+    drafter = load_drafter_for(target)
+    check_num_drafts(asked.num_drafts, drafter.block_size, "the drafter that is known")
+    return drafter
 
 
 def describe(speaker: Speaker, asked: Asked) -> str:
@@ -99,7 +91,7 @@ def describe(speaker: Speaker, asked: Asked) -> str:
     target = f"{asked.model} ({str(speaker.target.dtype).removeprefix('torch.')} on {speaker.target.device})"
     if isinstance(speaker.drafter, LookupAssistant):
         return f"{target}, no drafter known: drafts are looked up in the text (--drafter names one)"
-    return f"{target}, up to {speaker.drafter.block_size} drafts a round"
+    return f"{target}, up to {asked.num_drafts or speaker.drafter.block_size} drafts a round"
 
 
 def read_prompt(prompt: str | None) -> str:

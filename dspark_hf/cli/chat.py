@@ -16,6 +16,8 @@ def chat(
     drafter: options.DrafterOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
+    scheduler: options.SchedulerOption = None,
+    num_drafts: options.NumDraftsOption = None,
     system: options.SystemOption = None,
     template_option: options.TemplateOption = None,
     thinking: options.ThinkingOption = None,
@@ -38,7 +40,6 @@ def chat(
     # imported here, so that the help is instant
     from dspark_hf.cli.answering import Asked, check_sampling, describe, open_speaker, open_tokenizer
     from dspark_hf.console import quiet_transformers, say
-    from dspark_hf.demo.packaged import UnavailableError
     from dspark_hf.prompts import has_chat_template
     from dspark_hf.terminal.asking import open_asking
     from dspark_hf.terminal.chat import COMMANDS, Chat, greet
@@ -51,13 +52,13 @@ def chat(
     notes = console if console.is_terminal and not as_json else errors
     try:
         check_sampling(temperature, top_p, seed)
-        asked = Asked(model, drafter, dtype.value, device)
+        asked = Asked(model, drafter, dtype.value, device, options.value_of(scheduler), num_drafts)
         folder, tokenizer = open_tokenizer(asked, errors)
         template_options = read_template_options(tokenizer, template_option or (), thinking)
         conversation = Conversation(tokenizer, system, template_options)
         if load is not None:
             conversation.load(load)
-        writing = Writing(max_new_tokens, temperature, top_p, seed)
+        writing = Writing(max_new_tokens, temperature, top_p, seed, asked.scheduler, asked.num_drafts)
         speaker = open_speaker(asked, folder, tokenizer, writing, errors)
         if not has_chat_template(tokenizer):
             say(notes, "This target has no chat template: it continues the text of all turns.")
@@ -68,8 +69,5 @@ def chat(
             is_fine = Chat(speaker, conversation, console, notes, as_json=as_json).run(ask)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    except UnavailableError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     if not is_fine:
         raise typer.Exit(1)

@@ -8,16 +8,10 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.hints import say_next
+from dspark_hf.cli.options import PackagedModel
 
 # part of the repository, not of the installed package
 DRAFTERS = Path(__file__).parents[2] / "drafters"
-
-
-class DemoModel(str, Enum):
-    """A target whose weights install as a package."""
-
-    smollm2 = "smollm2"
-    gemma = "gemma"
 
 
 class Dtype(str, Enum):
@@ -29,7 +23,7 @@ class Dtype(str, Enum):
 
 
 def demo(
-    model: Annotated[DemoModel, typer.Option(help="Packaged target to answer.")] = DemoModel.smollm2,
+    model: Annotated[PackagedModel, typer.Option(help="Packaged target to answer.")] = PackagedModel.smollm2,
     dtype: Annotated[Dtype, typer.Option(help="auto: the faster one here. bf16 may decide near ties otherwise.")] = (
         Dtype.auto
     ),

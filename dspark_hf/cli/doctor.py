@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dspark_hf.cli.hints import say_next
 from dspark_hf.cli.options import Attention, Dtype, packaged_folder
 
 
@@ -64,7 +65,10 @@ def doctor(
     if as_json:
         typer.echo(printable(json.dumps(diagnosis.to_dict(), indent=2, allow_nan=False)))
     else:
-        print_diagnosis(diagnosis, Console())
+        shown = Console()
+        print_diagnosis(diagnosis, shown)
+        if diagnosis.verdict.exit_status == 0:
+            say_next(shown, "chat", target, "--drafter", drafter)
     raise typer.Exit(diagnosis.verdict.exit_status)
 
 

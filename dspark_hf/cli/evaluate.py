@@ -7,7 +7,16 @@ import typer
 from rich.console import Console
 
 from dspark_hf.cli.hints import say_next
-from dspark_hf.cli.options import MEASURING, MODELS, OUTPUT, WRITING, Dtype, packaged_folder
+from dspark_hf.cli.options import (
+    MEASURING,
+    MODELS,
+    OUTPUT,
+    WRITING,
+    Dtype,
+    NumDraftsOption,
+    Scheduler,
+    packaged_folder,
+)
 from dspark_hf.console import say
 
 
@@ -32,9 +41,7 @@ def evaluate(
         list[float] | None,
         typer.Option(min=0, help="0 is greedy (the default); may be given several times.", rich_help_panel=WRITING),
     ] = None,
-    num_drafts: Annotated[
-        int | None, typer.Option(min=1, help="Drafts per round; default: the block size.", rich_help_panel=MEASURING)
-    ] = None,
+    num_drafts: NumDraftsOption = None,
     repeats: Annotated[
         int, typer.Option(min=1, help="Answers per prompt and variant; speeds are medians.", rich_help_panel=MEASURING)
     ] = 3,
@@ -42,8 +49,9 @@ def evaluate(
         int, typer.Option(min=1, help="Also measure speed with this many rows per call.", rich_help_panel=MEASURING)
     ] = 1,
     scheduler: Annotated[
-        list[str] | None,
+        list[Scheduler] | None,
         typer.Option(
+            metavar="NAME",
             help="Measure speed with this scheduler, beside whole blocks (fixed); may be given several times. "
             "Default: adaptive.",
             rich_help_panel=MEASURING,
@@ -83,7 +91,7 @@ def evaluate(
                 num_drafts=num_drafts,
                 repeats=repeats,
                 batch_size=batch_size,
-                schedulers=DEFAULT_SCHEDULERS if scheduler is None else tuple(scheduler),
+                schedulers=DEFAULT_SCHEDULERS if scheduler is None else tuple(one.value for one in scheduler),
             ),
         )
         evaluation, recording = run_request(request, console)

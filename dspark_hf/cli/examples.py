@@ -42,6 +42,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dspark-hf doctor TARGET run/drafter",
         "dspark-hf doctor TARGET run/drafter --no-costs --json",
     ),
+    "lm-eval": (
+        "dspark-hf lm-eval --model dspark-hf --model_args pretrained=TARGET,drafter=auto --tasks gsm8k",
+        "dspark-hf lm-eval ls tasks",
+    ),
     "version": ("dspark-hf version",),
 }
 

@@ -32,6 +32,7 @@ def export(
 ) -> None:
     """Write a drafter in the layout of another project, bit for bit."""
     # imported here, so that the help is instant
+    from dspark_hf.console import quiet_transformers
     from dspark_hf.files import write_whole_folder
     from dspark_hf.generation.targets.adapter import TargetAdapter
     from dspark_hf.loading import load_target
@@ -41,11 +42,16 @@ def export(
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ValueError(f"`--output` must be absent or empty, got {str(output)!r}. Name another, or empty it.")
-        loaded = DSparkAssistantModel.from_pretrained(drafter)
-        lender = None if target is None else TargetAdapter(load_target(target, device="cpu"))
-        write_whole_folder(output, lambda folder: writing.export(loaded, to.value, folder, lender))
+        with quiet_transformers():
+            loaded = DSparkAssistantModel.from_pretrained(drafter)
+            lender = None if target is None else TargetAdapter(load_target(target, device="cpu"))
+            write_whole_folder(output, lambda folder: writing.export(loaded, to.value, folder, lender))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     console = Console()
     say(console, f"Written: {output}")
+    if to is Layout.custom_generate:
+        # needs no dspark-hf any more
+        say(console, f"Next: target.generate(**inputs, custom_generate={str(output)!r}, trust_remote_code=True)")
+        return
     say_next(console, "eval", "--target", target or "TARGET", "--drafter", str(output), "questions.jsonl")

@@ -17,6 +17,8 @@ def generate(
     drafter: options.DrafterOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
+    scheduler: options.SchedulerOption = None,
+    num_drafts: options.NumDraftsOption = None,
     system: options.SystemOption = None,
     template_option: options.TemplateOption = None,
     thinking: options.ThinkingOption = None,
@@ -38,7 +40,6 @@ def generate(
     # imported here, so that the help is instant
     from dspark_hf.cli.answering import Asked, check_sampling, describe, open_speaker, open_tokenizer, read_prompt
     from dspark_hf.console import quiet_transformers, say
-    from dspark_hf.demo.packaged import UnavailableError
     from dspark_hf.prompts import Prompt, encode_prompt
     from dspark_hf.terminal.chat import Chat
     from dspark_hf.terminal.conversation import Conversation
@@ -51,13 +52,13 @@ def generate(
         if raw and (system is not None or template_option or thinking is not None):
             raise ValueError("`--raw` must come without what a chat template is told, got both. Leave out one.")
         check_sampling(temperature, top_p, seed)
-        asked = Asked(model, drafter, dtype.value, device)
+        asked = Asked(model, drafter, dtype.value, device, options.value_of(scheduler), num_drafts)
         text = read_prompt(prompt)
         folder, tokenizer = open_tokenizer(asked, notes)
         template_options = read_template_options(tokenizer, template_option or (), thinking)
         conversation = Conversation(tokenizer, system, template_options)
         token_ids = encode_prompt(Prompt(text=text), tokenizer) if raw else conversation.encode(text)
-        writing = Writing(max_new_tokens, temperature, top_p, seed)
+        writing = Writing(max_new_tokens, temperature, top_p, seed, asked.scheduler, asked.num_drafts)
         speaker = open_speaker(asked, folder, tokenizer, writing, notes)
         if console.is_terminal and not as_json:
             say(notes, describe(speaker, asked))
@@ -69,9 +70,6 @@ def generate(
                 chat.compare()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    except UnavailableError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     if reply.ended_by == "interrupt":
         raise typer.Exit(130)
     if console.is_terminal and not as_json:

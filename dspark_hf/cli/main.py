@@ -18,6 +18,7 @@ from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.cli.examples import epilog
 from dspark_hf.cli.export import export
 from dspark_hf.cli.generate import generate
+from dspark_hf.cli.lm_eval import lm_eval
 from dspark_hf.cli.profile import profile
 from dspark_hf.cli.serve import serve
 from dspark_hf.cli.tiny_v4 import tiny_v4
@@ -39,6 +40,9 @@ app.command(epilog=epilog("estimate"))(estimate)
 app.command(cls=PackageCommand, epilog=epilog("tiny-v4"))(tiny_v4)
 app.command("eval", cls=PackageCommand, epilog=epilog("eval"))(evaluate)
 app.command(cls=PackageCommand, epilog=epilog("doctor"))(doctor)
+# its options are the harness's, which says itself what is wrong with them
+_ANY_OPTION = {"ignore_unknown_options": True}
+app.command("lm-eval", cls=PackageCommand, epilog=epilog("lm-eval"), context_settings=_ANY_OPTION)(lm_eval)
 
 
 @app.command(epilog=epilog("version"))

@@ -27,8 +27,34 @@ class Attention(str, Enum):
     flash_attention_2 = "flash_attention_2"
 
 
-# models by short names, whose weights install as packages
-PACKAGED = ("smollm2", "gemma")
+class Scheduler(str, Enum):
+    """Who decides how far to draft, by the names that `generate(scheduler=)` takes."""
+
+    fixed = "fixed"
+    threshold = "threshold"
+    hardware_aware = "hardware_aware"
+    asynchronous = "asynchronous"
+    counted = "counted"
+    adaptive = "adaptive"
+
+
+_SCHEDULERS = ", ".join(scheduler.value for scheduler in Scheduler)
+
+
+class PackagedModel(str, Enum):
+    """A model by a short name, whose weights install as a package."""
+
+    smollm2 = "smollm2"
+    gemma = "gemma"
+
+
+# of the folders that short names have led to
+_SHORT_NAMES: dict[str, str] = {}
+
+
+def is_packaged(name: str) -> bool:
+    """Return whether a packaged model is meant: its short name, unless a folder is called so."""
+    return name in {model.value for model in PackagedModel} and not Path(name).exists()
 
 
 def packaged_folder(name: str | None) -> str | None:
@@ -37,7 +63,7 @@ def packaged_folder(name: str | None) -> str | None:
     Raises:
         typer.BadParameter: if the packaged model is not installed.
     """
-    if name not in PACKAGED or Path(name).exists():
+    if name is None or not is_packaged(name):
         return name
     # imported here, so that the help is instant
     from dspark_hf.console import quiet_transformers
@@ -45,13 +71,26 @@ def packaged_folder(name: str | None) -> str | None:
 
     try:
         with quiet_transformers():
-            return str(converted_target(name))
+            folder = str(converted_target(name))
     except UnavailableError as error:
         raise typer.BadParameter(str(error)) from error
+    _SHORT_NAMES[folder] = name
+    return folder
+
+
+def as_given(word: str) -> str:
+    """Return the short name that the user gave for a folder of a packaged model, any other word as it is."""
+    return _SHORT_NAMES.get(word, word)
+
+
+def value_of(choice: Enum | None) -> str | None:
+    """Return what was chosen, as the package calls it."""
+    return None if choice is None else str(choice.value)
 
 
 # the panels of long helps
 MODELS = "Models"
+DRAFTING = "Drafting"
 PROMPT = "Prompt"
 WRITING = "Writing"
 FIT = "Fit"
@@ -71,6 +110,18 @@ DrafterOption = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto is the target's own.", rich_help_panel=MODELS)]
 DeviceOption = Annotated[str, typer.Option(help="auto is the GPU if there is one.", rich_help_panel=MODELS)]
+SchedulerOption = Annotated[
+    Scheduler | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Who decides how far to draft: {_SCHEDULERS}. Default: adaptive, or counted where a seed is to repeat.",
+        rich_help_panel=DRAFTING,
+    ),
+]
+NumDraftsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Drafts a round at most; default: the drafter's block size.", rich_help_panel=DRAFTING),
+]
 SystemOption = Annotated[str | None, typer.Option(help="System prompt.", rich_help_panel=PROMPT)]
 TemplateOption = Annotated[
     list[str] | None,

@@ -38,10 +38,8 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; default: MODEL.", rich_help_panel=_SERVING)
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="How far to draft, such as fixed; default: adaptive.", rich_help_panel=options.MODELS),
-    ] = None,
+    scheduler: options.SchedulerOption = None,
+    num_drafts: options.NumDraftsOption = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Requests decoded together.", rich_help_panel=_BOUNDS)] = 8,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Requests that wait; more are told to come back.", rich_help_panel=_BOUNDS)
@@ -60,7 +58,6 @@ def serve(
     """Serve a model to OpenAI's clients: chats and texts, many at a time, from this machine alone unless told."""
     # imported here, so that the help is instant
     from dspark_hf.cli.answering import Asked
-    from dspark_hf.demo.packaged import UnavailableError
 
     _check_extra()
     console = Console(stderr=True)
@@ -69,19 +66,20 @@ def serve(
             raise ValueError("`--api-key` must be of visible ASCII characters, got others. Choose another.")
         if api_key == "":
             raise ValueError("`--api-key` must be a key, got an empty one. Leave it out to serve without.")
-        served = _load(Asked(model, drafter, dtype.value, device), name or model, context, console)
-        engine = _start(served, console, max_rows=max_rows, max_waiting=max_waiting, scheduler=scheduler)
+        asked = Asked(model, drafter, dtype.value, device, options.value_of(scheduler), num_drafts)
+        served = _load(asked, name or model, context, console)
+        drafting = {"scheduler": asked.scheduler, "num_drafts": num_drafts}
+        engine = _start(served, console, max_rows=max_rows, max_waiting=max_waiting, **drafting)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    except UnavailableError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     from dspark_hf.serving.app import create_app
     from dspark_hf.serving.gate import LOCAL_HOSTS
 
     bounds: dict[str, Any] = {"seconds": timeout, "max_body_bytes": max_body_bytes}
     has_no_key, is_here = api_key is None, host in LOCAL_HOSTS
     app = create_app(served[0], engine, api_key=api_key, is_local=has_no_key and is_here, **bounds)
+    if has_no_key and is_here and port:
+        _say_how_to_ask(console, f"http://{host}:{port}", served[0].name)
     _run(console, app, host, port, is_open=has_no_key and not is_here)
 
 
@@ -118,7 +116,7 @@ def _start(served: tuple[ServedModel, Any], console: Console, **options: Any) ->
     say(
         console,
         f"{model.name} ({dtype} on {model.target.device}, {model.context} tokens of context), up to "
-        f"{drafter.block_size} drafts a round{_origin(drafter)}",
+        f"{options['num_drafts'] or drafter.block_size} drafts a round{_origin(drafter)}",
     )
     return engine
 
@@ -127,6 +125,17 @@ def _origin(drafter: Any) -> str:
     from dspark_hf.generation.lookup_assistant import LookupAssistant
 
     return ", looked up in the text: no drafter known (--drafter names one)" * isinstance(drafter, LookupAssistant)
+
+
+def _say_how_to_ask(console: Console, address: str, name: str) -> None:
+    import json
+    import shlex
+
+    from dspark_hf.console import say
+
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Name a planet."}]})
+    words = ("curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
+    say(console, f"Once it runs: {shlex.join(words)}")
 
 
 def _run(console: Console, app: Any, host: str, port: int, *, is_open: bool) -> None:

@@ -1,7 +1,6 @@
 """`dspark-hf train`: a drafter for any causal LM, from conversations that model wrote."""
 
 import shlex
-import sys
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspark_hf.cli.options import Dtype, packaged_folder
+from dspark_hf.cli.options import Dtype, as_given, packaged_folder
 
 if TYPE_CHECKING:
     from dspark_hf.training.conversations import Conversation
@@ -159,7 +158,6 @@ def train(
     Several GPUs: accelerate launch -m dspark_hf train ...
     """
     # imported here, so that the help is instant
-    from tqdm.auto import tqdm
     from transformers import set_seed
 
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
@@ -238,13 +236,12 @@ def train(
         is_first = drafter is not None and not any(output.glob("checkpoint-*"))
         before = trainer.evaluate()["eval_expected_tau"] if is_first else None
         if before is not None and trainer.is_world_process_zero():
-            typer.echo(f"The drafter's held-out tau on this text: {before:.2f}.", err=True)
+            typer.echo(f"The drafter's held-out tau on this text: {before:.2f} (teacher-forced).", err=True)
         forecast = Forecast(
             start,
             trainer.target,
             training,
-            # above the bar, not behind it
-            partial(tqdm.write, file=sys.stderr),
+            partial(typer.echo, err=True),
             max_minutes=max_minutes,
             start=before,
         )
@@ -263,7 +260,11 @@ def describe_result(
     target: str, folder: Path, tau: float, *, expected: float | None = None, before: float | None = None
 ) -> str:
     """Return what there is now, what its tau means, what it was expected to be, and what to do next."""
-    lines = [f"Saved: {folder}", f"Held-out tau {tau:.2f}: tokens that a pass of the target is expected to yield."]
+    lines = [
+        f"Saved: {folder}",
+        f"Held-out tau {tau:.2f}, teacher-forced: tokens that a pass of the target would yield, were every block "
+        "begun in the held-out text. What decoding yields is usually more: eval measures it.",
+    ]
     if before is not None:
         lines.append(f"It was {before:.2f} before.")
     if expected is not None and tau > 0:
@@ -272,7 +273,7 @@ def describe_result(
         lines.append(
             "1.00 is what decoding yields without a drafter: this one is of no use yet. Train on, or on more text."
         )
-    options = f"--target {shlex.quote(target)} --drafter {shlex.quote(str(folder))}"
+    options = f"--target {shlex.quote(as_given(target))} --drafter {shlex.quote(str(folder))}"
     lines.append(f"Next: dspark-hf eval {options} questions.jsonl")
     lines.append(f"or, where confidence matters, first: dspark-hf calibrate {options} --prompts others.jsonl")
     return "\n".join(lines)

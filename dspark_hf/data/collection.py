@@ -11,8 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from dspark_hf.console import Steps
 from dspark_hf.data.sources import PromptSource
 from dspark_hf.data.writers import DEFAULT_SAMPLINGS, Answer, Sampling, Writer
 from dspark_hf.journal import Journal
@@ -270,21 +269,24 @@ class Collector:
 
 class _Progress:
     def __init__(self, total: int | None, initial: int, *, is_shown: bool):
-        self._bar = tqdm(total=total, initial=initial, unit="conversation", disable=not is_shown, dynamic_ncols=True)
+        self._bar = Steps("conversations", total, completed=initial, is_shown=is_shown)
+        self._text = "conversations"
         self._num_tokens = 0
         self._start = perf_counter()
 
     def __enter__(self) -> _Progress:
         self._start = perf_counter()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def describe(self, text: str) -> None:
-        self._bar.set_description(text)
+        self._text = text
+        self._bar.describe(text)
 
     def add(self, num_tokens: int, *, is_new: bool) -> None:
         self._num_tokens += num_tokens
-        self._bar.set_postfix_str(f"{self._num_tokens / (perf_counter() - self._start):.0f} tokens/s", refresh=False)
-        self._bar.update(int(is_new))
+        self._bar.describe(self._text, f"{self._num_tokens / (perf_counter() - self._start):.0f} tokens/s")
+        self._bar.advance(int(is_new))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import random
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from http.client import HTTPException
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
+import anyio
+from anyio.from_thread import start_blocking_portal
+
 from dspark_hf.console import printable
-from dspark_hf.data.http import TooLongError, send
+from dspark_hf.data.http import NoReplyError, Reply, TooLongError, open_client, send
 from dspark_hf.data.writers import Answer, Sampling
 from dspark_hf.prompts import Prompt, plain_text
 
@@ -109,7 +109,6 @@ class ServerWriter:
         self._first_delay = first_delay
         self._asks_for_token_ids = asks_for_token_ids
         self._max_token_id = _MAX_TOKEN_ID if vocab_size is None else vocab_size - 1
-        self._counting = threading.Lock()
         self._num_answered = 0
         self.num_refused = 0
         self.last_refusal = ""
@@ -121,7 +120,8 @@ class ServerWriter:
             ServerError: if it cannot be reached, or does not serve the target.
         """
         try:
-            listed = self._send("/models", None, threading.Event())
+            with start_blocking_portal() as portal:
+                listed = portal.call(self._list_models)
         except _RefusedError as error:
             if error.status in (404, 405):
                 # not every server lists its models
@@ -139,6 +139,10 @@ class ServerWriter:
                 f"`model` must be served by {self._url}, got {self._model!r}, where there are {models[:8]}. Name "
                 "one of them."
             )
+
+    async def _list_models(self) -> Any:
+        async with open_client(1) as client:
+            return await self._send(_Connection(client, anyio.Event()), "/models", None)
 
     def write(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, max_new_tokens: int, seed: int, stop: str = ""
@@ -158,71 +162,68 @@ class ServerWriter:
             **({"return_token_ids": True} if self._asks_for_token_ids else {}),
         }
 
-        def ask(index: int, stopping: threading.Event) -> Answer | None:
+        async def ask(connection: _Connection, index: int) -> Answer | None:
             # another seed for each: the same prompt may be among them several times
-            return self._ask_or_leave_out(prompts[index], {**options, "seed": (seed + index) % (1 << 31)}, stopping)
+            own = {**options, "seed": (seed + index) % (1 << 31)}
+            return await self._ask_or_leave_out(connection, prompts[index], own)
 
-        with closing(_in_threads(ask, len(prompts), self._num_workers)) as results:
-            for index, answer in results:
-                if answer is not None:
-                    yield index, answer
+        yield from _in_parallel(ask, len(prompts), self._num_workers)
 
-    def _ask_or_leave_out(
-        self, prompt: Prompt, options: Mapping[str, Any], stopping: threading.Event
+    async def _ask_or_leave_out(
+        self, connection: _Connection, prompt: Prompt, options: Mapping[str, Any]
     ) -> Answer | None:
         """Return the answer, or None if the server refuses this prompt."""
         try:
-            answer = self._ask(prompt, options, stopping)
+            answer = await self._ask(connection, prompt, options)
         except _RefusedError as error:
             if error.status not in _REFUSED_PROMPT_STATUS:
                 raise
-            with self._counting:
-                self.num_refused += 1
-                self.last_refusal = f"{printable(plain_text(prompt)[:60])!r}: {error.said}"
-                if self.num_refused >= _MANY_REFUSED and self.num_refused > self._num_answered:
-                    raise ServerError(
-                        f"`server` must accept the prompts, got {self.num_refused} refused and {self._num_answered} "
-                        f"answered, the last one {self.last_refusal}. Check the model's name, `--max-new-tokens` and "
-                        "the prompts' lengths."
-                    ) from error
+            self.num_refused += 1
+            self.last_refusal = f"{printable(plain_text(prompt)[:60])!r}: {error.said}"
+            if self.num_refused >= _MANY_REFUSED and self.num_refused > self._num_answered:
+                raise ServerError(
+                    f"`server` must accept the prompts, got {self.num_refused} refused and {self._num_answered} "
+                    f"answered, the last one {self.last_refusal}. Check the model's name, `--max-new-tokens` and "
+                    "the prompts' lengths."
+                ) from error
             return None
-        with self._counting:
-            self._num_answered += 1
+        self._num_answered += 1
         return answer
 
-    def _ask(self, prompt: Prompt, options: Mapping[str, Any], stopping: threading.Event) -> Answer:
+    async def _ask(self, connection: _Connection, prompt: Prompt, options: Mapping[str, Any]) -> Answer:
         if prompt.messages is None:
-            return self._send("/completions", {**options, "prompt": prompt.text}, stopping, self._read_answer)
+            return await self._send(connection, "/completions", {**options, "prompt": prompt.text}, self._read_answer)
         body = {**options, "messages": list(prompt.messages)}
-        return self._send("/chat/completions", body, stopping, self._read_answer)
+        return await self._send(connection, "/chat/completions", body, self._read_answer)
 
     def _read_answer(self, reply: Any) -> Answer:
         return _read_answer(reply, self._max_token_id)
 
-    def _send(
+    async def _send(
         self,
+        connection: _Connection,
         path: str,
         body: Mapping[str, Any] | None,
-        stopping: threading.Event,
         read: Callable[[Any], Any] = lambda reply: reply,
     ) -> Any:
         """Send a request until the server replies with something that `read` understands; return what it read."""
         delay = self._first_delay
         for number in range(1, self._num_tries + 1):
             try:
-                return read(self._send_once(path, body))
+                return read(await self._send_once(connection, path, body))
             except _PassingError as error:
-                if number == self._num_tries or stopping.is_set():
+                if number == self._num_tries or connection.is_ending.is_set():
                     raise ServerError(
                         f"`server` must answer, got {error} from {self._url}{path}, {number} times. Check that it is "
                         "running, then run the same command again: it goes on where it was."
                     ) from error
-                # not all workers at the same moment
-                stopping.wait(min(error.delay or delay * random.uniform(0.75, 1.25), _MAX_DELAY))
+                # not all requests at the same moment
+                with anyio.move_on_after(min(error.delay or delay * random.uniform(0.75, 1.25), _MAX_DELAY)):
+                    await connection.is_ending.wait()
                 delay *= 2
         raise AssertionError("`num_tries` is positive")
 
-    def _send_once(self, path: str, body: Mapping[str, Any] | None) -> Any:
+    async def _send_once(self, connection: _Connection, path: str, body: Mapping[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(API_KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
@@ -230,19 +231,28 @@ class ServerWriter:
         max_bytes = _MAX_BYTES + _MAX_BYTES_PER_TOKEN * (body or {}).get("max_tokens", 0)
         address = self._url + path
         try:
-            return json.loads(send(address, data, headers, seconds=self._timeout, max_bytes=max_bytes))
-        except HTTPError as error:
-            raise _judge(error, address) from error
+            reply = await send(connection.client, address, data, headers, seconds=self._timeout, max_bytes=max_bytes)
         except TooLongError as error:
             raise ServerError(
                 f"`server` must reply with the answer alone, got more than {max_bytes:,} bytes from {address}. Check "
                 "the address."
             ) from error
-        except (URLError, OSError, HTTPException) as error:
-            reason = printable(str(getattr(error, "reason", None) or repr(error)))
-            raise _PassingError(f"no reply ({reason})") from error
+        except NoReplyError as error:
+            raise _PassingError(f"no reply ({printable(str(error))})") from error
+        if not 200 <= reply.status < 300:
+            raise _judge(reply, address)
+        try:
+            return json.loads(reply.body)
         except (ValueError, RecursionError) as error:
             raise _PassingError("a reply that is no JSON") from error
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """What sends, and whether no further requests are to be made."""
+
+    client: Any
+    is_ending: anyio.Event
 
 
 class _PassingError(Exception):
@@ -258,31 +268,27 @@ class _RefusedError(ServerError):
         self.said = said
 
 
-def _judge(error: HTTPError, address: str) -> Exception:
-    with error:
-        try:
-            said = error.read(2000).decode(errors="replace").strip()
-        except (OSError, HTTPException):
-            said = ""
-    message = f"status {error.code} ({printable(said[:300] or str(error.reason))})"
-    if 300 <= error.code < 400:
+def _judge(reply: Reply, address: str) -> Exception:
+    said = reply.body.decode(errors="replace").strip()
+    message = f"status {reply.status} ({printable(said[:300] or reply.reason)})"
+    if 300 <= reply.status < 400:
         return ServerError(
             f"`server` must answer itself, got a redirect from {address} to "
-            f"{printable(str(error.headers.get('Location'))[:200])!r}. Nothing was sent there: name that address if "
+            f"{printable(str(reply.headers.get('Location'))[:200])!r}. Nothing was sent there: name that address if "
             "it is the server's."
         )
-    if error.code in _PASSING_STATUS:
+    if reply.status in _PASSING_STATUS:
         try:
-            return _PassingError(message, float(error.headers.get("Retry-After", "")))
+            return _PassingError(message, float(reply.headers.get("Retry-After", "")))
         except ValueError:
             return _PassingError(message)
     remedy = (
         f"Set the environment variable {API_KEY_VARIABLE} to the server's key."
-        if error.code in (401, 403)
+        if reply.status in (401, 403)
         else "Check the address, the model's name and the lengths."
     )
     whole = f"`server` must accept the request, got {message} from {address}. {remedy}"
-    return _RefusedError(whole, error.code, message)
+    return _RefusedError(whole, reply.status, message)
 
 
 def _read_answer(reply: Any, max_token_id: int) -> Answer:
@@ -316,54 +322,33 @@ def _are_token_ids(value: Any, most: int) -> bool:
     return isinstance(value, list) and all(type(one) is int and 0 <= one <= most for one in value)
 
 
-def _in_threads(
-    ask: Callable[[int, threading.Event], Answer | None], count: int, num_workers: int
-) -> Generator[tuple[int, Answer | None], None, None]:
-    """Yield what `ask` returns for each index as it becomes ready; raise its first error after what was ready."""
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    ready: queue.SimpleQueue[tuple[int, Answer | None | BaseException]] = queue.SimpleQueue()
-    stopping = threading.Event()
-    for index in range(count):
-        waiting.put(index)
+def _in_parallel(
+    ask: Callable[[_Connection, int], Awaitable[Answer | None]], count: int, num_workers: int
+) -> Iterator[tuple[int, Answer]]:
+    """Yield each index with its answer as it becomes ready; raise the first error after what was ready."""
+    # requests have an event loop in a thread of its own: the caller may run in one, as notebooks do
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(open_client(num_workers)) as client:
+        connection = _Connection(client, portal.call(anyio.Event))
+        limiter = portal.call(anyio.CapacityLimiter, num_workers)
 
-    def work() -> None:
-        while not stopping.is_set():
-            try:
-                index = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                ready.put((index, ask(index, stopping)))
-            except BaseException as error:
-                ready.put((index, error))
+        async def ask_in_turn(index: int) -> Answer | None:
+            async with limiter:
+                try:
+                    return None if connection.is_ending.is_set() else await ask(connection, index)
+                except Exception:
+                    # what others are at is paid for: it is waited for, and kept
+                    connection.is_ending.set()
+                    raise
 
-    # daemons: an interrupted program does not wait for replies nobody reads
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(num_workers, count))]
-    for worker in workers:
-        worker.start()
-    try:
-        yield from _drain(ready, count, stopping, workers)
-    finally:
-        stopping.set()
-
-
-def _drain(
-    ready: queue.SimpleQueue[tuple[int, Answer | None | BaseException]],
-    count: int,
-    stopping: threading.Event,
-    workers: Sequence[threading.Thread],
-) -> Iterator[tuple[int, Answer | None]]:
-    for _ in range(count):
-        index, result = ready.get()
-        if not isinstance(result, BaseException):
-            yield index, result
-            continue
-        # what the other workers are at is paid for: it is kept
-        stopping.set()
-        for worker in workers:
-            worker.join()
-        while not ready.empty():
-            other, late = ready.get()
-            if not isinstance(late, BaseException):
-                yield other, late
-        raise result
+        indices = {portal.start_task_soon(ask_in_turn, index): index for index in range(count)}
+        failures = []
+        try:
+            for future in as_completed(indices):
+                if (failure := future.exception()) is not None:
+                    failures.append(failure)
+                elif (answer := future.result()) is not None:
+                    yield indices[future], answer
+        finally:
+            portal.call(connection.is_ending.set)
+        if failures:
+            raise failures[0]

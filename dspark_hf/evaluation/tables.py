@@ -106,8 +106,8 @@ def acceptance_table(evaluation: Evaluation) -> TextTable:
         )
     return TextTable(
         "Accepted length",
-        "tau: tokens a target pass commits, its own bonus token included, with the 95% interval over prompts. "
-        "Accepted: share of all drafts that the target took.",
+        "tau, of decoding: tokens a target pass commits, its own bonus token included, with the 95% interval over "
+        "prompts. Accepted: share of all drafts that the target took.",
         (*labels, "tau", "accepted", "passes", "prompts"),
         tuple(rows),
         len(labels),

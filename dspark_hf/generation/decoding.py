@@ -38,6 +38,7 @@ from dspark_hf.generation.targets.interface import TargetPass, TargetState
 from dspark_hf.generation.targets.padding import prompt_tokens
 from dspark_hf.generation.targets.static import StaticTarget
 from dspark_hf.generation.verification import verify, verify_greedy
+from dspark_hf.generation.wrappers import row_adapter_options
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def decode(
             num_drafts=options.num_drafts,
             num_looked_up=options.num_looked_up,
             returns_cache=was_given_by_user(model_kwargs[CACHE_KEY]),
-            has_fixed_size=is_static(model_kwargs[CACHE_KEY]),
+            has_fixed_size=is_static(model_kwargs[CACHE_KEY]) or bool(row_adapter_options(model)),
             is_invariant=options.is_invariant,
         )
         # there from the start, so that a streamer can ask where a token came from

@@ -28,7 +28,8 @@ def fingerprint(target: TargetAdapter) -> str | None:
     """Return a short hash of a target's sizes and of some rows of its embedding, or None if they are out of reach.
 
     Loaded in another dtype or with its layers quantised, a target keeps its fingerprint; a fine-tune that trains the
-    embedding has another one.
+    embedding has another one. Where weights are stored in fp32, fp16 rounds them before they are looked at, and has
+    a fingerprint of its own.
     """
     weight = getattr(target.model.get_input_embeddings(), "weight", None)
     if weight is None or weight.is_meta or not weight.is_floating_point():

@@ -13,14 +13,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from dspark_hf.serving.engine import Engine
-from dspark_hf.serving.errors import ApiError, describe_slips
+from dspark_hf.serving.errors import ApiError, describe_slips, shorten
 from dspark_hf.serving.gate import Gate
 from dspark_hf.serving.metrics import Metrics
 from dspark_hf.serving.model import ServedModel
 from dspark_hf.serving.schemas import ChatBody, CompletionBody
 from dspark_hf.serving.service import Service
 
-_PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /health and /metrics"
+_PATHS = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health and GET /metrics"
 
 
 def create_app(
@@ -108,5 +108,8 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse_path(http: Request, error: HTTPException) -> Response:
-        message = f"{http.method} must be for one of {_PATHS}, got another. ({error.detail})"
-        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
+        asked = shorten(f"{http.method} {http.url.path}")
+        message = f"the address must be one of {_PATHS}, got {asked}. Use one of them: this server does nothing else."
+        return JSONResponse(
+            ApiError(error.status_code, message, code="unknown_url").body(), error.status_code, error.headers
+        )

@@ -32,6 +32,7 @@ class Engine:
         max_waiting: requests that may wait for a row.
         retry_after: seconds after which a client that was turned away may try again.
         scheduler: as in `generate_stream`.
+        num_drafts: drafts of a round at most, `num_assistant_tokens` of every request; None: the drafter's block size.
 
     Raises:
         ValueError: if the target cannot be decoded row by row, its generation configuration asks for what a stream
@@ -47,10 +48,12 @@ class Engine:
         max_waiting: int = 64,
         retry_after: int = 2,
         scheduler: str | None = None,
+        num_drafts: int | None = None,
     ):
         self._target, self._drafter = target, drafter
         self._max_rows, self._max_waiting, self._retry_after = max_rows, max_waiting, retry_after
         self._scheduler = scheduler
+        self._knobs = {} if num_drafts is None else {"num_assistant_tokens": num_drafts}
         self._line = WaitingLine(max_waiting)
         self._open: set[Request] = set()
         self._lock = Lock()
@@ -103,7 +106,7 @@ class Engine:
             ApiError: if too many wait already, or nothing is decoded any more.
         """
         self.check_room()
-        request = _request(input_ids, {**options, "streamer": answer}, answer)
+        request = _request(input_ids, {**options, **self._knobs, "streamer": answer}, answer)
         answer.request = request
         try:
             with self._lock:
@@ -167,7 +170,7 @@ class Engine:
 
     def _try(self) -> None:
         """Decode a token before anybody is promised anything: what no request could have is an error at once."""
-        (finished,) = self._new_stream([_request([0], {"max_new_tokens": 1, "do_sample": False})])
+        (finished,) = self._new_stream([_request([0], {"max_new_tokens": 1, "do_sample": False, **self._knobs})])
         if finished.error is not None:
             raise finished.error
 

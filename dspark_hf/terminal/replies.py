@@ -30,12 +30,22 @@ class Writing:
         temperature: 0 is greedy.
         top_p: the share of probability that is sampled from.
         seed: what every answer starts from when sampling; None: another text each time.
+        scheduler: who decides how far to draft, by name; None: what `generate` does by itself.
+        num_drafts: drafts of a round at most; None: the drafter's block size.
     """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    scheduler: str | None = None
+    num_drafts: int | None = None
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What `generate` is told of the drafts, beside who makes them."""
+        given = {"scheduler": self.scheduler, "num_assistant_tokens": self.num_drafts}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def is_greedy(self) -> bool:
@@ -151,7 +161,7 @@ class Speaker:
                     **inputs,
                     **self._options(min(room, self.writing.max_new_tokens)),
                     streamer=streamer,
-                    **({"assistant_model": self.drafter} if is_assisted else {}),
+                    **({"assistant_model": self.drafter, **self.writing.knobs} if is_assisted else {}),
                 )
             except KeyboardInterrupt:
                 ended_by = "interrupt"

@@ -113,8 +113,9 @@ class DSparkTrainer(Trainer):
             drafter.compile(dynamic=True)
         # the loss is a mean over a batch's slots: Trainer divides it by the number of accumulated batches
         self.model_accepts_loss_kwargs = False
+        self._progress = LiveProgress()
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LiveProgress())
+            self.add_callback(self._progress)
         self._dtype = torch.bfloat16 if args.bf16 else drafter.dtype
         self._read_vocabulary()
         self.add_callback(_VocabularyFirst(self))
@@ -136,7 +137,10 @@ class DSparkTrainer(Trainer):
             with self.args.main_process_first(local=False):
                 found = last_whole_checkpoint(output_dir)
             resume_from_checkpoint = None if found is None else str(found)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._progress.close()
 
     @property
     def best_tau(self) -> float:

@@ -38,7 +38,7 @@ def test_a_page_is_written(tmp_path, monkeypatch):
     target: Any = random_target("tiny", torch.float32, "cpu")
     model = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=7)
     packaged = Packaged("A target", target, _Tokenizer(), model)
-    monkeypatch.setattr(benchmark, "load_packaged", lambda name, dtype: packaged)
+    monkeypatch.setattr(benchmark.loading, "load_packaged", lambda name, dtype: packaged)
     sets = {"questions": random_prompts(5, 256, seed=0)}
     monkeypatch.setattr(benchmark, "make_sets", lambda *args: dict(sets))
     monkeypatch.setattr(benchmark, "LENGTH", 10)

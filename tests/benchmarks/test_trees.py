@@ -125,7 +125,7 @@ def test_repeated_text_is_looked_up():
 def test_a_page_is_written(target, tmp_path, monkeypatch):
     """The page misses a set, or the costs of a dtype."""
     packaged = Packaged("A target", target, None, _drafter(target, "vanilla"))
-    monkeypatch.setattr(benchmark, "load_packaged", lambda name, dtype: packaged)
+    monkeypatch.setattr(benchmark.loading, "load_packaged", lambda name, dtype: packaged)
     monkeypatch.setattr(benchmark, "make_sets", lambda *args: {"chat": PROMPTS, "copying": PROMPTS})
     monkeypatch.setattr(benchmark, "REPEATS", 1)
     app = typer.Typer()

@@ -40,6 +40,7 @@ def test_a_verdict_is_the_exit_status(folders: Path) -> None:
     status, output = _run(folders, "drafter")
     assert status == 0, output
     assert "The drafter fits this target" in output
+    assert f"Next: dspark-hf chat {folders / 'target'} --drafter {folders / 'drafter'}" in output
     status, output = _run(folders, "misread", "--json")
     assert status == 3, output
     written = json.loads(output)

@@ -68,11 +68,14 @@ def test_long_helps_have_panels():
 
 def test_answering_commands_share_their_options():
     """The same thing has two names, two helps or two defaults."""
-    ours, others = ({one.name: one for one in COMMANDS[name].params} for name in ("generate", "chat"))
-    shared = set(ours) & set(others)
-    assert {"drafter", "dtype", "device", "system", "thinking", "temperature", "top_p", "seed"} <= shared
-    for name in shared:
-        one, other = ours[name], others[name]
+    of = {command: {one.name: one for one in COMMANDS[command].params} for command in COMMANDS}
+    # the same question: other commands ask for a list of schedulers, or have no default for a length
+    same = [("generate", "chat", name) for name in set(of["generate"]) & set(of["chat"])]
+    assert {"system", "thinking", "temperature", "top_p", "seed"} <= {name for *_, name in same}
+    same += [("generate", "serve", name) for name in ("drafter", "dtype", "device", "scheduler", "num_drafts")]
+    same.append(("generate", "eval", "num_drafts"))
+    for first, second, name in same:
+        one, other = of[first][name], of[second][name]
         assert (one.opts, one.default, getattr(one, "help", None)) == (
             other.opts,
             other.default,

@@ -31,6 +31,7 @@ COMMANDS = (
     "tiny-v4",
     "eval",
     "doctor",
+    "lm-eval",
     "version",
 )
 # these run without the package

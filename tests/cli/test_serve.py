@@ -68,7 +68,8 @@ def test_a_folder_is_served(tmp_path, monkeypatch):
         (("--api-key", ""), "`--api-key` must be a key, got an empty one."),
         (("--api-key", "schlüssel"), "`--api-key` must be of visible ASCII characters"),
         (("--context", "100000"), "`--context` must be at most the target's 512 positions, got 100000."),
-        (("--scheduler", "eager"), "`scheduler` must"),
+        (("--scheduler", "eager"), "'eager' is not one of 'fixed', 'threshold', 'hardware_aware'"),
+        (("--num-drafts", "16"), "`--num-drafts` must lie in [1, 15]"),
         (("--max-rows", "0"), "--max-rows"),
     ],
 )

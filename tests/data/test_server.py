@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 import socket
 import threading
@@ -376,3 +378,27 @@ def test_a_reply_is_bounded_in_time(dribbled: str) -> None:
         # the connection was cut: without that the server would go on for ever
         thread.join(5)
         assert not thread.is_alive()
+
+
+def test_who_runs_an_event_loop_may_ask() -> None:
+    """A notebook, which runs in an event loop, cannot let a server write."""
+
+    async def ask(server: _Server) -> list[Answer]:
+        writer = _writer(server)
+        writer.check()
+        return _write(writer, user_turn("a"), user_turn("b"))
+
+    def respond(path: str, body: Any) -> Reply:
+        return (200, {"data": [{"id": "target"}]}, {}) if path == "/v1/models" else _echo(path, body)
+
+    with serving(respond) as server:
+        assert [answer.text for answer in asyncio.run(ask(server))] == ["A", "B"]
+
+
+def test_a_packed_reply_is_not_unpacked() -> None:
+    """A small reply that unpacks to gigabytes fills the memory."""
+    packed = gzip.compress(json.dumps(_chat("a")[1]).encode())
+    with serving(lambda *_: (200, packed, {"Content-Encoding": "gzip"})) as server:
+        with pytest.raises(ServerError, match="a reply that is no JSON"):
+            _write(_writer(server, num_tries=2), user_turn("q"))
+        assert server.requests[0][2]["Accept-Encoding"] == "identity"

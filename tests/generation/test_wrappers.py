@@ -72,6 +72,27 @@ def test_adapters_in_layers(target, drafter):
         generate_stream(prompted, [], drafter=drafter)
 
 
+def test_an_adapter_for_each_row(target, drafter):
+    """A row goes on with another row's adapter, or the call ends in an error, once one of them is over."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(target, config)
+    adapted.add_adapter("other", config)
+    adapted.eval()
+    options = {**OPTIONS, "max_new_tokens": 24, "eos_token_id": list(range(20, 26)), "pad_token_id": 0}
+    options["adapter_names"] = ["default", "other", "default", "other"]
+    inputs = ragged_prompts(4)
+    plain = adapted.generate(**inputs, **options)
+    num_ends = (plain == 0).sum(-1)
+    # rows end at several places, and the adapters matter
+    assert len(set(num_ends.tolist())) > 2
+    assert not torch.equal(adapted.generate(**inputs, **{**options, "adapter_names": ["other"] * 4}), plain)
+    assert torch.equal(adapted.generate(**inputs, **options, assistant_model=drafter, scheduler="fixed"), plain)
+    del options["adapter_names"]
+    with pytest.raises(ValueError, match="`alora_offsets` must be None when a drafter assists"):
+        adapted.generate(**inputs, **options, alora_offsets=[2] * 4, assistant_model=drafter)
+
+
 def test_a_name_that_nobody_loads(target, monkeypatch):
     """The name of a folder fails for want of a configuration where the decoding loop is used alone."""
     monkeypatch.setattr(names, "_FINDERS", [])

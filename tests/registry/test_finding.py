@@ -5,22 +5,26 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, pipeline
 
 import dspark_hf
 from dspark_hf import DSparkAssistantModel, LookupAssistant, load_drafter_for, register_drafter
+from dspark_hf.demo.packaged import PACKAGED_MODELS
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.provenance import fingerprint
 from dspark_hf.registry import entries
 from dspark_hf.registry.entries import DRAFTERS_VARIABLE, known_drafters
 from dspark_hf.registry.finding import assistant_named
+from dspark_hf.registry.matching import find_entry
 from tests.tiny import tiny_target
 
+DRAFTERS = Path(dspark_hf.__file__).parents[1] / "drafters"
 PROMPT = torch.tensor([[5, 6, 7, 8, 5, 6]])
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 
@@ -218,8 +222,7 @@ def test_a_drafter_that_does_not_say_whose_it_is(tmp_path: Path) -> None:
 def test_the_packages_own_registry() -> None:
     """A pair of the package's list is damaged, or a drafter of the repository is missing from it."""
     own = entries.read_registry(Path(entries.__file__).with_name("drafters.json"))
-    drafters = Path(dspark_hf.__file__).parents[1] / "drafters"
-    shipped = {path.parent for path in drafters.glob("*/config.json")}
+    shipped = {path.parent for path in DRAFTERS.glob("*/config.json")}
     if not shipped:
         pytest.skip("a source archive holds no weights")
     assert shipped == {Path(entry.drafter) for entry in own if Path(entry.drafter).is_absolute()}
@@ -227,7 +230,46 @@ def test_the_packages_own_registry() -> None:
         if Path(entry.drafter) in shipped:
             fields = json.loads(Path(entry.drafter, "config.json").read_text(encoding="utf-8"))
             assert fields["base_model_name_or_path"] == entry.target
-    assert len({entry.target for entry in own}) == len(own)
+    assert len({(entry.target, entry.fingerprint) for entry in own}) == len(own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGED_MODELS)
+def test_packaged_models_find_their_shipped_drafters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packaged model, whose weights are not quite the hub's, is answered by looked-up drafts alone."""
+    model = PACKAGED_MODELS[name]
+    pytest.importorskip("gguf")
+    if find_spec(model.module) is None or not any(DRAFTERS.glob("*/config.json")):
+        pytest.skip("needs the packaged weights, and the drafters of a clone")
+    monkeypatch.delenv(DRAFTERS_VARIABLE)
+    target = _packaged_embedding(model.find_gguf(tmp_path))
+    target.config.name_or_path = "/somewhere/else"
+    weight = target.get_input_embeddings().weight.detach()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        target.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight.to(dtype)))
+        entry = find_entry(target, entries.known_drafters())
+        assert entry is not None and Path(entry.drafter).name == model.drafter
+    target.set_input_embeddings(torch.nn.Embedding.from_pretrained(-weight))
+    assert find_entry(target, entries.known_drafters()) is None
+
+
+def _packaged_embedding(file: Path) -> LlamaForCausalLM:
+    """Return a model of a GGUF file's sizes that has nothing but its embedding."""
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(file)
+    kind = reader.fields["general.architecture"].contents()
+    num_layers = reader.fields[f"{kind}.block_count"].contents()
+    (table,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    width, num_tokens = (int(size) for size in table.shape)
+    with torch.device("meta"):
+        sizes = {"vocab_size": num_tokens, "hidden_size": width, "num_hidden_layers": num_layers}
+        target = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=width // 64))
+    weight = torch.from_numpy(dequantize(table.data, table.tensor_type))
+    target.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight))
+    return target
 
 
 def test_folders_without_a_drafter_are_passed_over(monkeypatch, tmp_path) -> None:

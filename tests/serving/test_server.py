@@ -12,10 +12,11 @@ import openai
 import pytest
 import torch
 
+from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.noise import KeyedNoise
 from tests.closeness import assert_same_up_to_rounding
 from tests.serving.running import END, EOS, NAME, Running, serve, wait_until
-from tests.tiny import VOCAB_SIZE
+from tests.tiny import VOCAB_SIZE, tiny_target
 
 # every word is another length of prompt
 QUESTIONS = [" ".join(f"w{10 + (7 * i + k) % 50}" for k in range(1 + i % 9)) for i in range(24)]
@@ -338,6 +339,28 @@ def test_null_and_the_only_value_say_nothing(running):
     assert running.ask("/v1/chat/completions", _body(**fields))[0] == 200
 
 
+def test_an_address_that_is_not_there_is_told_what_is(running):
+    """Who asks for embeddings, or forgets `/v1`, is not told what this server can do."""
+    with pytest.raises(openai.NotFoundError) as failure:
+        running.client.embeddings.create(model=NAME, input="w1")
+    assert failure.value.code == "unknown_url"
+    assert "got 'POST /v1/embeddings'" in failure.value.message
+    for address in (
+        "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "GET /v1/models",
+        "GET /health",
+        "GET /metrics",
+    ):
+        assert address in failure.value.message
+        method, path = address.split()
+        # each of them is there
+        assert running.ask(path, {} if method == "POST" else None)[0] != 404
+    status, headers, body = running.ask("/v1/chat/completions")
+    assert status == 405 and headers["Allow"] == "POST"
+    assert "got 'GET /v1/chat/completions'" in json.loads(body)["error"]["message"]
+
+
 def test_a_body_has_a_size():
     """Anybody fills the memory with one request, with its length said or not."""
     with serve(max_body_bytes=4096) as small:
@@ -368,3 +391,19 @@ def test_a_key_is_asked_for():
             for path, body in (("/v1/chat/completions", _body()), ("/v1/models", None), ("/metrics", None)):
                 assert guarded.ask(path, body, headers)[0] == 401
         assert guarded.ask("/health")[0] == 200
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_drafts_are_as_many_as_were_asked_for(num_drafts):
+    """`--num-drafts` is taken and forgotten, or changes the text."""
+    target = tiny_target()
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4, block_size=5)
+    drafter.drafts = "model"
+    options = {"scheduler": "fixed", "num_drafts": num_drafts}
+    with serve(target=target, drafter=drafter.eval(), engine_options=options) as few:
+        text = _chat(few, "w10 w11", max_tokens=8).choices[0].message.content
+        assert text == few.text(few.plain(few.ids("w10 w11"), 8))
+        wait_until(lambda: few.metric("dspark_rounds_total") > 0)
+        drafted = few.metric('dspark_drafts_total{step="drafted"}')
+        # the last round may have room for fewer
+        assert num_drafts / 2 < drafted / few.metric("dspark_rounds_total") <= num_drafts

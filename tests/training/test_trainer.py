@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -406,3 +407,35 @@ def test_bad_arguments_are_refused(name: str, value: Any, rule: str, tmp_path: P
     """A misspelt optimiser would train with another one; an empty step would learn nothing."""
     with pytest.raises(ValueError, match=f"`{name}` must {rule}"):
         DSparkTrainingArguments(str(tmp_path), **{name: value})
+
+
+class _Failure(TrainerCallback):
+    """Fail in the middle of a run."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise RuntimeError("in the middle")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_run_tells_how_far_it_is(
+    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run says nothing, or its bar stays on the screen and the cursor away when the run fails."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if is_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    target = tiny_target()
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "max_steps": 3}
+    trainer = _trainer(tmp_path, target, _own_text(target, 9), {}, disable_tqdm=False, **steps)
+    trainer.add_callback(_Failure())
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.train()
+    shown = capfd.readouterr().err
+    assert re.search(r"step 1: held-out tau 1\.\d+ \(teacher-forced\), accept rates 0\.\d", shown)
+    if is_terminal:
+        assert "training" in shown and "2/3" in shown and "held-out 1." in shown
+        assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    else:
+        assert "training: 2 of 3; loss " in shown and "\x1b" not in shown

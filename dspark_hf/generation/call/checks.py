@@ -14,6 +14,7 @@ from dspark_hf.generation.call.twins import check_class
 from dspark_hf.generation.compat import CACHE_KEY, can_be_cropped, check_supported_modes
 from dspark_hf.generation.targets.recurrent_support import can_recompute
 from dspark_hf.generation.targets.rollback import check_rollback
+from dspark_hf.generation.wrappers import row_adapter_options
 
 # other ways to get drafts
 _OTHER_WAYS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -88,6 +89,9 @@ def check_request(
     if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
         weight = generation_config.assistant_ensemble_weight
         _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
+    if "alora_offsets" in row_adapter_options(model):
+        rule = "be None when a drafter assists: they are counted from the end of a pass"
+        _refuse("`alora_offsets`", rule, "offsets", "Generate without `assistant_model`, or with a LoRA.")
     if synced_gpus:
         _refuse("`synced_gpus`", "be False when a drafter assists", synced_gpus, "Use `device_map` to span GPUs.")
     cache = model_kwargs.get(CACHE_KEY)

@@ -6,15 +6,25 @@ B batch, n new tokens of a row.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
+from dspark_hf.generation.call.processors import PROMISE
 from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.rows import NewTokens
+
+# what these say of a row depends on its text alone, or on the clock
+_OF_ROW = (MaxTimeCriteria, StopStringCriteria)
 
 
 class StopRules:
@@ -48,6 +58,11 @@ class StopRules:
         return bool(self._others)
 
     @property
+    def may_compare_rows(self) -> bool:
+        """Whether a criterion may go by several rows at once, or by earlier calls: it must see them grow together."""
+        return any(type(one) not in _OF_ROW and not getattr(one, PROMISE, False) for one in self._others)
+
+    @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end a row."""
         return list(self._ends)
@@ -70,6 +85,35 @@ class StopRules:
         if self._others:
             self._ask_others(rows, new_tokens.tensors, stops, scores_until)
         return stops
+
+    def common_stop(
+        self,
+        rows: Sequence[int],
+        new_tokens: NewTokens,
+        stopped: Container[int],
+        scores_until: Callable[[int], Any],
+    ) -> tuple[int, list[int]]:
+        """Return how many `new_tokens` are kept of each of `rows` of one length, and the rows that stop there.
+
+        Criteria are called as plain `generate` calls them: once a length, for all rows at that length. Behind the
+        first stop of a row that is not among the `stopped` nothing is kept, since its text goes on otherwise.
+        """
+        length = self._sequences.lengths[rows[0]]
+        fixed = [self._fixed_stop(length, tokens) for tokens in new_tokens.ids]
+        count = min(len(tokens) for tokens in new_tokens.ids)
+        ids = self._sequences.with_ahead(rows, torch.stack([tokens[:count] for tokens in new_tokens.tensors]))
+        for kept in range(1, count + 1):
+            prefix, scores = ids[:, : length + kept], scores_until(length + kept)
+            done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            for criterion in self._others:
+                # a criterion may answer for the whole batch at once
+                done = done | torch.as_tensor(criterion(prefix, scores), device=ids.device)
+            are_over = done.tolist()
+            stops = [row for row, stop in zip(rows, fixed, strict=True) if stop == kept or are_over[row]]
+            stops = [row for row in stops if row not in stopped]
+            if stops:
+                return kept, stops
+        return count, []
 
     def _fixed_stop(self, length: int, tokens: list[int]) -> int | None:
         candidates = [max(max_length - length, 1) for max_length in self._max_lengths]

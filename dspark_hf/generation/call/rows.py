@@ -72,8 +72,9 @@ class CallRows:
         self._processors = ProcessorChain(logits_processor, self._sequences, self._eos_token_ids)
         self._has_processors = not self._processors.is_empty
         self.accept_in_steps = self._processors.may_remember
-        # then processors are shown the whole batch, whose rows must have the same length
-        self._advance_together = self.accept_in_steps and len(input_ids) > 1
+        # then they are shown the whole batch, whose rows must have the same length
+        self._stop_together = self._rules.may_compare_rows and len(input_ids) > 1
+        self._advance_together = self._stop_together or (self.accept_in_steps and len(input_ids) > 1)
         self._streams = streamer is not None
         self._stream = OrderedStream(streamer, self._sequences)
         self._recorder = OutputRecorder(generation_config, len(input_ids))
@@ -118,7 +119,7 @@ class CallRows:
 
     def _room(self, row: int) -> int:
         """Return how many tokens a row may still get; 1 for a row that waits."""
-        if row in self._stopped_at:
+        if row in self._stopped_at and not self._stop_together:
             return max(self._common_length() - self._sequences.lengths[row], 1)
         limit = self._rules.max_length
         return sys.maxsize if limit is None else limit - self._sequences.lengths[row]
@@ -126,7 +127,7 @@ class CallRows:
     def batch(self) -> Batch:
         """Return what a schedule is told of the rows."""
         # where a criterion of the user's ends a row, the others' processors must be shown its padding at once
-        must_wait = self._advance_together and self._rules.has_others
+        must_wait = self.accept_in_steps and self._advance_together and self._rules.has_others
         rooms = [0 if must_wait else self._room(row) - 1 for row in self._rows]
         limits = tuple(min(self._num_drafts, room) for room in rooms)
         looked_up = tuple(min(self._num_looked_up, room) for room in rooms) if self._num_looked_up else ()
@@ -213,6 +214,10 @@ class CallRows:
 
         Returns how many tokens each row got.
         """
+        if self._stop_together and record is not None:
+            # what a row would get beyond the others counts as not accepted
+            common = min(len(new_tokens.ids[index]) for index in self.live())
+            record.num_accepted = [min(count, common - 1) for count in record.num_accepted]
         if self._noise is not None:
             _check_drawn(scores, [0] * len(scores) if record is None else record.num_accepted)
         pairs = zip(self._rows, new_tokens.ids, strict=True)
@@ -237,6 +242,8 @@ class CallRows:
 
     def _cut(self, counts: list[int], new_tokens: NewTokens) -> list[int]:
         """Return how many of the `new_tokens` each row gets, and remember where rows stop."""
+        if self._stop_together:
+            return self._cut_together(new_tokens)
         stops = self._rules.first_stops(self._rows, new_tokens, self._scores_until)
         for index, row in enumerate(self._rows):
             if row in self._stopped_at and not self._advance_together:
@@ -247,6 +254,14 @@ class CallRows:
                 counts[index] = stop
                 self._stopped_at[row] = self._sequences.lengths[row] + stop
         return counts
+
+    def _cut_together(self, new_tokens: NewTokens) -> list[int]:
+        live = self.live()
+        theirs = NewTokens([new_tokens.ids[i] for i in live], [new_tokens.tensors[i] for i in live])
+        rows = [self._rows[index] for index in live]
+        count, stops = self._rules.common_stop(rows, theirs, self._stopped_at, self._scores_until)
+        self._stopped_at |= {row: self._sequences.lengths[row] + count for row in stops}
+        return [count if index in live else 0 for index in range(len(self._rows))]
 
     def _scores_until(self, length: int) -> tuple[Tensor, ...] | None:
         return self._recorder.scores_until(length - self._sequences.prompt_length)

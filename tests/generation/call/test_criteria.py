@@ -15,7 +15,9 @@ from tokenizers.pre_tokenizers import Split
 from transformers import MaxTimeCriteria, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 from tests.generation.drafters import ScriptedDrafter
+from tests.generation.frequencies import PROMPT, small_target, smallest_p_value, untrained_drafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 from tests.thinning import slow
 from tests.tiny import tiny_target
 
@@ -219,3 +221,113 @@ def test_constrained_decoding(target, inputs, script):
         script=script,
     )
     assert {row for row, _ in asked} == set(range(len(script)))
+
+
+class StopWithFirst(StoppingCriteria):
+    """Stop the whole batch when its first row writes a token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return bool(input_ids[0, -1] == self.token)
+
+
+class StopWithLast(StoppingCriteria):
+    """Stop the whole batch once every row has written its token, remembering who has."""
+
+    def __init__(self, tokens, pad):
+        self.tokens, self.pad, self.done, self.lengths = tokens, pad, [False] * len(tokens), []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        last = input_ids[:, -1].tolist()
+        # padding is often an end's token: a row that is padded where it only writes slower is taken for over
+        self.done = [
+            was or token in (own, self.pad) for was, token, own in zip(self.done, last, self.tokens, strict=True)
+        ]
+        return all(self.done)
+
+
+@pytest.mark.parametrize("eos", [slow(None), 1])
+@pytest.mark.parametrize("accuracy", [0.5, slow(0.8), slow(1.0)])
+@pytest.mark.parametrize("kind", ["first", "last"])
+def test_criterion_that_compares_rows(target, kind, accuracy, eos):
+    """A criterion that goes by other rows' text, or by earlier calls, stops a batch too early or never."""
+    inputs = ragged_prompts(4)
+    width = inputs["input_ids"].shape[1]
+    script = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    first, last = int(script[0, width + 11]), [int(script[row, width + 4 + 2 * row]) for row in range(4)]
+    criteria = []
+
+    def options():
+        criteria.append(StopWithFirst(first) if kind == "first" else StopWithLast(last, 0))
+        return {
+            "max_new_tokens": NEW_TOKENS,
+            "eos_token_id": eos,
+            "pad_token_id": 0,
+            "stopping_criteria": StoppingCriteriaList(criteria[-1:]),
+        }
+
+    plain, statistics = _compare(target, inputs, options, accuracy, script)
+    assert plain.shape[1] < width + NEW_TOKENS and statistics.num_accepted > 0
+    if kind == "last":
+        assert criteria[1].lengths == criteria[0].lengths
+
+
+def test_rows_that_stop_one_by_one(target):
+    """A row that has stopped holds the others up, or is shown with other text than without a drafter."""
+    inputs = ragged_prompts(4)
+    width = inputs["input_ids"].shape[1]
+    script = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    tokens = [int(script[0, width + 3]), int(script[2, width + 9])]
+    for eos in (None, int(script[3, width + 6])):
+        pages = []
+
+        class Diary(StopAfter):
+            def __call__(self, input_ids, scores, pages=pages, **kwargs):
+                pages.append(input_ids.tolist())
+                return super().__call__(input_ids, scores)
+
+        def options(eos=eos, diary=Diary):
+            criteria = StoppingCriteriaList([diary(tokens, width + 3)])
+            return {
+                "max_new_tokens": NEW_TOKENS,
+                "eos_token_id": eos,
+                "pad_token_id": 0,
+                "stopping_criteria": criteria,
+            }
+
+        _compare(target, inputs, options, 0.9, script)
+        half = len(pages) // 2
+        assert pages[:half] == pages[half:]
+
+
+def test_a_promise_lets_rows_advance_alone(target):
+    """A criterion that promises to go by each row's own text costs as many passes as one that compares them."""
+
+    class Promising(StopAfter):
+        depends_on_prefix_alone = True
+
+    inputs = ragged_prompts(4)
+    rounds = {}
+    for kind in (StopAfter, Promising):
+        criteria = StoppingCriteriaList([kind([], 0)])
+        _, statistics = _compare(
+            target, inputs, lambda criteria=criteria: {"max_new_tokens": 12, "stopping_criteria": criteria}
+        )
+        rounds[kind] = len(statistics.rounds)
+    assert rounds[Promising] < rounds[StopAfter]
+
+
+@pytest.mark.slow
+def test_rows_that_grow_together_keep_the_law():
+    """A token that a row would have got beyond the others is kept, or dropped by what it is."""
+    target = small_target()
+    drafter = untrained_drafter(target)
+    criteria = StoppingCriteriaList([StopAfter([], 0)])
+    options = {"max_new_tokens": 5, "do_sample": True, "stopping_criteria": criteria, "assistant_model": drafter}
+    prompts = PROMPT[None].expand(3, -1)
+    samples = torch.cat([target.generate(prompts, **options) for _ in range(60)])[:, len(PROMPT) :]
+    assert drafter.last_statistics.num_accepted > 0
+    assert smallest_p_value(samples, text_probabilities(target, PROMPT, 5)) > SMALLEST_P_VALUE
