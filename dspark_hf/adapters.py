@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from dspark_hf.damage import read_object
+from dspark_hf.hubs import hub_options
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
@@ -57,7 +58,8 @@ def load_adapted(folder: str, options: dict[str, Any]) -> Any:
             f"`target` must be an adapter of a model's layers, such as LoRA's, got {folder!r}, which prepends "
             "prompts. Use the model that it was made for."
         )
-    base = AutoModelForCausalLM.from_pretrained(adapted_name(folder), **options)
+    base_name = adapted_name(folder)
+    base = AutoModelForCausalLM.from_pretrained(base_name, **options, **hub_options(base_name, options))
     num_tokens = _num_tokens(folder)
     if num_tokens is not None and num_tokens != base.get_input_embeddings().num_embeddings:
         # trained with new tokens, whose rows the adapter brings

@@ -1,11 +1,69 @@
-"""Names on hubs other than Hugging Face's: `modelscope://AUTHOR/MODEL` is fetched, and becomes a folder."""
+"""Names on hubs: `modelscope://AUTHOR/MODEL` becomes a folder, and Hugging Face's hub has to be within reach."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from transformers.utils import logging
+
+_LOGGER = logging.get_logger(__name__)
 _MODELSCOPE = "modelscope://"
+# seconds in which a hub answers a question without content
+_PATIENCE = 5.0
+# hubs that have answered
+_REACHED: set[str] = set()
+
+
+def hub_options(name: Any, given: Mapping[str, Any], file: str = "config.json") -> dict[str, Any]:
+    """Return what to add to the hub options `given` for a name: where its hub is out of reach, the cache is taken.
+
+    Every look-up of a file would find that out by itself, after five attempts. Nothing is asked for a folder, offline,
+    or of a hub that has answered before.
+
+    Args:
+        name: a folder, or a name on Hugging Face's hub.
+        given: `cache_dir`, `revision`, `local_files_only` and others, as in Transformers.
+        file: one that every model of the kind has.
+
+    Raises:
+        ConnectionError: if the hub is out of reach, and the model is not in the cache.
+
+    Example:
+
+        >>> hub_options(".", {})
+        {}
+    """
+    is_settled = given.get("local_files_only") or given.get("proxies") or constants.HF_HUB_OFFLINE
+    if name is None or os.path.exists(name) or is_elsewhere(str(name)) or is_settled or _is_reached():
+        return {}
+    where = {option: given.get(option) for option in ("cache_dir", "revision")}
+    subfolder = given.get("subfolder")
+    cached = try_to_load_from_cache(str(name), f"{subfolder}/{file}" if subfolder else file, **where)
+    if isinstance(cached, str):
+        _LOGGER.warning_once(
+            f"{constants.ENDPOINT} cannot be reached: {str(name)!r} is taken from the cache. HF_HUB_OFFLINE=1 says so "
+            "from the start."
+        )
+        return {"local_files_only": True}
+    raise ConnectionError(
+        f"{str(name)!r} must be a folder here, or within reach: {constants.ENDPOINT} cannot be reached, and it "
+        "is not in the cache. Name a folder, or fetch it with `hf download` where there is a network; with "
+        "HF_HUB_OFFLINE=1 the cache alone is looked into."
+    )
+
+
+def _is_reached() -> bool:
+    if constants.ENDPOINT not in _REACHED:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        # versions of huggingface_hub differ in whose errors these are
+        except Exception:
+            return False
+        _REACHED.add(constants.ENDPOINT)
+    return True
 
 
 def is_elsewhere(name: str) -> bool:

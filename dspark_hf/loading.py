@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dspark_hf.adapters import adapted_name, is_adapter, load_adapted
 from dspark_hf.damage import first_line, index_files, read_object, weights_damage
-from dspark_hf.hubs import local_name
+from dspark_hf.hubs import hub_options, local_name
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.deepseek_v4.configuration import RELEASED_MODEL_TYPE
 from dspark_hf.modeling.deepseek_v4.modeling import DeepseekV4DSparkForCausalLM
@@ -72,8 +72,8 @@ def load_tokenizer(target: str, option: str = "--target") -> Any:
     target = local_name(target)
     with _named(option, _TARGET, target):
         if is_adapter(target) and not (Path(target) / "tokenizer_config.json").exists():
-            return AutoTokenizer.from_pretrained(adapted_name(target))
-        return AutoTokenizer.from_pretrained(target)
+            target = adapted_name(target)
+        return AutoTokenizer.from_pretrained(target, **hub_options(target, {}, "tokenizer_config.json"))
 
 
 def read_drafter_config(drafter: str, option: str = "--drafter") -> DSparkConfig:
@@ -118,7 +118,7 @@ def load_assistant(name: str, option: str, **options: Any) -> Any:
     name = local_name(name)
     model_class: Any = DSparkAssistantModel if is_drafter(name, option) else AutoModelForCausalLM
     with _named(option, _ASSISTANT, name):
-        return model_class.from_pretrained(name, **options).eval()
+        return model_class.from_pretrained(name, **options, **hub_options(name, options)).eval()
 
 
 def is_drafter(name: str, option: str) -> bool:
@@ -131,7 +131,7 @@ def is_drafter(name: str, option: str) -> bool:
     with _named(option, _ASSISTANT, name):
         if gguf.find_file(name, {}) is not None:
             return True
-        fields, _ = PreTrainedConfig.get_config_dict(name)
+        fields, _ = PreTrainedConfig.get_config_dict(name, **hub_options(name, {}))
         is_ours = fields.get("model_type") == DSparkConfig.model_type or is_released(fields)
         return is_ours or find_packaging(fields) is not None
 
@@ -178,10 +178,11 @@ def load_target(
         with _named(option, _TARGET, target):
             if is_adapter(target):
                 return load_adapted(target, options).eval()
-            fields, _ = PreTrainedConfig.get_config_dict(target)
+            within_reach = hub_options(target, {})
+            fields, _ = PreTrainedConfig.get_config_dict(target, **within_reach)
             is_deepseek_v4 = fields.get("model_type") == RELEASED_MODEL_TYPE
             model_class: Any = DeepseekV4DSparkForCausalLM if is_deepseek_v4 else AutoModelForCausalLM
-            return model_class.from_pretrained(target, **options).eval()
+            return model_class.from_pretrained(target, **options, **within_reach).eval()
     except (ImportError, ValueError) as error:
         if attention == "auto" or isinstance(error.__cause__, OSError):
             raise

@@ -63,14 +63,45 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     # a small head needs all of it rotated to tell positions apart
     "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
 }
+# families whose layers see less, or count otherwise, than others: tests of their own try them
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+        "no_rope_layers": [1, 1, 1, 0],
+        "attention_chunk_size": SLIDING_WINDOW,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+    },
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": HIDDEN_SIZE, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "use_cache": True},
+    "falcon": {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "num_heads": 4,
+        "window_size": SLIDING_WINDOW,
+    },
+}
+# what they call by other names, or have none of
+_UNNAMED = {
+    "bloom": ("num_hidden_layers", "num_attention_heads"),
+    "mpt": ("hidden_size", "num_hidden_layers", "num_attention_heads"),
+    "gpt_neo": ("num_hidden_layers", "num_attention_heads"),
+}
 FAMILIES = tuple(_FAMILIES)
+SPECIAL_FAMILIES = tuple(_SPECIAL)
 # a family whose sliding layers forget what lies before the window
 SLIDING_FAMILIES = ("mistral", "gemma2", "gemma3_text", "gemma4_text")
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Return the configuration of the tiny target of `family`, with `overrides`."""
-    fields = {**_COMMON, **_FAMILIES.get(family, {}), **overrides}
+    fields = {**_COMMON, **_FAMILIES.get(family, {}), **_SPECIAL.get(family, {}), **overrides}
+    if family in _UNNAMED or family == "falcon":
+        for name in (*_UNNAMED.get(family, ()), "num_key_value_heads", "head_dim"):
+            del fields[name]
     if family == "gpt2":
         # GPT-2 names its sizes otherwise
         fields["n_inner"] = fields.pop("intermediate_size")

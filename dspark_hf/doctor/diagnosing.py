@@ -32,8 +32,10 @@ from dspark_hf.prompts import Prompt
 _NUM_OTHER_MODE, _NUM_COMPARED = 2, 1
 # blocks of which the acceptance is known well enough
 _NUM_BLOCKS = 128
-# how much more text is looked at where so many blocks leave it open which reading is right
-_LONGER = 3
+# how much more text is looked at where so many blocks leave it open which reading is right: at least and at most, in
+# so many seconds in all
+_LONGER = (2, 3)
+_SECONDS = 30.0
 _CONTEXT = 128
 _LEAST_ERRORS = 4.0
 
@@ -143,6 +145,7 @@ def _diagnose(
     verdict = judge_checks(checks)
     if verdict is not None:
         return Diagnosis(*names, verdict=verdict, checks=tuple(checks))
+    start = perf_counter()
     say("Letting the target write")
     mask_ids = mask_candidates(adapter, tokenizer)
     layer_ids = _layers_of_interest(drafter, adapter, mask_ids)
@@ -152,12 +155,15 @@ def _diagnose(
     say("Trying the drafter's readings")
     blocks_per_text = -(-_NUM_BLOCKS // len(texts))
     found = try_readings(drafter, texts, adapter, mask_ids, blocks_per_text=blocks_per_text)
-    if found.is_doubtful:
+    # a second look takes as much longer as there is more text
+    spent = perf_counter() - start
+    factor = min(int((_SECONDS - spent) / spent), _LONGER[1])
+    if found.doubtful is not None and factor >= _LONGER[0]:
         say("Letting the target write more, since two readings are near each other")
-        longer = min(_LONGER * max_new_tokens, _room(adapter, encoded))
+        longer = min(factor * max_new_tokens, _room(adapter, encoded))
         more = record(target, encoded, layer_ids, max_new_tokens=max(longer, max_new_tokens))
         say("Trying the drafter's readings again")
-        found = try_readings(drafter, more, adapter, mask_ids, blocks_per_text=_LONGER * blocks_per_text)
+        found = try_readings(drafter, more, adapter, mask_ids, blocks_per_text=factor * blocks_per_text)
     configured, expected = found.trials[0], expected_rate(found.configured)
     say("Trying text with and without thinking")
     thinking, preferred = _try_thinking(target, drafter, tokenizer, prompts, found, layer_ids, adapter, max_new_tokens)
@@ -173,6 +179,7 @@ def _diagnose(
         configured,
         found.best_trial,
         expected,
+        doubtful=found.doubtful,
         prefers_thinking=preferred,
         is_identical=is_identical,
         is_fp32=target.dtype == torch.float32,

@@ -54,6 +54,8 @@ class Trial:
         settings: fields of the drafter's configuration that say so.
         num_reached: blocks whose draft k was reached, by position.
         num_accepted: how many of these drafts were accepted, by position.
+        gain: by how many drafts a block is accepted further than the same one read as configured, None for that one.
+        gain_error: the gain's standard error over the places, None if it is not known.
     """
 
     label: str
@@ -61,6 +63,8 @@ class Trial:
     settings: dict[str, Any]
     num_reached: tuple[int, ...]
     num_accepted: tuple[int, ...]
+    gain: float | None = None
+    gain_error: float | None = None
 
     @property
     def tau(self) -> float:

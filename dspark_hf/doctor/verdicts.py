@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dspark_hf.doctor.results import Check, Trial, Verdict
+from dspark_hf.doctor.trials import LARGE_GAIN
 
 # the share of first drafts below which nearly nothing is accepted, and below which less than of any drafter of use
 _NEXT_TO_NOTHING, _LITTLE = 0.1, 0.3
@@ -41,11 +42,41 @@ def judge(
     best: Trial,
     expected: float | None,
     *,
+    doubtful: Trial | None = None,
     prefers_thinking: str | None,
     is_identical: bool | None,
     is_fp32: bool,
 ) -> Verdict:
-    """Return what is the matter; `prefers_thinking` says on which other text the drafter is much better, if any."""
+    """Return what is the matter.
+
+    `doubtful` is a reading that may be better than the best one, `prefers_thinking` says on which other text the
+    drafter is much better, if there are such.
+    """
+    verdict = _judge(
+        checks,
+        configured,
+        best,
+        expected,
+        prefers_thinking=prefers_thinking,
+        is_identical=is_identical,
+        is_fp32=is_fp32,
+    )
+    if doubtful is None or best.settings or verdict.cause in ("text", "untrained"):
+        return verdict
+    doubt = f"With {_settings(doubtful)} it may be better, by {_gain(doubtful)}: longer answers would tell."
+    return Verdict(verdict.cause, f"{verdict.sentence} {doubt}")
+
+
+def _judge(
+    checks: Sequence[Check],
+    configured: Trial,
+    best: Trial,
+    expected: float | None,
+    *,
+    prefers_thinking: str | None,
+    is_identical: bool | None,
+    is_fp32: bool,
+) -> Verdict:
     wrong = {check.name: check.found for check in checks if check.is_right is False}
     rate, tau = configured.accept_rates[0], configured.tau
     accepted = f"{rate:.0%} of first drafts are accepted, tau {tau:.2f}"
@@ -56,7 +87,7 @@ def judge(
     if _DRAFTER_WEIGHTS in wrong:
         # whatever is accepted, or better, is so by chance
         return Verdict("untrained", f"The drafter is not trained: {wrong[_DRAFTER_WEIGHTS]}; {accepted}.")
-    if best.settings:
+    if best.settings and not _is_mild(best):
         return _misread(configured, best)
     if prefers_thinking is not None:
         return Verdict(
@@ -76,19 +107,45 @@ def judge(
         )
     if is_weak(configured, expected):
         return _weak(wrong, accepted, expected)
+    if best.settings:
+        return _mildly_misread(best)
     return Verdict("fits", f"The drafter fits this target: {accepted}.")
 
 
+def _is_mild(trial: Trial) -> bool:
+    return trial.gain is not None and trial.gain <= LARGE_GAIN
+
+
+def _settings(trial: Trial) -> str:
+    return ", ".join(f"{name}={value}" for name, value in trial.settings.items())
+
+
+def _gain(trial: Trial) -> str:
+    """Return by how much a reading is better than the configured one, with the standard error, in words."""
+    return f"{trial.gain or 0.0:.2f} ± {trial.gain_error or 0.0:.2f} drafts a block"
+
+
 def _misread(configured: Trial, best: Trial) -> Verdict:
-    settings = ", ".join(f"{name}={value}" for name, value in best.settings.items())
-    remedy = f"set {settings} in its configuration"
-    if "position_shift" in best.settings:
-        remedy = f"it was trained with its blocks moved by {best.settings['position_shift']:+d} ({settings})"
     return Verdict(
         best.cause,
         f"The drafter is this target's, read with {_MISREAD[best.cause]}: tau is {best.tau:.2f} instead of "
-        f"{configured.tau:.2f} with {settings}; {remedy}.",
+        f"{configured.tau:.2f} with {_settings(best)} (a gain of {_gain(best)}); {_remedy(best)}.",
     )
+
+
+def _mildly_misread(best: Trial) -> Verdict:
+    return Verdict(
+        best.cause,
+        f"The drafter fits this target, but seems to be read with {_MISREAD[best.cause]}, which costs little: with "
+        f"{_settings(best)} it is better by {_gain(best)}; {_remedy(best)}. Ask its maker what is meant.",
+    )
+
+
+def _remedy(best: Trial) -> str:
+    if "position_shift" in best.settings:
+        shift = best.settings["position_shift"]
+        return f"it was trained with its blocks moved by {shift:+d} ({_settings(best)})"
+    return f"set {_settings(best)} in its configuration"
 
 
 def _useless(wrong: Mapping[str, str], accepted: str) -> Verdict:

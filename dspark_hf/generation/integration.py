@@ -188,18 +188,30 @@ def _keep_streamer(original: Any) -> Any:
         self: PreTrainedModel, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **others: Any
     ) -> Any:
         tokenizer = kwargs.get("tokenizer")
+        given = inspect.signature(original).bind(self, custom_generate, kwargs, *args, **others).arguments
+        _check_beams(kwargs, given.get("assistant_model"))
         extracted = original(self, custom_generate, kwargs, *args, **others)
         drafter = getattr(custom_generate, "__self__", None)
         if isinstance(drafter, Drafter) and custom_generate == getattr(drafter, "decode", None):
             # transformers 5.24: both are dropped for a callable, the streamer after it was given the prompt
-            bound = inspect.signature(original).bind(self, custom_generate, kwargs, *args, **others)
-            kept = {"streamer": bound.arguments.get("streamer"), "tokenizer": tokenizer}
+            kept = {"streamer": given.get("streamer"), "tokenizer": tokenizer}
             extracted |= {name: value for name, value in kept.items() if value is not None}
         return extracted
 
     # mypy knows no attributes of functions
     extract_generation_mode_kwargs.is_dspark = True  # type: ignore[attr-defined]
     return extract_generation_mode_kwargs
+
+
+def _check_beams(kwargs: dict[str, Any], assistant: Any) -> None:
+    """Raise a `ValueError` if a drafter is to assist beams, before Transformers warns that it will ignore them."""
+    num_beams = kwargs.get("num_beams")
+    if assistant is not None and isinstance(num_beams, int) and num_beams > 1:
+        from dspark_hf.generation.call.checks import refuse_beams
+        from dspark_hf.generation.wrappers import unwrap
+
+        if isinstance(unwrap(assistant), Drafter):
+            refuse_beams(num_beams)
 
 
 def _refuse_drafter(original: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dspark_hf.generation.custom_generate import CustomGenerate
+from dspark_hf.generation.compat import is_installed
+from dspark_hf.generation.custom_generate import NOT_INSTALLED, CustomGenerate
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
 from dspark_hf.generation.drafting.lookup import NoContext
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -73,6 +74,15 @@ class LookupAssistant(CustomGenerate):
         self.config = _FittingConfig()
         self.longest_lookup = max_drafts
         self.min_match = min_match
+
+    @property
+    def device(self) -> Any:
+        """None there is: Transformers' own loop asks for it before anything else.
+
+        Raises:
+            AttributeError: always; while dspark_hf is not installed into Transformers, it says so.
+        """
+        raise AttributeError("a LookupAssistant is on no device" if is_installed() else NOT_INSTALLED)
 
     @property
     def block_size(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from dspark_hf.hubs import local_name
+from dspark_hf.hubs import hub_options, local_name
 from dspark_hf.modeling.configuration_checks import check_kinds, require
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.formats import choosing, gguf, remote_code
@@ -224,6 +224,8 @@ class DSparkConfig(PreTrainedConfig):
             ValueError: if there is no DSpark drafter.
         """
         pretrained_model_name_or_path = local_name(pretrained_model_name_or_path)
+        known_file = kwargs.get(gguf.OPTION) or "config.json"
+        kwargs.update(hub_options(pretrained_model_name_or_path, kwargs, known_file))
         file = gguf.find_file(pretrained_model_name_or_path, kwargs)
         if file is not None:
             unused = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, *_LOADING)}
@@ -231,8 +233,8 @@ class DSparkConfig(PreTrainedConfig):
         fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         packaging = choosing.find_packaging(fields)
         if packaging is not None:
-            hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            fields = choosing.translate(packaging, pretrained_model_name_or_path, fields, **hub_options)
+            given = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            fields = choosing.translate(packaging, pretrained_model_name_or_path, fields, **given)
             fields["architectures"] = list(_ARCHITECTURES)
         elif drafter_names.is_released(fields):
             fields = drafter_names.drafter_fields(fields)

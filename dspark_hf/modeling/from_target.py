@@ -35,6 +35,10 @@ def check_servable(target: PreTrainedModel) -> PreTrainedModel:
     return target
 
 
+# of a drafter's attention where the target has none
+_HEAD_DIM = 64
+
+
 def config_for_target(
     target: TargetAdapter,
     *,
@@ -47,7 +51,11 @@ def config_for_target(
     """Return the configuration of a drafter for `target`; `None` takes the default that fits the target."""
     config, num_layers = target.config, target.num_layers
     layer_config = _last_layer_config(config)
-    num_heads = layer_config.num_attention_heads
+    head_dim, num_heads = getattr(layer_config, "head_dim", None), getattr(layer_config, "num_attention_heads", None)
+    if num_heads is None:
+        # Mamba's layers have none
+        head_dim = min(_HEAD_DIM, target.hidden_size)
+        num_heads = target.hidden_size // head_dim
     if isinstance(config, DeepseekV4DSparkConfig) and fields.get("backbone_type", "deepseek_v4") == "deepseek_v4":
         fields = {**_deepseek_fields(config), **fields}
         # a stage for every tapped layer, the last ones, as released
@@ -62,7 +70,7 @@ def config_for_target(
         "num_hidden_layers": min(5, num_layers) if num_hidden_layers is None else num_hidden_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": getattr(layer_config, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(layer_config, "head_dim", None),
+        "head_dim": head_dim,
         "hidden_act": getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu",
         "rms_norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
         "rope_parameters": _rope_parameters(config),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from dspark_hf import hubs
 from dspark_hf.generation.compat import run_compiled
 from dspark_hf.generation.custom_generate import CustomGenerate
 from dspark_hf.generation.drafting.chain import sample_block
@@ -24,7 +25,6 @@ from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, 
 from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
-from dspark_hf.hubs import is_elsewhere, local_name
 from dspark_hf.modeling import from_target, quantization
 from dspark_hf.modeling.backbone import DSparkLayer, RMSNorm
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
@@ -37,7 +37,8 @@ from dspark_hf.modeling.formats.choosing import find_packaging, load_gguf, load_
 from dspark_hf.modeling.formats.deepseek_v4 import drafter_fields, is_released
 from dspark_hf.modeling.formats.recommendation import read_recommendation
 from dspark_hf.modeling.formats.remote_code import AUTO_MAP, write_custom_generate
-from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
+from dspark_hf.modeling.formats.sizes import ELSEWHERE, check_sizes
+from dspark_hf.modeling.formats.tensors import HUB_OPTIONS, read_shapes
 from dspark_hf.modeling.heads import DEFAULT_MARKOV_TOP_K, LARGE_HEAD, ConfidenceHead, build_markov_head
 from dspark_hf.modeling.provenance import Acquaintance
 from dspark_hf.modeling.rotary import RotaryEmbedding
@@ -199,9 +200,11 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
             ValueError: if the folder holds no DSpark drafter, or its tensors are not exactly the drafter's: one left
                 at random would draft badly without an error.
         """
-        if is_elsewhere(str(pretrained_model_name_or_path)):
+        if hubs.is_elsewhere(str(pretrained_model_name_or_path)):
             revision = kwargs.pop("revision", None)
-            pretrained_model_name_or_path = local_name(str(pretrained_model_name_or_path), revision=revision)
+            pretrained_model_name_or_path = hubs.local_name(str(pretrained_model_name_or_path), revision=revision)
+        known_file = kwargs.get(gguf.OPTION) or "config.json"
+        kwargs.update(hubs.hub_options(pretrained_model_name_or_path, kwargs, known_file))
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         fields: dict[str, Any] = {}
         file = None
@@ -220,6 +223,8 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         if file is None and find_packaging(fields) is None:
+            if pretrained_model_name_or_path is not None and not any(kwargs.get(name) for name in ELSEWHERE):
+                cls._check_own_sizes(pretrained_model_name_or_path, kwargs, hub_options)
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         else:
             options = _options_for_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, hub_options)
@@ -227,6 +232,8 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
                 tensors = load_gguf(file)
             else:
                 tensors = load_tensors(pretrained_model_name_or_path, fields, **hub_options)
+            shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+            check_sizes(shapes, cls._shapes_of(options["config"]), pretrained_model_name_or_path, hub_options)
             loaded = super().from_pretrained(None, *args, state_dict=tensors, **options)
             loaded[0].config.name_or_path = str(pretrained_model_name_or_path)
         drafter, info = loaded
@@ -242,6 +249,21 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         folder = pretrained_model_name_or_path if file is None else None
         drafter.generation_config = read_recommendation(folder, hub_options)
         return (drafter, info) if wants_info else drafter
+
+    @classmethod
+    def _check_own_sizes(cls, name_or_path: Any, options: dict[str, Any], hub_options: dict[str, Any]) -> None:
+        """Raise a `ValueError` if a tensor in our own layout is not of the size that its configuration says."""
+        config = _options_for_tensors(cls.config_class, name_or_path, options, hub_options)["config"]
+        # weights in fewer bits lie in other shapes
+        if getattr(config, "quantization_config", None) is None:
+            shapes = read_shapes(name_or_path, **hub_options)
+            check_sizes(shapes, cls._shapes_of(config), name_or_path, hub_options)
+
+    @classmethod
+    def _shapes_of(cls, config: DSparkConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a drafter's tensors by their names, without making it."""
+        with torch.device("meta"):
+            return {name: tuple(x.shape) for name, x in cls(config).state_dict().items()}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, remote_code: bool = True, **kwargs: Any
@@ -261,9 +283,9 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         elif hasattr(self.config, "auto_map"):
             del self.config.auto_map
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self.generation_config is not None:
+        if self.recommended is not None:
             # Transformers saves those of models that generate by themselves
-            self.generation_config.save_pretrained(save_directory)
+            self.recommended.save_pretrained(save_directory)
         if remote_code:
             write_custom_generate(save_directory)
         complete_folder(save_directory, self.config, self._origin)

@@ -108,7 +108,7 @@ def choose_vocabulary(drafter: Any, token_ids: Tensor | None, target: TargetAdap
         lent = rows[0].to(drafter.lm_head.weight)
         weights["lm_head.weight"] = _rows(drafter, drafter.lm_head.weight, wanted, lent)
     chosen.load_state_dict({**chosen.state_dict(), **weights})
-    chosen.generation_config = drafter.generation_config
+    chosen.recommended = drafter.recommended
     return chosen.train(drafter.training)
 
 

@@ -11,8 +11,11 @@ import torch
 from rich.console import Console
 
 from dspark_hf import DSparkAssistantModel
-from dspark_hf.doctor import Diagnosis, diagnose
-from dspark_hf.doctor.results import EXIT_STATUS
+from dspark_hf.doctor import Diagnosis, diagnose, diagnosing
+from dspark_hf.doctor.drafting import Outcome
+from dspark_hf.doctor.results import EXIT_STATUS, Trial
+from dspark_hf.doctor.trials import Gain
+from dspark_hf.doctor.verdicts import judge
 from tests.doctor import world
 from tests.thinning import slow
 
@@ -107,6 +110,75 @@ def test_what_little_text_leaves_open_is_looked_at_again(target: Any, cause: str
     # a drafter that is read rightly takes no second look
     assert any("again" in step for step in said) == bool(fields)
     assert found.is_identical
+
+
+def _outcome(*texts: list[int]) -> Outcome:
+    return Outcome(torch.tensor([count for text in texts for count in text]), None, world.BLOCK_SIZE)
+
+
+def test_the_error_of_a_gain_is_that_of_its_mean() -> None:
+    """Blocks that overlap pass for so many blocks of their own, and chance for a fault of the file."""
+    generator = torch.Generator().manual_seed(1)
+    # what happens at a token decides four blocks in a row
+    means, errors, naive = [], [], []
+    for _ in range(200):
+        steps = torch.randn(103, generator=generator)
+        sums = steps.unfold(0, 4, 1).sum(-1)
+        gain = Gain.of(Outcome(sums, None, 4), Outcome(torch.zeros(100), None, 4))
+        means.append(gain.mean)
+        errors.append(gain.error)
+        naive.append(float(sums.std()) / 10)
+    spread = float(torch.tensor(means).std())
+    assert 0.75 < float(torch.tensor(errors).mean()) / spread < 1.25
+    assert float(torch.tensor(naive).mean()) < 0.6 * spread
+
+
+def test_what_a_gain_tells() -> None:
+    """A mild misreading is passed over for its size, or a reading is dropped for blocks that show nothing."""
+    usual = [1, 2, 0, 1] * 32
+    mild = [count + (place % 10 == 0) for place, count in enumerate(usual)]
+    gain = Gain.of(_outcome(mild), _outcome(usual))
+    assert gain.mean == pytest.approx(0.1, abs=0.01) and gain.is_sure() and not gain.is_surely_none()
+    same = Gain.of(_outcome(usual), _outcome(usual))
+    assert not same.is_sure() and not same.is_possible()
+    # of eight blocks that are the same nothing follows
+    assert not Gain.of(_outcome(usual[:8]), _outcome(usual[:8])).is_surely_none()
+    worse = Gain.of(_outcome([0] * 32), _outcome(usual[:32]))
+    assert worse.is_surely_none() and not worse.is_possible()
+    assert Gain.of(_outcome([1]), _outcome([0])).error == float("inf")
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.8])
+def test_the_verdict_states_gain_and_error(gain: float) -> None:
+    """A pair that is mildly misread gets a clean bill, or the verdict does not say how sure it is."""
+    usual = Trial("as configured", "fits", {}, (100, 80), (80, 60))
+    better = Trial("taps", "taps", {"target_layer_ids": [1]}, (100, 80), (85, 65), gain, 0.02)
+    says = {"prefers_thinking": None, "is_identical": True, "is_fp32": True}
+    verdict = judge([], usual, better, None, **says)
+    assert verdict.cause == "taps" and f"{gain:.2f} ± 0.02 drafts a block" in verdict.sentence
+    assert ("costs little" in verdict.sentence) == (gain < 0.15)
+    doubt = judge([], usual, usual, None, doubtful=better, **says)
+    assert doubt.cause == "fits" and f"it may be better, by {gain:.2f} ± 0.02" in doubt.sentence
+
+
+def test_a_second_look_fits_into_half_a_minute(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A doubtful pair on a slow machine is looked at for minutes, or the doubt is not told."""
+    others = world.walking(7, torch.Generator().manual_seed(4), 10)
+    options = {"prompts": [*world.prompts(1), *others], "max_new_tokens": 8}
+    said: list[str] = []
+    monkeypatch.setattr(diagnosing, "_SECONDS", 0.0)
+    found = _diagnose(target, world.make_drafter(target, mask_token_id=0), **options, say=said.append)
+    assert not any("again" in step for step in said)
+    assert "it may be better, by" in found.verdict.sentence
+
+
+def test_readings_that_are_surely_worse_are_looked_at_briefly(target: Any) -> None:
+    """Every reading drafts at all places, though a few tell that it is of no use: a diagnosis takes so much longer."""
+    found = _diagnose(target, world.make_drafter(target), prompts=world.prompts(4), max_new_tokens=22)
+    full = found.trials[0].num_reached[0]
+    assert found.verdict.cause == "fits"
+    assert all(trial.num_reached[0] < full for trial in found.trials[1:] if trial.cause != "mask")
+    assert all(trial.gain < 0 for trial in found.trials[1:] if trial.cause != "mask")
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation.compat import CACHE_KEY
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.thinning import slow
@@ -125,6 +127,71 @@ def test_inputs_embeds():
         inputs_embeds=embeds, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=drafter
     )
     assert torch.equal(assisted, plain)
+
+
+@pytest.mark.parametrize("knows_tokens", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom"])
+def test_inputs_embeds_of_several_rows(family, knows_tokens):
+    """Rows given as embeddings, with their tokens or without, are continued otherwise than by plain `generate`."""
+    target, inputs = tiny_target(family), ragged_prompts(4)
+    embeds = target.get_input_embeddings()(inputs["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    given |= {"input_ids": inputs["input_ids"]} if knows_tokens else {}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    plain = target.generate(**given, **options)
+    # embeddings of no tokens, as of a soft prompt, write another text
+    assert not torch.equal(target.generate(**{**given, "inputs_embeds": -embeds}, **options), plain)
+    whole = plain if knows_tokens else torch.cat([inputs["input_ids"], plain], dim=1)
+    drafter = ScriptedDrafter(target, whole, num_padded(inputs), 0.7)
+    assert torch.equal(target.generate(**given, **options, assistant_model=drafter), plain)
+    assert drafter.last_statistics.num_accepted > 0
+    # the next turn goes on from the cache
+    ends = {"eos_token_id": plain[0, [-3]].tolist()}
+    caches = [DynamicCache(config=target.config) for _ in range(2)]
+    first = [
+        target.generate(**given, **options, **ends, **{CACHE_KEY: cache}, **assisted)
+        for cache, assisted in zip(caches, ({}, {"assistant_model": drafter}), strict=True)
+    ]
+    assert torch.equal(*first)
+    for plain_layer, layer in zip(*(cache.layers for cache in caches), strict=True):
+        assert plain_layer.keys.shape == layer.keys.shape
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_inputs_embeds_in_a_static_cache(num_rows):
+    """A static cache takes a prompt of embeddings for one of as many columns as it has room for."""
+    target, inputs = tiny_target("gemma3_text"), ragged_prompts(num_rows)
+    given = {"inputs_embeds": target.get_input_embeddings()(inputs["input_ids"])}
+    given["attention_mask"] = inputs["attention_mask"]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "cache_implementation": "static"}
+    options["disable_compile"] = True
+    plain = target.generate(**given, **options)
+    drafter = ScriptedDrafter(target, torch.cat([inputs["input_ids"], plain], dim=1), num_padded(inputs), 0.7)
+    assert torch.equal(target.generate(**given, **options, assistant_model=drafter), plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "message"),
+    [
+        ("llama", {"prefill_chunk_size": 4}, "`prefill_chunk_size` must be None"),
+        ("lfm2", {}, r"got \['inputs_embeds'\]"),
+        ("llama", {"position_ids": torch.arange(17).expand(3, -1) + 1}, "`position_ids` must count"),
+    ],
+)
+def test_inputs_embeds_that_cannot_be_followed(family, more, message):
+    """Embeddings beside what is not known to go with them change the text."""
+    kinds = {"layer_types": ["conv", "full_attention"]} if family == "lfm2" else {}
+    target, inputs = tiny_target(family, **kinds), ragged_prompts(3)
+    embeds = target.get_input_embeddings()(inputs["input_ids"])
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    with pytest.raises(ValueError, match=message):
+        target.generate(
+            inputs_embeds=embeds,
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=4,
+            assistant_model=drafter,
+            **more,
+        )
 
 
 def test_reduced_draft_vocabulary():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
-from dspark_hf import DSparkAssistantModel, install, uninstall
+from dspark_hf import DSparkAssistantModel, LookupAssistant, install, uninstall
 from dspark_hf.generation import integration
 from tests.generation.call.test_criteria import character_tokenizer
 from tests.generation.call.test_outputs import Recorder
@@ -46,6 +48,34 @@ def test_uninstalled_door_still_works(restored):
     assert torch.equal(
         target.generate(**inputs, max_new_tokens=12, do_sample=False, custom_generate=drafter.decode), plain
     )
+
+
+@pytest.mark.parametrize("kind", ["drafter", "with a recommendation", "lookups"])
+def test_uninstalled_assistants_say_so(restored, kind):
+    """Without the seam a drafter fails inside Transformers' own loop, and nothing says what is missing."""
+    target = tiny_target("llama")
+    assistant = LookupAssistant()
+    if kind != "lookups":
+        assistant = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+        assistant.generation_config = None if kind == "drafter" else GenerationConfig(num_assistant_tokens=2)
+    uninstall()
+    with pytest.raises((ValueError, AttributeError), match=r"Call `dspark_hf.install\(\)`"):
+        target.generate(**ragged_prompts(1), max_new_tokens=4, do_sample=False, assistant_model=assistant)
+    install()
+    copied = copy.deepcopy(assistant)
+    assert (copied.generation_config is None) == (kind != "with a recommendation")
+    assert (
+        target.generate(**ragged_prompts(1), max_new_tokens=4, do_sample=False, assistant_model=copied).shape[0] == 1
+    )
+
+
+def test_beams_are_refused_before_transformers_warns(capfd):
+    """A call that is refused is preceded by a long warning that says that it goes on, with some flags ignored."""
+    target = tiny_target("llama")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
+    with pytest.raises(ValueError, match=r"`num_beams` must be 1 when a drafter assists, got 2"):
+        target.generate(**ragged_prompts(1), max_new_tokens=4, num_beams=2, assistant_model=drafter)
+    assert "triggers assisted generate" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

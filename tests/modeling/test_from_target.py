@@ -331,3 +331,12 @@ def test_layers_left_out_for_text_are_not_read() -> None:
         "warm_start": False,
     }
     assert config_for_target(adapter, **fields).target_layer_ids == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+def test_a_target_without_attention_has_a_drafter(family: str) -> None:
+    """No drafter can be made for a target of states alone: an error speaks of heads that its configuration lacks."""
+    config = AutoConfig.for_model(family, vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+    target = AutoModelForCausalLM.from_config(config).eval()
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    assert drafter.config.num_attention_heads * drafter.config.head_dim == 32

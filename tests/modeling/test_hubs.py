@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dspark_hf import DSparkAssistantModel
+from dspark_hf import DSparkAssistantModel, hubs
 from dspark_hf.hubs import local_name
-from dspark_hf.loading import load_drafter, load_target
+from dspark_hf.loading import load_drafter, load_target, load_tokenizer
 from dspark_hf.modeling.card import describe, read_measured
 from tests.hub import Handler, start_hub
 from tests.tiny import tiny_target
@@ -77,6 +77,44 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, d
     yield Handler.files
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def unreachable(hub: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that a session makes, none of which gets through: each is one attempt."""
+    asked: list[str] = []
+
+    class Session:
+        def _fail(self, url: str, *_: Any, **__: Any) -> None:
+            asked.append(url)
+            raise OSError("no network")
+
+        head = get = request = stream = _fail
+
+    monkeypatch.setattr(hubs, "_REACHED", set())
+    monkeypatch.setattr(hubs, "get_session", Session)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", Session)
+    return asked
+
+
+@pytest.mark.parametrize("load", [DSparkAssistantModel.from_pretrained, load_drafter, load_target, load_tokenizer])
+def test_without_a_network_a_name_is_asked_for_once(load: Any, unreachable: list[str]) -> None:
+    """Without a network every look-up of every file is tried five times, with a pause before each."""
+    with pytest.raises((ConnectionError, ValueError), match=r"fetch it with `hf download`.* HF_HUB_OFFLINE=1"):
+        load("someone/unknown")
+    assert len(unreachable) == 1
+
+
+def test_without_a_network_the_cache_is_taken(
+    folder: Path, hub: dict[str, dict[str, bytes]], request: pytest.FixtureRequest
+) -> None:
+    """A drafter that was fetched once is waited for, file by file, as soon as there is no network."""
+    hub["someone/mine"] = {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file()}
+    online = DSparkAssistantModel.from_pretrained("someone/mine")
+    asked = request.getfixturevalue("unreachable")
+    cached = DSparkAssistantModel.from_pretrained("someone/mine")
+    assert all(torch.equal(x, y) for x, y in zip(online.parameters(), cached.parameters(), strict=True))
+    assert {url.count("/resolve/") for url in asked} == {0}
 
 
 def test_the_card_says_what_was_measured(folder: Path) -> None:

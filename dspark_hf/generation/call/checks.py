@@ -39,10 +39,7 @@ def check_mode(
             "It means contrastive search: leave it out, or generate without `assistant_model`.",
         )
     if mode != GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            f"`num_beams` must be 1 when a drafter assists, got the mode {mode.value!r}. Use "
-            "greedy decoding or sampling, or generate without `assistant_model`."
-        )
+        refuse_beams(generation_config.num_beams, mode)
     check_class(model)
     check_supported_modes(model)
     check_rollback(model)
@@ -85,7 +82,7 @@ def check_request(
     if getattr(generation_config, "dola_layers", None) is not None:
         _refuse("`dola_layers`", "be None when a drafter assists", generation_config.dola_layers)
     if (generation_config.num_beams or 1) > 1:
-        _refuse("`num_beams`", "be 1 when a drafter assists", generation_config.num_beams, "Use greedy or sampling.")
+        refuse_beams(generation_config.num_beams)
     if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
         weight = generation_config.assistant_ensemble_weight
         _refuse("`assistant_ensemble_weight`", "be None: it would change the output", weight, "Leave it out.")
@@ -172,6 +169,15 @@ def _check_room(cache: StaticCache, generation_config: GenerationConfig) -> None
             f"a static cache for {min(rooms)}",
             "Make it longer, or generate fewer tokens.",
         )
+
+
+def refuse_beams(num_beams: int | None, mode: GenerationMode | None = None) -> None:
+    """Raise a `ValueError`: beams are not assisted, nor any other `mode` than greedy decoding and sampling."""
+    value = f"the mode {mode.value!r}" if mode is not None and (num_beams or 1) == 1 else num_beams
+    raise ValueError(
+        f"`num_beams` must be 1 when a drafter assists, got {value}. Use greedy decoding or sampling, or generate "
+        "without `assistant_model`."
+    )
 
 
 def _refuse(name: str, rule: str, value: Any, remedy: str = "Generate without `assistant_model`.") -> None:

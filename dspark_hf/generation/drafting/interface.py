@@ -147,8 +147,8 @@ class Drafter(ABC):
     drafts: str = "both"
     # what `drafts` may be
     sources: ClassVar[tuple[str, ...]] = ("model", "lookup", "both")
-    # a single token is no sign: text repeats words all the time
-    min_match: int = 2
+    # a single token says little, but which of them go on is soon learned
+    min_match: int = 1
     # with the anchor a pass is then 16 tokens wide: kernels work in tiles of that size
     longest_lookup: int = 15
     # of each draft, how often it was accepted if those before it were, where the drafter was evaluated

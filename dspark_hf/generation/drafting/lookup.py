@@ -22,9 +22,10 @@ _LONGEST_MATCH = 32
 class TextIndex:
     """A text that knows where its latest tokens stood before.
 
-    Of every sequence of `min_match`, twice and four times as many tokens it keeps the latest place, in hash tables. So
-    a token costs the same however long the text is. The match is the latest place of the longest of these sequences;
-    beyond their length it is kept for as long as the text goes on as it did there.
+    Of every sequence of `min_match`, twice and four times as many tokens it keeps the latest places, in hash tables.
+    So a token costs the same however long the text is. The match is the latest place of the longest of these
+    sequences; beyond their length it is kept for as long as the text goes on as it did there. It `is_disputed` if the
+    text went on otherwise behind the place of the same sequence before that.
 
     Args:
         min_match: tokens that a match has at least.
@@ -37,11 +38,13 @@ class TextIndex:
         (3, [8, 9, 5, 6])
     """
 
-    def __init__(self, min_match: int = 2):
+    def __init__(self, min_match: int = 1):
         self.match_length = 0
+        self.is_disputed = False
         self._ids: list[int] = []
-        # by the hash of a sequence, the place behind it
+        # by the hash of a sequence, the place behind it; and behind each place, the place before
         self._places: dict[int, dict[int, int]] = {size * min_match: {} for size in (4, 2, 1)}
+        self._before: dict[int, dict[int, int]] = {size: {} for size in self._places}
         # the place of the token that continues the match
         self._next = 0
 
@@ -74,13 +77,18 @@ class TextIndex:
             first = max(start, size - 1)
             if first < end:
                 parts = (self._ids[first - back : end - back] for back in range(size))
-                places.update(zip(map(hash, zip(*parts, strict=True)), range(first + 1, end + 1), strict=True))
+                before = self._before[size]
+                for place, key in enumerate(map(hash, zip(*parts, strict=True)), start=first + 1):
+                    if key in places:
+                        before[place] = places[key]
+                    places[key] = place
 
     def _goes_on(self, count: int) -> bool:
         """Follow the match over the latest `count` tokens; return whether it holds, and nothing could be longer."""
         followed = self._ids[self._next : self._next + count]
         holds = self.match_length > 0 and followed == self._ids[-count:]
         self.match_length, self._next = (self.match_length + count, self._next + count) if holds else (0, 0)
+        self.is_disputed = False
         return self.match_length > max(self._places)
 
     def _search(self) -> None:
@@ -91,6 +99,8 @@ class TextIndex:
             # different sequences may have the same hash
             if place is not None and length >= size:
                 self.match_length, self._next = length, place
+                before = self._before[size].get(place)
+                self.is_disputed = before is not None and self._ids[before] != self._ids[place]
                 return
         self.match_length = 0
 
@@ -139,7 +149,7 @@ class Lookups:
         min_match: tokens that a match has at least.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], chances: MatchChances, *, min_match: int = 2):
+    def __init__(self, prompts: Sequence[Sequence[int]], chances: MatchChances, *, min_match: int = 1):
         self._chances = chances
         self._rows = [TextIndex(min_match) for _ in prompts]
         for index, prompt in zip(self._rows, prompts, strict=True):
@@ -158,14 +168,16 @@ class Lookups:
     def _offer(self, row: TextIndex, count: int) -> Offer:
         if count < 1:
             return Offer()
-        return Offer(tuple(row.continuation(count)), self._chances.of_drafts(row.match_length, count))
+        chances = self._chances.of_drafts(row.match_length, count, is_disputed=row.is_disputed)
+        return Offer(tuple(row.continuation(count)), chances)
 
     def read(self, new_tokens: Sequence[Sequence[int]]) -> None:
         """Append every row's new tokens, and learn from them whether matches go on."""
         for row, tokens in zip(self._rows, new_tokens, strict=True):
             if row.match_length:
                 expected = row.continuation(len(tokens))
-                self._chances.learn(row.match_length, [a == b for a, b in zip(expected, tokens, strict=True)])
+                went_on = [a == b for a, b in zip(expected, tokens, strict=True)]
+                self._chances.learn(row.match_length, went_on, is_disputed=row.is_disputed)
             row.extend(tokens)
 
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -25,8 +25,7 @@ from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter, input_device
 from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.padding import prompt_tokens
-from dspark_hf.generation.targets.ragged import RaggedTarget
-from dspark_hf.generation.targets.ragged_cache import RaggedCache
+from dspark_hf.generation.targets.ragged import RaggedTarget, new_cache
 from dspark_hf.generation.wrappers import unwrap
 
 # between two looks for requests while none is being decoded
@@ -108,7 +107,7 @@ class RequestStream(Iterator[FinishedRequest]):
         drafter.check_target(self._adapter)
         target = self._adapter.model
         try:
-            RaggedCache(target, 1)
+            new_cache(target, 1)
         except ValueError as error:
             if not _has_own_rows(target):
                 raise _unfit(target) from error
@@ -266,7 +265,7 @@ class RequestStream(Iterator[FinishedRequest]):
         # rows that share a pass share its width
         num_drafts = self._drafter.block_size
         check_request(model, input_ids, config, prepared, num_drafts=num_drafts, shares_passes=True)
-        _check_options(input_ids, config)
+        _check_options(input_ids, config, has_embeddings=prepared.get("inputs_embeds") is not None)
         speculation = read_options(
             config, self._drafter, model, self._options.scheduler, self._options.drafts, prepared[CACHE_KEY], sampling
         )
@@ -368,11 +367,16 @@ def _keep_in(prepared: dict[str, Any]) -> Callable[..., Tensor]:
     return keep
 
 
-def _check_options(input_ids: Tensor, generation_config: Any) -> None:
+def _check_options(input_ids: Tensor, generation_config: Any, *, has_embeddings: bool) -> None:
     if len(input_ids) != 1:
         raise ValueError(
             f"`input_ids` of a request must hold one prompt, to be continued once, got {len(input_ids)}. Make each a "
             "request of its own."
+        )
+    if has_embeddings:
+        raise ValueError(
+            "`inputs_embeds` must be left out in a stream, got some. A request's prompt is its `input_ids`: call "
+            "`target.generate` for embeddings."
         )
     if generation_config.return_dict_in_generate:
         raise ValueError(
@@ -402,7 +406,7 @@ def _has_own_rows(target: Any) -> bool:
 
 def _unfit(target: PreTrainedModel) -> ValueError:
     return ValueError(
-        "`target` must have full or sliding attention under 'eager' or 'sdpa', without ALiBi, and a cache of "
+        "`target` must have full, sliding or chunked attention under 'eager' or 'sdpa', or ALiBi, and a cache of "
         f"Transformers, to decode requests that come and go, got {type(target).__name__}. Call `target.generate` for "
         "each, unpadded."
     )

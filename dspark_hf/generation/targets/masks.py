@@ -18,41 +18,38 @@ def visible_slots(
     num_slots: int,
     *,
     window: int | None = None,
+    chunk: int | None = None,
     tree: Tree | None = None,
     columns: SlotColumns | None = None,
 ) -> Tensor:
     """Return which slots each token of a pass sees, `(B, W, S)`.
 
     Takes the tokens' `positions` `(B, W)`, `starts` `(B)`, the slots of every row's first one, and the `window` of a
-    sliding attention. Slots before a row's start hold the token at the position of the same number. A window counts
-    positions, or `columns` where they are given.
+    sliding attention or the size of the `chunk` that a token sees of its text. Slots before a row's start hold the
+    token at the position of the same number. Windows and chunks count positions, or `columns` where they are given.
     """
     slots, query = torch.arange(num_slots, device=positions.device), positions[..., None]
     if tree is not None:
-        return _visible_in_tree(slots, query, starts, window, tree, columns)
-    visible = slots <= query
+        visible, held = _visible_in_tree(slots, starts, tree)
+    else:
+        visible, held = slots <= query, slots.expand(len(positions), 1, -1)
+    if (window or chunk) and columns is not None:
+        # a chunk begins with the row's first token
+        first = columns.of(torch.zeros_like(positions[:, :1]))[..., None]
+        held, query = columns.of(held) - first, columns.of(query) - first
     if window:
-        visible = visible & _is_near(slots.expand(len(positions), 1, -1), query, window, columns)
+        visible = visible & (held > query - window)
+    if chunk:
+        visible = visible & (held // chunk == query // chunk)
     return visible
 
 
-def _is_near(held: Tensor, query: Tensor, window: int, columns: SlotColumns | None) -> Tensor:
-    """Return whether tokens at positions `held` `(B, 1, S)` lie in the window of those at `query` `(B, W, 1)`."""
-    if columns is not None:
-        held, query = columns.of(held), columns.of(query)
-    return held > query - window
-
-
-def _visible_in_tree(
-    slots: Tensor, query: Tensor, starts: Tensor, window: int | None, tree: Tree, columns: SlotColumns | None
-) -> Tensor:
+def _visible_in_tree(slots: Tensor, starts: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+    """Return which slots are seen, `(B, W, S)`, and the positions of what they hold, `(B, 1, S)`."""
     width = len(tree.parents)
     offsets = slots - starts[:, None]  # [B, S]
     index = offsets.clamp(0, width - 1)
     seen = tree.ancestry.to(slots.device)[:, index].transpose(0, 1)  # [B, W, S]
     visible = (offsets < 0)[:, None] | (seen & (offsets < width)[:, None])
-    if window:
-        depths = torch.tensor(tree.depths, device=slots.device)
-        held = torch.where(offsets < 0, slots, starts[:, None] + depths[index])
-        visible &= _is_near(held[:, None], query, window, columns)
-    return visible
+    depths = torch.tensor(tree.depths, device=slots.device)
+    return visible, torch.where(offsets < 0, slots, starts[:, None] + depths[index])[:, None]

@@ -6,6 +6,7 @@ B batch, S columns so far, T columns of a pass, W packed width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,22 @@ def full_mask(input_ids: Tensor, attention_mask: Tensor | None, past_length: int
     # generate dropped a mask of ones; its width tells whether the ids repeat what the cache holds
     width = input_ids.shape[1] if width == input_ids.shape[1] else past_length + input_ids.shape[1]
     return torch.ones(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
+
+
+def known_positions(config: Any, lengths: list[int], positions: Tensor, num_real: list[int]) -> Tensor:
+    """Return `positions` `(B, W)`, those of padding drawn back to the last one that a learned embedding knows.
+
+    Takes the text configuration, and how many tokens every row holds, and has of the pass.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or max(lengths) + positions.shape[1] <= limit:
+        return positions
+    # drafts end at the limit; a text that has come past it, as rotary embeddings let it, has all its positions
+    last = [
+        limit - 1 if length + count <= limit else length + positions.shape[1]
+        for length, count in zip(lengths, num_real, strict=True)
+    ]
+    return positions.minimum(torch.tensor(last, device=positions.device)[:, None])
 
 
 def prompt_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

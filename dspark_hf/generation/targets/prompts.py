@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.aligned_cache import counts_columns
 from dspark_hf.generation.targets.interface import RowwiseCache
 from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 
@@ -70,6 +71,28 @@ def _other_inputs(model_kwargs: dict[str, Any]) -> list[str]:
     )
 
 
+def _takes_embeddings(adapter: TargetAdapter, model_kwargs: dict[str, Any], past_length: int) -> bool:
+    """Return whether prompts given as embeddings are those of a plain text model, and the whole text so far."""
+    is_text_alone = adapter.config is adapter.model.config and not can_recompute_rows(adapter.model)
+    return is_text_alone and past_length == 0 and model_kwargs.get("token_type_ids") is None
+
+
+def check_length(config: PreTrainedConfig, generation_config: GenerationConfig, widest: int) -> None:
+    """Raise a `ValueError` if a pass may reach where the target scales its attention by the column of a token.
+
+    Takes its text configuration, and the `widest` verify pass. Rows in one pass would need scales of their own.
+    """
+    # transformers 5.24: Llama 4's layers without rotation count what the cache holds
+    limit = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
+    reach = (generation_config.max_length or 0) + widest
+    if limit is not None and 0 in (getattr(config, "no_rope_layers", None) or ()) and reach >= limit:
+        raise ValueError(
+            f"`max_new_tokens` must keep text and drafts below {limit} tokens for several rows, or padded ones, when "
+            f"a drafter assists a target that scales attention by length, got up to {reach}. Ask for fewer tokens, "
+            "or generate the rows one by one, unpadded."
+        )
+
+
 def foreign_preparation(model: Any) -> Any:
     """Return who prepares the target's inputs in its place, as PEFT does for prompt and prefix tuning, or None."""
     owner = getattr(vars(model).get("prepare_inputs_for_generation", model), "__self__", model)
@@ -90,10 +113,13 @@ def check_preparation(model: Any) -> None:
 def check_inputs(
     adapter: TargetAdapter, generation_config: GenerationConfig, model_kwargs: dict[str, Any], past_length: int = 0
 ) -> None:
-    """Raise a `ValueError` unless positions can be given, the input is text or images, and nobody wants attentions."""
+    """Raise a `ValueError` unless positions can be given, the input is text, its embeddings or images, and no more."""
     others = [] if has_images(adapter, model_kwargs, past_length) else _other_inputs(model_kwargs)
-    # a model of states alone has no use for positions
-    if others or not (adapter.accepts("position_ids") or can_recompute_rows(adapter.model)):
+    if others == ["inputs_embeds"] and _takes_embeddings(adapter, model_kwargs, past_length):
+        others = []
+    # a model of states alone has no use for positions, nor one that counts columns
+    needs_none = can_recompute_rows(adapter.model) or counts_columns(adapter.model)
+    if others or not (adapter.accepts("position_ids") or needs_none):
         raise ValueError(
             "`assistant_model` must be left out for several rows, or padded ones, unless the target takes "
             f"`position_ids` and the input is text alone, got {others or type(adapter.model).__name__}. Generate the "

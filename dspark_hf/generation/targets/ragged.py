@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from dspark_hf.generation.compat import CACHE_KEY, mask_length
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.aligned_cache import AlignedCache, counts_columns
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass
 from dspark_hf.generation.targets.padding import full_mask, pack_order, run_packed
 from dspark_hf.generation.targets.prompts import (
     check_chunks,
     check_inputs,
+    check_length,
     check_own_cache,
     check_positions,
     check_preparation,
@@ -31,11 +33,21 @@ from dspark_hf.generation.targets.recurrent import RecurrentStates, cached_lengt
 from dspark_hf.generation.targets.trees import Tree, check_kept, read_tree, refuse_tree
 
 
+def new_cache(model: PreTrainedModel, batch_size: int, given: Any = None) -> RaggedCache | AlignedCache:
+    """Return a cache of ours for rows of their own lengths, which come from the `given` one.
+
+    Raises:
+        ValueError: if a layer of the model is of a kind that cannot be kept row by row.
+    """
+    kind = AlignedCache if counts_columns(model) else RaggedCache
+    return kind(model, batch_size, given)
+
+
 class RaggedTarget:
     """Run the target on a batch of left-padded rows, each at its own length.
 
     `cache` holds the rows: the one in `model_kwargs` where that is a `RowwiseCache`, as DeepSeek-V4's, else a
-    `RaggedCache`, which takes trees.
+    `RaggedCache`, which takes trees, or an `AlignedCache`.
 
     Args:
         adapter: the target, entered by the caller.
@@ -64,13 +76,18 @@ class RaggedTarget:
         self._chunk_size = generation_config.prefill_chunk_size
         check_preparation(adapter.model)
         given, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
-        ragged: RaggedCache | None = None
+        embeds, given_ids = model_kwargs.get("inputs_embeds"), input_ids
+        if embeds is not None:
+            # the tokens that the embeddings stand for may not be known
+            input_ids = input_ids.new_zeros(embeds.shape[:2])
+        ragged: RaggedCache | AlignedCache | None = None
         width = mask_length(generation_config, attention_mask)
         past_length = cached_length(given, input_ids.shape[1], width)
         if isinstance(given, RowwiseCache):
             check_own_cache(given, model_kwargs, widest)
         else:
             check_inputs(adapter, generation_config, model_kwargs, past_length)
+            check_length(adapter.config, generation_config, widest)
             ragged = self._new_cache(len(input_ids), given, generation_config, widest)
         self.cache: RowwiseCache = given if ragged is None else ragged
         self._states = RecurrentStates([]) if ragged is None else ragged.states
@@ -79,24 +96,27 @@ class RaggedTarget:
         self._prompt_ids = input_ids[:, past_length:] if mask.shape[1] == input_ids.shape[1] else input_ids
         # those of the next pass, or the one of every token in it
         self._token_types: Tensor | None = None
-        # what prompts with images are prepared from, and how far the model's positions are from ours behind them
+        # what prompts with images, or of embeddings, are prepared from
         self._prompt_kwargs: dict[str, Any] | None = None
+        # how far the model's positions are from ours behind images
         self._offsets: Tensor | None = None
-        if ragged is not None and has_images(adapter, model_kwargs, past_length):
+        if ragged is not None and (embeds is not None or has_images(adapter, model_kwargs, past_length)):
             if self._chunk_size is not None:
                 check_chunks(model_kwargs)
             repeats = past_length and width == input_ids.shape[1]
+            if embeds is not None:
+                check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._prompt_kwargs = {
                 **model_kwargs,
-                "next_sequence_length": input_ids.shape[1] - past_length if repeats else None,
+                "next_sequence_length": input_ids.shape[1] - past_length if repeats or embeds is not None else None,
                 "return_dict": True,
                 "output_hidden_states": self._wants_hidden_states or None,
             }
-            self._given_ids = input_ids
+            self._given_ids = given_ids
         elif ragged is not None:
             check_positions(model_kwargs.get("position_ids"), mask, past_length)
             self._set_token_types(embedded_types(adapter, model_kwargs.get("token_type_ids")))
-            if not self._states.layers:
+            if not self._is_read_padded:
                 ragged.adopt(mask, past_length)
         # padding is gone once the prompts are packed; a returned cache has its columns again
         self._num_padded: list[int] = (~mask).sum(-1).tolist()
@@ -111,8 +131,15 @@ class RaggedTarget:
         self._width = 0
         self._tree: Tree | None = None
 
-    def _new_cache(self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int) -> RaggedCache:
-        return RaggedCache(self._adapter.model, batch_size, given)
+    def _new_cache(
+        self, batch_size: int, given: Any, generation_config: GenerationConfig, widest: int
+    ) -> RaggedCache | AlignedCache:
+        return new_cache(self._adapter.model, batch_size, given)
+
+    @property
+    def _is_read_padded(self) -> bool:
+        """Whether prompts are processed as plain `generate` does, padding included."""
+        return bool(self._states.layers) or self._prompt_kwargs is not None or isinstance(self.cache, AlignedCache)
 
     def _set_token_types(self, given: Tensor | None) -> None:
         if given is not None:
@@ -135,7 +162,7 @@ class RaggedTarget:
 
     def prefill(self) -> TargetPass:
         """Process the prompts, packed to their rows' front, with logits of every row's last token."""
-        if self._states.layers or self._prompt_kwargs is not None:
+        if self._is_read_padded:
             return self._prefill_padded()
         target_pass = run_packed(self._run_chunk, self._prompt_ids, self._new_mask, self._chunk_size)
         if self._token_types is not None:
@@ -146,17 +173,17 @@ class RaggedTarget:
     def _prefill_padded(self) -> TargetPass:
         """Process the prompts as plain `generate` does.
 
-        A state cannot step over padding behind a row's end, and images are told where they stand by the model.
+        A state cannot step over padding behind a row's end, images are told where they stand by the model, embeddings
+        may be of no tokens, and what counts columns is laid out so already.
         """
-        assert isinstance(self.cache, RaggedCache)
+        assert isinstance(self.cache, RaggedCache | AlignedCache)
         mask, width = self._mask, self._new_mask.shape[1]
-        # one of the user's stays as it is until it is returned
-        cache = copy.deepcopy(self._given)
+        cache = self._cache_for_prompts()
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -width:]
         if self._prompt_kwargs is None:
             outputs, context = self._call_in_chunks(cache, positions)
         else:
-            outputs = self._call_with_images(cache)
+            outputs = self._call_prepared(cache)
             context = self._adapter.pop_context_hidden_states()
         self.cache.adopt(mask, mask.shape[1], cache)
         self._is_filled = True
@@ -170,9 +197,13 @@ class RaggedTarget:
             hidden_states=outputs.get("hidden_states"),
         )
 
+    def _cache_for_prompts(self) -> Any:
+        # one of the user's stays as it is until it is returned
+        return copy.deepcopy(self._given)
+
     def _call_in_chunks(self, cache: Any, positions: Tensor) -> tuple[Any, Tensor]:
         """Return what the model says of the last chunk of the padded prompts, and the context `(B, T, *)` of all."""
-        assert isinstance(self.cache, RaggedCache)
+        assert isinstance(self.cache, RaggedCache | AlignedCache)
         width, states, contexts = positions.shape[1], RecurrentStates(cache.layers), []
         past_length, size = self._mask.shape[1] - width, self._chunk_size or width
         if not self.cache.windows:
@@ -189,8 +220,8 @@ class RaggedTarget:
             contexts.append(self._adapter.pop_context_hidden_states())
         return outputs, torch.cat(contexts, dim=1)
 
-    def _call_with_images(self, cache: Any) -> Any:
-        """Return what the model says of prompts with images, prepared by itself over `cache`."""
+    def _call_prepared(self, cache: Any) -> Any:
+        """Return what the model says of prompts with images, or of embeddings, prepared by itself over `cache`."""
         assert self._prompt_kwargs is not None
         kwargs = {**self._prompt_kwargs, CACHE_KEY: cache}
         inputs = self._model.prepare_inputs_for_generation(self._given_ids, is_first_iteration=True, **kwargs)
@@ -202,7 +233,7 @@ class RaggedTarget:
             # a tensor, since an integer lets shared layers skip the other positions, and with them our taps
             last = self._new_mask.shape[1] - 1
             inputs["logits_to_keep"] = torch.tensor([last], device=self._adapter.device)
-        # images are not needed again
+        # neither is needed again
         self._prompt_kwargs = None
         return self._model(**inputs)
 

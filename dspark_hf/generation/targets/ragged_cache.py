@@ -30,9 +30,10 @@ from dspark_hf.generation.compat import (
 )
 from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
 from dspark_hf.generation.targets.adapter import input_device
+from dspark_hf.generation.targets.aligned_cache import counted_columns
 from dspark_hf.generation.targets.columns import SlotColumns
 from dspark_hf.generation.targets.masks import visible_slots
-from dspark_hf.generation.targets.padding import pack_order
+from dspark_hf.generation.targets.padding import known_positions, pack_order
 from dspark_hf.generation.targets.recurrent import RecurrentStates
 from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 from dspark_hf.generation.targets.trees import Tree, is_front
@@ -44,7 +45,7 @@ _STATE_KINDS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}
 
 
 class RaggedLayer(CacheLayerMixin):
-    """One layer's keys and values, every token kept; a sliding window lives in the mask alone."""
+    """One layer's keys and values, every token kept; windows and chunks live in the mask alone."""
 
     is_sliding = False
     is_croppable = True
@@ -132,7 +133,9 @@ class RaggedCache(Cache):
         self._columns: SlotColumns | None = None
         # first: Transformers may not know these kinds of layers either
         _check_attention_kinds(model)
+        self._has_chunks = "chunked_attention" in _attention_kinds(model.config.get_text_config(decoder=True))
         template: Any = empty_cache_like(model)
+        # of sliding layers, or the chunks that layers see of a text
         self.windows: list[int | None] = []
         layers: list[Any] = []
         for layer in template.layers:
@@ -198,24 +201,13 @@ class RaggedCache(Cache):
         """Return the positions `(B, W)` of a pass, and the model's positions and masks."""
         steps = torch.arange(width, device=device) if tree is None else torch.tensor(tree.depths, device=device)
         positions = self._rows.device[:, None] + steps
-        known = self._known(positions, [1] * len(num_tokens) if are_drafts else num_tokens)
+        config, num_real = self._model.config.get_text_config(decoder=True), [1] * len(num_tokens)
+        known = known_positions(config, self._rows.host, positions, num_real if are_drafts else num_tokens)
         return positions, {"position_ids": known, "attention_mask": self._masks(positions, tree)}
 
-    def _known(self, positions: Tensor, num_real: list[int]) -> Tensor:
-        """Return `positions` `(B, W)`, those of padding drawn back to the last one that a learned embedding knows."""
-        config, lengths = self._model.config.get_text_config(decoder=True), self._rows.host
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is None or max(lengths) + positions.shape[1] <= limit:
-            return positions
-        # drafts end at the limit; a text that has come past it, as rotary embeddings let it, has all its positions
-        last = [
-            limit - 1 if length + count <= limit else length + positions.shape[1]
-            for length, count in zip(lengths, num_real, strict=True)
-        ]
-        return positions.minimum(torch.tensor(last, device=positions.device)[:, None])
-
     def _masks(self, positions: Tensor, tree: Tree | None) -> Any:
-        kinds = {"sliding_attention" if window else "full_attention": window for window in self.windows}
+        near = "chunked_attention" if self._has_chunks else "sliding_attention"
+        kinds = {near if window else "full_attention": window for window in self.windows}
         masks: dict[str, Any] = {kind: self._mask(positions, window, tree) for kind, window in kinds.items()}
         if self.states.layers:
             # no draft is padding; a model of states alone takes no other mask than one of padding
@@ -226,9 +218,8 @@ class RaggedCache(Cache):
     def _mask(self, positions: Tensor, window: int | None, tree: Tree | None) -> Tensor:
         num_slots = self._num_seen(positions.shape[1])
         columns = self._columns if self._columns is not None and self._columns.have_holes else None
-        visible = visible_slots(positions, self._rows.device, num_slots, window=window, tree=tree, columns=columns)[
-            :, None
-        ]
+        size = {"chunk" if self._has_chunks else "window": window}
+        visible = visible_slots(positions, self._rows.device, num_slots, **size, tree=tree, columns=columns)[:, None]
         if attention_implementation(self._model) != "eager":
             return visible
         dtype = self._model.dtype
@@ -314,21 +305,19 @@ def _check_attention_kinds(model: PreTrainedModel) -> None:
     remedy = "Generate the rows one by one, unpadded"
     if implementation not in ("eager", "sdpa"):
         remedy += ', or load the target with `attn_implementation="sdpa"`'
-    elif kinds <= {"full_attention", "sliding_attention"}:
+    elif kinds <= {"full_attention", "sliding_attention"} or kinds <= {"full_attention", "chunked_attention"}:
         return
     raise ValueError(
-        "`assistant_model` must be left out for several rows, or padded ones, unless the target has full or "
-        f"sliding attention under 'eager' or 'sdpa', got {sorted(kinds) or 'full_attention'} under "
+        "`assistant_model` must be left out for several rows, or padded ones, unless the target has full, sliding or "
+        f"chunked attention under 'eager' or 'sdpa', got {sorted(kinds) or 'full_attention'} under "
         f"{implementation!r}. {remedy}."
     )
 
 
 def _attention_kinds(config: PreTrainedConfig) -> set[str]:
     """Return what the layers' masks are made of, beyond full attention where nothing is said."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    # GPT-Neo's window, and biases by distance, are counted in columns, which are no positions here
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        kinds.add("local")
+    # columns are no positions here
+    kinds = set(getattr(config, "layer_types", None) or ()) | counted_columns(config)
     # these read or copy layers of the cache themselves, past the layers' own methods
     if getattr(config, "cross_attention_layers", None):
         kinds.add("cross_attention")
@@ -337,6 +326,4 @@ def _attention_kinds(config: PreTrainedConfig) -> set[str]:
     # transformers 5.24: plain `generate` shows GIT its padding where there is no image
     if config.model_type == "git":
         kinds.add("image_prefix")
-    if getattr(config, "alibi", False):
-        kinds.add("alibi")
     return kinds

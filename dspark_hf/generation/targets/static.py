@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dspark_hf.generation.compat import compile_options, compiled_call, run_compiled
+from dspark_hf.generation.compat import compile_options, compiled_call, empty_cache_like, run_compiled
 from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.compiled_taps import can_tap_outputs
@@ -88,6 +88,10 @@ class StaticTarget(RaggedTarget):
         return StaticRaggedCache(
             self._adapter.model, batch_size, given, num_slots=num_slots, sees_all=self._compiled is not None
         )
+
+    def _cache_for_prompts(self) -> Any:
+        # the given one is empty, and its layers lay columns out in their own ways
+        return empty_cache_like(self._adapter.model)
 
     @property
     def size(self) -> FixedSize:

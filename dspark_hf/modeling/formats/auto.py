@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from dspark_hf.hubs import hub_options
 from dspark_hf.modeling.configuration_dspark import DSparkConfig
 from dspark_hf.modeling.formats.choosing import find_packaging
 from dspark_hf.modeling.formats.tensors import HUB_OPTIONS
@@ -41,9 +42,10 @@ def register_packagings() -> None:
 
 
 def _is_foreign_drafter(name_or_path: str | os.PathLike, options: dict[str, Any]) -> bool:
-    hub_options = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+    given = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_options)
+        given |= hub_options(name_or_path, given)
+        fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **given)
     except (OSError, ValueError, TypeError):
         # Transformers says it in its own words
         return False

@@ -29,6 +29,11 @@ def are_packed(names: Any) -> bool:
     return any(name.endswith((_PACKED, *_SCALES)) for name in names)
 
 
+def plain_name(name: str) -> str:
+    """Return the name of the plain weight that a stored tensor stands for; others keep theirs."""
+    return name.removesuffix(_PACKED) + _WEIGHT if name.endswith(_PACKED) else name
+
+
 def plain_shapes(shapes: Shapes, sizes: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights that tensors of these shapes stand for.
 

@@ -174,6 +174,18 @@ def read_tensors(
     return tensors
 
 
+def find_file(name_or_path: str | os.PathLike, is_meant: Callable[[str], bool], **hub_options: Any) -> Path | None:
+    """Return the file of a checkpoint that holds the tensor that `is_meant` tells by its name, None if none does.
+
+    Raises:
+        ValueError: if there are no files of tensors, or one of them is damaged.
+    """
+    path = Path(name_or_path)
+    files = [path] if path.is_file() else _any_files(name_or_path, hub_options)
+    # a file that is named itself is of a layout of its own
+    return next((file for file in files if file == path or any(is_meant(name) for name, _ in _shapes(file))), None)
+
+
 def _any_files(name_or_path: str | os.PathLike, hub_options: dict[str, Any]) -> list[Path]:
     for names in _NAMES:
         files = _files(name_or_path, lambda name: True, hub_options, names)

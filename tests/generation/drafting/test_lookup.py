@@ -45,6 +45,30 @@ def test_match_is_what_a_search_through_the_text_finds(vocab_size, min_match):
                 and index.continuation(3) == (text[place:] * 3)[:3]
                 for place in _places(text, found)
             )
+        if found and index.match_length <= 4 * min_match:
+            # longer ones may have been followed from there on
+            latest, *before = reversed(_places(text, found))
+            assert index.is_disputed == any(text[place] != text[latest] for place in before[:1])
+
+
+def test_single_token_that_stood_before_is_offered():
+    """What repeats behind one token alone is passed over, which Transformers' own lookup drafts."""
+    (offer,) = Lookups([[5, 6, 7, 5]], MatchChances()).offers([2])
+    assert offer.token_ids == (6, 7)
+
+
+def test_places_that_disagree_make_a_match_less_sure():
+    """A word that goes on otherwise each time is believed in as much as one that always goes on the same."""
+    chances, sure = MatchChances(), MatchChances()
+    lookups = Lookups([[1, 2, 8, 1, 3, 9, 1], [1, 2, 8, 1, 2, 9, 1], [1, 2, 9, 1]], chances)
+    disputed, agreed, single = (offer.chances for offer in lookups.offers([2] * 3))
+    assert disputed[0] < agreed[0] == single[0]
+    # a draft that is accepted settles it
+    assert disputed[1:] == agreed[1:]
+    lookups.select_rows([0])
+    lookups.read([[7]])
+    assert chances.of_drafts(1, 2) == sure.of_drafts(1, 2)
+    assert chances.of_drafts(1, 1, is_disputed=True) < sure.of_drafts(1, 1, is_disputed=True)
 
 
 def test_latest_place_counts():
@@ -91,6 +115,7 @@ def test_prompt_in_one_piece_or_token_by_token_is_the_same_text():
     assert whole.match_length == single.match_length > 0
     assert whole.continuation(8) == single.continuation(8)
     assert whole._places == single._places
+    assert whole._before == single._before
 
 
 def test_chances_follow_what_the_text_does():

@@ -17,7 +17,7 @@ from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.modeling.deepseek_v4.tiny import tiny_model
 from tests.thinning import slow
-from tests.tiny import SLIDING_WINDOW, tiny_target
+from tests.tiny import SLIDING_WINDOW, SPECIAL_FAMILIES, tiny_target
 
 NEW_TOKENS = 14
 # they occur in some rows early, in others late or not at all
@@ -59,12 +59,15 @@ def _chat(
 
 CHATS = [("llama", 1), ("llama", 2), ("llama", 3), ("gemma3_text", 4), ("gpt2", 3)]
 QUICK_CHATS = [("llama", 1), ("llama", 3), ("gemma3_text", 4)]
+# families whose layers count columns, or see chunks of a text
+SPECIAL = [("llama4_text", 3), ("gpt_neo", 3), ("bloom", 3)]
 
 
 @pytest.mark.parametrize(
     ("family", "num_rows", "masks_padding"),
-    [(*chat, True) if chat in QUICK_CHATS else slow(*chat, True) for chat in CHATS]
+    [(*chat, True) if chat in QUICK_CHATS + SPECIAL else slow(*chat, True) for chat in CHATS + SPECIAL]
     + [(*chat, False) if chat == ("llama", 1) else slow(*chat, False) for chat in CHATS]
+    + [slow(family, 3, masks_padding) for family in SPECIAL_FAMILIES for masks_padding in (True, False)]
     + [slow("deepseek_v4", 3, True)],
 )
 def test_turns_after_rows_that_ended_early(family, num_rows, masks_padding):

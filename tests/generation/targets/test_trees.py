@@ -22,7 +22,7 @@ from tests.tiny import VOCAB_SIZE, tiny_target
 # deep trees reach past the tiny window of sliding layers
 WIDTH = 18
 # GPT-2 has learned positions; Gemma 4 layers that share keys and values
-FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt2", "llama4_text")
 # Gemma 2 caps its attention scores, which SDPA cannot
 CASES = [
     (family, "sdpa") if family in ("gemma3_text", "gpt2") else slow(family, "sdpa")

@@ -48,12 +48,15 @@ def choose_sources(
     worth, level = _best(survivals, passes, rate)
     if plan is None:
         return _choice(0, survivals, level)
+    drafted_worth, _ = _best([plan.gains] * sum(are_live), passes, rate)
     # a row asks whoever it expects more of
     own = [survival if sum(survival) > sum(plan.gains) else [] for survival in survivals]
     others = [plan.gains for live, survival in zip(are_live, own, strict=True) if live and not survival]
     shared_worth, shared_level = _best([*own, *others], passes, rate)
-    if level and worth >= shared_worth - rate * plan.seconds:
+    if level and worth >= max(shared_worth if others else 0.0, drafted_worth) - rate * plan.seconds:
         return _choice(0, survivals, level)
+    if not others or drafted_worth > shared_worth:
+        return None
     return _choice(len(plan.gains) if others else 0, own, shared_level)
 
 

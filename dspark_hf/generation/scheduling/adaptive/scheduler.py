@@ -192,7 +192,8 @@ class _Adaptive(Schedule):
         num_blocks = recent_margins.num_blocks
         # the first blocks change the plan most
         age = num_blocks if num_blocks < FEW_BLOCKS else num_blocks // PLAN_EVERY + FEW_BLOCKS
-        is_for = (batch.num_rows, batch.num_live, batch.max_drafts, age)
+        # costs are learned in rounds without drafts too
+        is_for = (batch.num_rows, batch.num_live, batch.max_drafts, age, self._num_rounds // PLAN_EVERY)
         if self._plan is None or self._plan_is_for != is_for:
             rows, length = batch.num_rows, batch.context_length
             counts = range(1, batch.max_drafts + 1)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.generation.targets.aligned_cache import AlignedCache
 from dspark_hf.generation.targets.cropped import SingleRowTarget
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetState
 from dspark_hf.generation.targets.ragged import RaggedTarget
@@ -175,9 +176,9 @@ class StepTimer:
         target = RaggedTarget(
             self._adapter, tokens, GenerationConfig(), {CACHE_KEY: empty_cache_like(model)}, widest=1
         )
-        assert isinstance(target.cache, RaggedCache)
-        if has_states:
-            # those of one token: what a pass costs does not depend on how many there were
+        assert isinstance(target.cache, RaggedCache | AlignedCache)
+        if has_states or isinstance(target.cache, AlignedCache):
+            # states of one token: what a pass costs does not depend on how many there were
             target.prefill()
         target.cache.pretend_length(context_length)
         return target

@@ -190,8 +190,9 @@ def _check_shapes(model: PreTrainedModel, checkpoint: Checkpoint, own_names: Map
 def _require_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if shape != wanted:
         raise ValueError(
-            f"`{checkpoint.stored_name(name)}` must have the shape {wanted}, got {shape}. Use the configuration that "
-            "belongs to the checkpoint."
+            f"`{checkpoint.stored_name(name)}` must have the shape {wanted}, got {shape} in "
+            f"{str(checkpoint.target[name].file)!r}. Use the configuration that belongs to the checkpoint, or fetch "
+            "that file again."
         )
 
 

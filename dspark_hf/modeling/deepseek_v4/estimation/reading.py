@@ -87,7 +87,9 @@ def _download(name: str) -> str:
     # imported here, so that the known names need neither the hub's client nor its settings
     from huggingface_hub import hf_hub_download
 
-    return hf_hub_download(name, "config.json")
+    from dspark_hf.hubs import hub_options
+
+    return hf_hub_download(name, "config.json", **hub_options(name, {}))
 
 
 def _v4_shape(fields: Mapping[str, Any]) -> DeepseekV4Shape:

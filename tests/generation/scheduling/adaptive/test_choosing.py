@@ -31,6 +31,16 @@ def test_offers_that_cost_more_than_they_yield_are_passed_over():
     assert choose_sources([_offer(0.2)], DrafterPlan([0.8, 0.7], 0.1), [True], _passes(0.1), 1.0) is None
 
 
+def test_drafter_is_asked_where_a_long_offer_yields_more_only_on_paper():
+    """A doubtful match spares the drafter, since drafts that are too dear to verify sum up to more than its one."""
+    offer, plan = _offer(0.35, 0.6, *[0.8] * 13), DrafterPlan([0.6], 0.05)
+    assert sum(offer.survival()) > sum(plan.gains)
+    assert choose_sources([offer], plan, [True], _passes(0.2), 1.0) is None
+    # beside a drafter that takes longer than it gains, it is taken
+    choice = choose_sources([offer], DrafterPlan([0.6], 0.5), [True], _passes(0.2), 1.0)
+    assert choice is not None and choice.num_drafts == 0
+
+
 def test_each_row_asks_the_better_source():
     """One row's match decides for all rows of a batch."""
     offers = [_offer(*[0.9] * 7), Offer(), _offer(0.1, 0.1)]

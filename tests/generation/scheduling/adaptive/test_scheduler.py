@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
+from dspark_hf.generation.drafting.lookup import Offer
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, FixedScheduler, RoundOutcome, Schedule
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call, new_drafter
@@ -242,3 +243,17 @@ def test_fixed_scheduler_is_what_a_cut_is():
     machine = MACHINES["accelerator"]
     ours: Text = write(_Cut(MAX_DRAFTS), machine(), _good, 100)
     assert write(fixed, machine(), _good, 100) == ours
+
+
+def test_costs_that_rounds_without_drafts_show_change_the_plan():
+    """Beside good lookups a plan made before plain steps were timed holds on, whatever these show."""
+    costs, batch = ListedCosts([1.0] * (MAX_DRAFTS + 1)), Batch((MAX_DRAFTS,), 1, rooms=(MAX_DRAFTS,))
+    schedule = AdaptiveScheduler(costs=costs).start(new_call(max_drafts=MAX_DRAFTS))
+    assert schedule.num_drafts(batch) > 0
+    for _ in range(4):
+        sure = Offer((7,) * MAX_DRAFTS, (1.0,) * MAX_DRAFTS)
+        assert schedule.choose(batch, [sure]).num_looked_up == (MAX_DRAFTS,)
+        looked_up = [MAX_DRAFTS]
+        schedule.observe(RoundOutcome(batch, 0, looked_up, looked_up, 0.0, 1.0, num_looked_up=looked_up))
+    costs.verify[1:] = [9.0] * MAX_DRAFTS
+    assert schedule.num_drafts(batch) == 0

@@ -1,0 +1,96 @@
+"""How often each draft of a block is accepted if those before it are, along texts that a target wrote greedily.
+
+    python -m benchmarks.accept_rates answers.jsonl --model smollm2
+
+Takes lines of `prompt` and `completion_ids`, as `dspark-hf data` writes them, and drafts behind every position of the
+given texts: one pass over each of them tells all. Counted, not timed. What it prints is a drafter's `accept_rates`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.loading import DtypeName, PackagedName, load_packaged
+from dspark_hf.generation.drafting.chain import sample_block
+from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.prompts import encode_prompt, user_turn
+
+
+@torch.no_grad()
+def blocks_behind(target: Any, drafter: Any, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+    """Return the greedy blocks `(tokens, block_size)` behind every token of a text."""
+    ids = torch.tensor([[*prompt, *text]])
+    places = torch.arange(len(prompt), ids.shape[1])
+    anchors = ids[0, places]
+    with TargetAdapter(target, drafter.target_layer_ids) as adapter:
+        adapter.model(ids)
+        states = adapter.pop_context_hidden_states()
+        # what the Markov head is told here is not used: the chain tells it its own drafts
+        previous = anchors[None, :, None].expand(-1, -1, drafter.block_size)
+        out = drafter(states, anchors[None], places[None], previous, adapter)
+        drafts, _, _ = sample_block(
+            drafter.draft_head(adapter)(out.hidden_states)[0],
+            out.hidden_states[0],
+            anchors,
+            lambda slot, logits, drafted: (logits.argmax(-1), None),
+            markov_head=drafter.markov_head,
+            vocab_size=target.get_input_embeddings().num_embeddings,
+            proposable_ids=drafter.draft_token_ids,
+            markov_top_k=drafter.markov_top_k,
+        )
+    return drafts
+
+
+def num_right(block: Sequence[int], text: Sequence[int]) -> int:
+    """Return how many drafts of a block are what the text goes on with."""
+    pairs = enumerate(zip(block, text, strict=False))
+    return next((place for place, (draft, token) in pairs if draft != token), min(len(block), len(text)))
+
+
+def rates_of(counts: Sequence[int], block_size: int) -> list[float]:
+    """Return how often each draft is right if those before it are, given how many of each block are."""
+    reached = [sum(count >= place for count in counts) for place in range(block_size + 1)]
+    return [round(reached[place + 1] / max(reached[place], 1), 3) for place in range(block_size)]
+
+
+def read_texts(path: Path, tokenizer: Any, few: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield prompt and text of every line that was written greedily and has more than a `few` tokens."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        if fields["sampling"] == "greedy" and len(fields["completion_ids"]) > few:
+            asked = fields["prompt"]
+            prompt = user_turn(asked if isinstance(asked, str) else asked[0]["content"])
+            yield encode_prompt(prompt, tokenizer).tolist(), fields["completion_ids"]
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="JSON Lines of `prompt` and `completion_ids`.")],
+    model: PackagedName = "smollm2",
+    dtype: DtypeName = "bf16",
+    num_texts: Annotated[int, typer.Option(min=1, help="Of each file at most.")] = 80,
+    most_tokens: Annotated[int, typer.Option(min=16, help="Of a text.")] = 96,
+) -> None:
+    """Print the rates, and how many blocks they rest on."""
+    packaged = load_packaged(model, dtype)
+    size = packaged.drafter.block_size
+    counts: list[int] = []
+    for path in files:
+        texts = list(read_texts(path, packaged.tokenizer, size))[:num_texts]
+        for prompt, text in texts:
+            blocks = blocks_behind(packaged.target, packaged.drafter, prompt, text[:most_tokens]).tolist()
+            # behind the last tokens there is nothing to compare whole blocks with
+            places = range(min(len(text), most_tokens) - size)
+            counts += [num_right(blocks[place], text[place + 1 :]) for place in places]
+    print(rates_of(counts, size))
+    print(f"{len(counts)} blocks")
+
+
+if __name__ == "__main__":
+    typer.run(main)
