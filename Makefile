@@ -9,8 +9,9 @@ TRANSFORMERS ?= transformers>=5.17,<6
 MODEL ?= smollm2
 # further arguments of the demo, the tests or the benchmark
 ARGS ?=
-# as many processes as there are cores, with a thread each; ARGS='-n 0' for one process, which a debugger can follow
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+# as many processes as there are cores, with a thread each; ARGS='-n 0' for one process, which a debugger can follow;
+# what was compiled is kept even where a machine says not to: else each process compiles package and tests anew
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 RUN := $(VENV)/bin/
 PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
@@ -19,7 +20,7 @@ PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo         SmolLM2 answers questions, plain and with DSpark        (MODEL=gemma, ARGS='--repeats 1')"
-	@echo "make test         the tests, in about five minutes on two cores          (ARGS='tests/generation -x')"
+	@echo "make test         the tests, in about three minutes on two cores         (ARGS='tests/generation -x')"
 	@echo "make test-all     the slow ones too, in some minutes more"
 	@echo "make test-oldest  the tests on the oldest supported Transformers"
 	@echo "make bench        overhead of a round and speed                           (ARGS='--prompts FILE.jsonl')"

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from dspark_hf.registry.entries import DRAFTERS_VARIABLE
 from tests.fresh import FreshInterpreter
 
 torch.set_num_threads(1)
+_NUMBERS = count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what needs a fresh interpreter, so that one process starts it for all: that takes seconds."""
+    items.sort(key=lambda item: "fresh" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_collection_finish() -> None:
@@ -52,10 +59,16 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshInterpreter
     interpreter.close()
 
 
+@pytest.fixture(scope="session")
+def seldom_written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what tests seldom write: one of its own for each of thousands of tests takes longer than many."""
+    return tmp_path_factory.mktemp("seldom")
+
+
 @pytest.fixture(autouse=True)
-def profiles(tmp_path: Path) -> Iterator[Path]:
-    """The folder of measured profiles: none of this machine's is read, and none written."""
-    folder = tmp_path / "profiles"
+def profiles(seldom_written: Path) -> Iterator[Path]:
+    """The folder of measured profiles, absent at first: none of this machine's is read, and none written."""
+    folder = seldom_written / f"{next(_NUMBERS)}-profiles"
     # not the test's own `monkeypatch`, which would then outlive its other fixtures
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
@@ -63,9 +76,9 @@ def profiles(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def own_drafters(tmp_path: Path) -> Iterator[Path]:
+def own_drafters(seldom_written: Path) -> Iterator[Path]:
     """The registry file of the user's drafters, absent at first: none of this machine's is read, and none written."""
-    file = tmp_path / "own-drafters.json"
+    file = seldom_written / f"{next(_NUMBERS)}-own-drafters.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DRAFTERS_VARIABLE, str(file))
         yield file

@@ -14,7 +14,7 @@ from dspark_hf.modeling.deepseek_v4.chat import encode_messages
 from tests.thinning import slow
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "deepseek_v4_inference.py"
-LENGTH = 10
+LENGTH = 5
 
 
 def _write(folder: Path, *options: str) -> Path:

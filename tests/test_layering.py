@@ -114,8 +114,16 @@ def circles(graph: networkx.DiGraph) -> list[list[str]]:
     return [sorted(group) for group in networkx.strongly_connected_components(graph) if len(group) > 1]
 
 
-SOURCES = {name_of(path): path.read_text(encoding="utf-8") for path in FILES}
-GRAPH = import_graph(SOURCES)
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    """Every file's text by module name."""
+    return {name_of(path): path.read_text(encoding="utf-8") for path in FILES}
+
+
+@pytest.fixture(scope="module")
+def graph(sources: dict[str, str]) -> networkx.DiGraph:
+    """Who imports whom."""
+    return import_graph(sources)
 
 
 def floor_of(module: str) -> str:
@@ -124,9 +132,9 @@ def floor_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
-def test_nothing_goes_in_a_circle():
+def test_nothing_goes_in_a_circle(graph):
     """Modules need each other, so that none of them can be read, tested or changed alone."""
-    assert circles(GRAPH) == []
+    assert circles(graph) == []
 
 
 def test_a_circle_is_noticed():
@@ -152,24 +160,25 @@ def test_every_room_has_a_floor():
     assert files == SHARED | set(TOP)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path):
+def test_imports_point_down(sources):
     """A lower floor imports a higher one, so that it can no longer be used or tested alone."""
-    name = name_of(path)
-    floor = path.stem if path.parent == PACKAGE else floor_of(name)
-    found = {floor_of(module) for module in imports(ast.parse(SOURCES[name]), set(SOURCES)) if "dspark_hf" in module}
-    below = BELOW.get(floor, TOP.get(floor, set()))
-    assert found <= below | SHARED | {floor}
+    for path in FILES:
+        name = name_of(path)
+        floor = path.stem if path.parent == PACKAGE else floor_of(name)
+        modules = imports(ast.parse(sources[name]), set(sources))
+        found = {floor_of(module) for module in modules if "dspark_hf" in module}
+        below = BELOW.get(floor, TOP.get(floor, set()))
+        assert found <= below | SHARED | {floor}, name
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "evaluation").glob("*.py")), ids=lambda path: path.name)
-def test_evaluation_takes_only_metrics_from_calibration(path):
+def test_evaluation_takes_only_metrics_from_calibration(graph):
     """Two floors of the same height grow together."""
-    taken = {module for module in GRAPH.successors(name_of(path)) if module.startswith("dspark_hf.calibration")}
-    assert taken <= {"dspark_hf.calibration.metrics"}
+    for path in sorted((PACKAGE / "evaluation").glob("*.py")):
+        taken = {module for module in graph.successors(name_of(path)) if module.startswith("dspark_hf.calibration")}
+        assert taken <= {"dspark_hf.calibration.metrics"}, path.name
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: str(path.parent.name))
-def test_every_folder_opens_with_a_sentence(path):
+def test_every_folder_opens_with_a_sentence():
     """A newcomer opens a folder and is not told what it is for."""
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    for path in sorted(PACKAGE.rglob("__init__.py")):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path.parent.name

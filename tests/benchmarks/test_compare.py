@@ -21,6 +21,7 @@ from benchmarks.loads import DEFAULT, random_prompts
 from benchmarks.provenance import describe_run
 from benchmarks.simulation import random_target
 from dspark_hf import DSparkAssistantModel
+from tests.thinning import slow
 
 NUM_PROMPTS, LENGTH = 2, 12
 SETTINGS = Settings("prompts.jsonl", NUM_PROMPTS, LENGTH, False, "")
@@ -41,7 +42,7 @@ def tiny(monkeypatch, packaged):
     monkeypatch.setattr(benchmark, "measure_fresh", measure_case)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, slow(1.0)])
 def test_a_pass_of_plain_gives_a_token(temperature):
     """Passes or tokens of the warm-up count, or prefills make a round longer than it is."""
     found = measure_case(Case("smollm2", "fp32", temperature, "chat", AGAIN, 0), SETTINGS)
@@ -52,7 +53,7 @@ def test_a_pass_of_plain_gives_a_token(temperature):
     assert temperature or found["identical"][0] == 2 * NUM_PROMPTS
 
 
-@pytest.mark.parametrize("way", [PROMPT_LOOKUP, DEFAULT, FIXED, LOOKUP])
+@pytest.mark.parametrize("way", [PROMPT_LOOKUP, slow(DEFAULT), FIXED, slow(LOOKUP)])
 def test_ways_are_counted_over_cold_and_warm_runs(way, packaged):
     """A way's passes are another's, or its text is not compared with plain's."""
     found = measure_case(Case("smollm2", "fp32", 0.0, "chat", way, 0), SETTINGS)

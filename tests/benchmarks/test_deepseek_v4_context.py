@@ -19,6 +19,7 @@ from benchmarks.deepseek_v4_context import (
     wall_clock,
 )
 from dspark_hf.generation.statistics import SpeculationStatistics
+from tests.thinning import slow
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_kv_bytes_of_a_million_tokens(dtype, fields):
     assert place.kv_bytes.total == pytest.approx(expected.total, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", [Ours, Native], ids=["ours", "native"])
+@pytest.mark.parametrize("kind", [Ours, slow(Native)], ids=["ours", "native"])
 def test_kv_bytes_of_entries(kind):
     """Entries are kept that no query will read again, or some are missing."""
     way = kind(small_config(16, max_rollback=0))

@@ -20,6 +20,7 @@ from dspark_hf.generation.scheduling import CallInfo, FixedScheduler
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
+from tests.thinning import slow
 
 LENGTH = 24
 PROMPTS = random_prompts(3, 256, seed=0)
@@ -61,7 +62,7 @@ def test_recorded_blocks_are_right_as_far_as_the_text_goes(target, drafter):
         assert all(len(one.margins) == BLOCK_SIZE for one in text.blocks)
 
 
-@pytest.mark.parametrize("num_drafts", [1, 2, 5])
+@pytest.mark.parametrize("num_drafts", [slow(1), 2, 5])
 def test_replayed_rounds_are_those_of_generate(num_drafts, target, drafter):
     """What is simulated is not what `generate` does: where texts end, when rows leave, how much is verified."""
     texts = record(target, drafter, PROMPTS, LENGTH)

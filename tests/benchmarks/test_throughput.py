@@ -51,7 +51,7 @@ def test_simulated_drafts_are_accepted_at_the_stated_rates():
     target = random_target("tiny", torch.float32, "cpu")
     model = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=7)
     drafter = SimulatedDrafter(model, RATES)
-    load = make_load(random_prompts(24, 256, seed=0), 0, target.device, {"do_sample": False})
+    load = make_load(random_prompts(12, 256, seed=0), 0, target.device, {"do_sample": False})
     options = {"attention_mask": load.attention_mask, "max_new_tokens": 80, **load.options}
     drafter.script = target.generate(load.token_ids, **options)
     drafter.num_padded = (load.attention_mask == 0).sum(1).tolist()

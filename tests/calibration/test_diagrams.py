@@ -9,9 +9,10 @@ import pytest
 from dspark_hf import figures
 from dspark_hf.calibration.diagrams import draw_reliability
 from tests.calibration.synthetic import synthetic_observations
+from tests.thinning import slow
 
 
-@pytest.mark.parametrize("block_size", [1, 7])
+@pytest.mark.parametrize("block_size", [slow(1), 3, slow(7)])
 def test_a_diagram_is_written(tmp_path, block_size):
     """No diagram, or one with a slot missing."""
     pytest.importorskip("matplotlib")

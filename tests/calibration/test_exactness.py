@@ -8,12 +8,13 @@ import torch
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.calibration.observations import temporary_temperatures
 from tests.generation.prompts import ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 20
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [slow(1), 3])
 def test_greedy_text_is_that_of_plain_generate(num_rows):
     """Calibration changes the output."""
     target = tiny_target()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import mannwhitneyu
 
 from dspark_hf.calibration.metrics import brier_score, expected_calibration_error, reliability_bins, roc_auc
 from tests.reference import calibration as oracle
@@ -37,6 +36,9 @@ def test_metrics_equal_their_definitions(pairs, num_bins):
 
 def test_auc_equals_the_rank_test_of_scipy():
     """The ranking is wrong on many predictions with many ties."""
+    # seconds, which no other test needs
+    from scipy.stats import mannwhitneyu
+
     predictions, outcomes = (torch.rand(2000) * 30).round() / 30, torch.rand(2000) < 0.4
     statistic = mannwhitneyu(predictions[outcomes].numpy(), predictions[~outcomes].numpy()).statistic
     expected = statistic / (int(outcomes.sum()) * int((~outcomes).sum()))

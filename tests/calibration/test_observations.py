@@ -21,6 +21,7 @@ from dspark_hf.generation.statistics import Round
 from tests.calibration.synthetic import synthetic_observations
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import ScriptedDrafter
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 BLOCK_SIZE = 4
@@ -103,8 +104,7 @@ def test_temperatures_are_undone():
     torch.testing.assert_close(found.confidence_logits, logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("batch_size", "temperature"), [(1, 0.0), (3, 1.0), slow(1, 1.0), slow(3, 0.0)])
 def test_every_draft_of_every_prompt_is_verified(target, drafter, batch_size, temperature):
     """Prompts are lost or mixed up in batches, or drafts are cut from the very blocks that are to be observed."""
     target.generation_config.assistant_confidence_threshold = 0.9

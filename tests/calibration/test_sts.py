@@ -39,7 +39,7 @@ def test_fit_equals_the_slow_one(seed, objective):
 @pytest.mark.parametrize(
     ("objective", "tolerance"),
     # the calibration error is flat around its minimum, and every slot inherits the error of those before it
-    [("ece", 0.35), ("brier", 0.1)],
+    [slow("ece", 0.35), ("brier", 0.1)],
 )
 def test_known_temperatures_are_found(objective, tolerance):
     """A drafter that is over-confident in a known way is not put right, or its survival does not get truer."""

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dspark_hf.cli.evaluate import evaluate
 from dspark_hf.demo.tiny import write_tiny_pair
-from dspark_hf.evaluation import run
+from dspark_hf.evaluation import run, writing
 
 app = typer.Typer()
 app.command("eval")(evaluate)
@@ -123,7 +123,13 @@ def test_what_does_not_fit_is_told_before_anything_is_measured(folder, arguments
     assert message in output
 
 
-def test_an_early_end_writes_what_was_measured(folder, monkeypatch):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Write pages without figures, which take longer to draw than tiny models to measure."""
+    monkeypatch.setattr(writing, "draw_figures", lambda evaluation: ())
+
+
+def test_an_early_end_writes_what_was_measured(folder, monkeypatch, no_figures):
     """Ctrl-C leaves nothing, or looks like success."""
     from dspark_hf.evaluation import measuring
 
@@ -145,7 +151,7 @@ def test_an_early_end_writes_what_was_measured(folder, monkeypatch):
     assert "partial result" in (folder / "partial" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_stopped_run_goes_on(folder, monkeypatch):
+def test_a_stopped_run_goes_on(folder, monkeypatch, no_figures):
     """Hours of answers are lost to a kill, or answers of other settings are taken for those asked for."""
     from dspark_hf.evaluation import measuring
 
@@ -194,6 +200,7 @@ def test_a_confidence_that_is_no_number_is_refused_at_once(folder, tmp_path):
     assert "must have a confidence in [0, 1], got NaN from broken" in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX")
 def test_odd_names_cost_no_result(folder, tmp_path):
     """After hours the file's name breaks the writing of the numbers, the figures or the last line."""

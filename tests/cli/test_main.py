@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import dspark_hf
 from dspark_hf.cli.command import PackageCommand, load_package
 from dspark_hf.cli.main import app
+from tests.thinning import mostly_slow, slow
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
@@ -61,13 +62,13 @@ def _run_script(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], 0),
-        (["--version"], 0),
+        slow(["--help"], 0),
+        slow(["--version"], 0),
         (["train", "-h"], 0),
-        (["version"], 0),
+        slow(["version"], 0),
         (["estimate", MODEL], 0),
         (["train", "--nonsense"], 2),
-        (["nonsense"], 2),
+        slow(["nonsense"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -102,7 +103,11 @@ def test_a_package_that_is_there_stays():
     assert dspark_hf.DSparkConfig is config
 
 
-@pytest.mark.parametrize("arguments", [(), *((command,) for command in COMMANDS)], ids=lambda names: " ".join(names))
+@pytest.mark.parametrize(
+    "arguments",
+    mostly_slow([(), *((command,) for command in COMMANDS)], [(), ("train",), ("estimate",)]),
+    ids=lambda names: " ".join(names),
+)
 def test_short_help(arguments):
     """`-h` is an unknown option of some command."""
     short, long = (CliRunner().invoke(app, [*arguments, option]) for option in ("-h", "--help"))
@@ -110,6 +115,7 @@ def test_short_help(arguments):
     assert short.output == long.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_terminal(command):
     """Names of options are cut, so that nobody can type them."""

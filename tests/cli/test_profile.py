@@ -20,6 +20,7 @@ from dspark_hf.generation.scheduling.costs.profile import online_costs
 from dspark_hf.generation.scheduling.costs.workload import StepTimer
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.tiny import write_tiny_checkpoint
+from tests.thinning import slow
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,7 @@ def _run(folder: Path, *arguments: str) -> tuple[int, str]:
 def test_generate_finds_what_was_measured(folder, profiles, tmp_path, monkeypatch):
     """The command measures for nothing: `generate` measures again, or does not look there."""
     figure = tmp_path / "new" / "curve.png"
-    code, output = _run(
-        folder, "--drafter", str(folder / "drafter"), "--contexts", "16,64", "--figure", str(figure), "--repeats", "2"
-    )
+    code, output = _run(folder, "--drafter", str(folder / "drafter"), "--contexts", "16,64", "--figure", str(figure))
     assert code == 0, output
     [path] = profiles.iterdir()
     assert f"Profile: {path}" in output
@@ -145,12 +144,12 @@ def test_deepseek_v4(profiles, tmp_path, monkeypatch, with_drafter):
     """A DeepSeek-V4 checkpoint is refused, or its costs are not those that `use_dspark=True` looks for."""
     write_tiny_checkpoint(tmp_path / "target")
     drafter = ("--drafter", str(tmp_path / "target")) if with_drafter else ()
-    code, output = _run(tmp_path, "--contexts", "64", "--widths", "1,2", *drafter)
+    code, output = _run(tmp_path, "--contexts", "64", "--widths", "1,2", "--rows", "1", *drafter)
     assert code == 0, output
     assert "DeepseekV4DSparkForCausalLM, bfloat16" in output
     monkeypatch.setattr(profile, "_TABLES", {})
     target = DeepseekV4DSparkForCausalLM.from_pretrained(tmp_path / "target")
-    call = CallInfo(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 2, 5, 30)
+    call = CallInfo(TargetAdapter(target, target.dspark.target_layer_ids), target.dspark, 1, 5, 30)
     assert (online_costs(call).profile is not None) == with_drafter
 
 
@@ -187,7 +186,7 @@ _OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", _OUT_OF_MEMORY, ids=["accelerator", "CPU"])
+@pytest.mark.parametrize("error", [slow(_OUT_OF_MEMORY[0]), _OUT_OF_MEMORY[1]], ids=["accelerator", "CPU"])
 def test_what_does_not_fit_into_memory_is_left_out(folder, profiles, monkeypatch, error):
     """One size too large loses all that was measured."""
     _run_out_of_memory(monkeypatch, error, lambda num_rows, context: (num_rows, context) in ((2, 64), (2, 1)))

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.cli.train import describe_result, train
 from dspark_hf.demo.tiny import write_tiny_pair
-from tests.thinning import slow
 
 app = typer.Typer()
 app.command()(train)
@@ -107,7 +106,8 @@ def test_folders_of_others_are_left_alone(folder: Path) -> None:
     assert thesis.read_text() == export.read_text() == "precious"
 
 
-@pytest.mark.parametrize("head", [slow("gated"), "rnn", slow("none")])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["gated", "rnn", "none"])
 def test_all_heads(head: str, folder: Path) -> None:
     """A kind of head could not be trained from the command line."""
     code, output = _run(folder, head, "--markov-head", head, "--preset", "paper", "--draft-vocab", "0")

@@ -21,7 +21,7 @@ PROMPTS = [
     Prompt(text=" ".join(f"w{7 + (3 * row + 5 * index) % 57}" for index in range(length)))
     for row, length in enumerate((3, 12, 7, 10, 1, 5, 9))
 ]
-NUM_TOKENS = 24
+NUM_TOKENS = 18
 
 
 def _write(writer: LocalWriter, prompts: Sequence[Prompt] = PROMPTS, **options: Any) -> list[Answer]:
@@ -41,15 +41,15 @@ def _alone(target: PreTrainedModel, tokenizer: Any, prompt: Prompt, **options: A
 def _ending_target(family: str, tokenizer: Any) -> PreTrainedModel:
     """Return a target whose answers end at different lengths: frequent words of its own are its ends."""
     target = tiny_target(family)
-    texts = [_alone(target, tokenizer, prompt) for prompt in PROMPTS]
+    texts = [_alone(target, tokenizer, prompt) for prompt in PROMPTS[:3]]
     target.generation_config.eos_token_id = [tokenizer.eos_token_id, texts[0][1], texts[1][5], texts[2][17]]
     return target
 
 
 @pytest.mark.parametrize(
     ("family", "batch_size"),
-    [("llama", 1), ("llama", 32), ("gemma3_text", 3)]
-    + [slow("llama", 3), slow("gemma3_text", 1), slow("gemma3_text", 32)]
+    [("llama", 32), ("gemma3_text", 3)]
+    + [slow("llama", 1), slow("llama", 3), slow("gemma3_text", 1), slow("gemma3_text", 32)]
     + [slow("gemma2", batch_size) for batch_size in (1, 3, 32)],
 )
 def test_answers_are_what_each_row_alone_writes(family: str, batch_size: int) -> None:
@@ -83,8 +83,8 @@ def test_finished_rows_make_room() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"min_new_tokens": 20}, id="counts_from_the_start"),
-        pytest.param({"cache_implementation": "static"}, id="static_cache"),
+        pytest.param({"min_new_tokens": 14}, id="counts_from_the_start"),
+        pytest.param({"cache_implementation": "static"}, id="static_cache", marks=pytest.mark.slow),
         pytest.param({"guidance_scale": 1.5}, id="guidance"),
     ],
 )

@@ -17,6 +17,7 @@ from dspark_hf.doctor.results import EXIT_STATUS, Trial
 from dspark_hf.doctor.trials import Gain
 from dspark_hf.doctor.verdicts import judge
 from tests.doctor import world
+from tests.thinning import slow
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_misread_drafter_is_told_how_to_be_read(
 
 
 @pytest.mark.parametrize(
-    ("cause", "fields"), [("mask", {"mask_token_id": 0}), ("taps", {"target_layer_ids": [1]}), ("weak", {})]
+    ("cause", "fields"), [("mask", {"mask_token_id": 0}), slow("taps", {"target_layer_ids": [1]}), ("weak", {})]
 )
 def test_what_little_text_leaves_open_is_looked_at_again(target: Any, cause: str, fields: dict[str, Any]) -> None:
     """A misread drafter gets the verdict of one read rightly where the first few blocks cannot tell the two apart."""

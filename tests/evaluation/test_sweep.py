@@ -99,7 +99,7 @@ def _rounds(target: torch.nn.Module, drafter: object, prompt: Tensor, threshold:
         (0.8, "scripted"),
         slow(0.3, "untrained"),
         slow(0.5, "untrained"),
-        (0.8, "untrained"),
+        slow(0.8, "untrained"),
     ],
 )
 def test_every_round_is_what_a_real_run_does_from_its_anchor(kind, threshold):

@@ -30,7 +30,7 @@ def _broken(target: Any, value: float, place: str = "markov_head.markov_w2.weigh
     ("scheduler", "value"),
     [
         ("adaptive", NO_NUMBER),
-        ("fixed", INFINITE),
+        slow("fixed", INFINITE),
         ("threshold", -INFINITE),
         slow("adaptive", INFINITE),
         slow("adaptive", -INFINITE),
@@ -59,7 +59,7 @@ def test_greedy_text():
     assert torch.equal(target.generate(**inputs, **options, assistant_model=_broken(target, NO_NUMBER)), plain)
 
 
-@pytest.mark.parametrize("value", [INFINITE, NO_NUMBER])
+@pytest.mark.parametrize("value", [slow(INFINITE), NO_NUMBER])
 def test_the_law_is_kept(value):
     """What is drafted in place of a broken distribution is accepted more often than its law allows."""
     target = small_target()

@@ -21,7 +21,7 @@ from tests.recurrent import RECURRENT_FAMILIES, recurrent_target
 from tests.thinning import slow
 from tests.tiny import tiny_target
 
-NEW_TOKENS = 30
+NEW_TOKENS = 18
 # of the text, prompt included: past the window, some rounds after the prefill
 LENGTH = 21
 OPTIONS = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
@@ -98,7 +98,7 @@ def _erring_drafter(target: PreTrainedModel, text: Tensor, padded: list[int], le
 
 def _next_turn(target: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
     options = {} if cache is None else {CACHE_KEY: cache}
-    return target.generate(ids, attention_mask=mask, **{**OPTIONS, "max_new_tokens": 12}, **options)
+    return target.generate(ids, attention_mask=mask, **{**OPTIONS, "max_new_tokens": 6}, **options)
 
 
 @torch.no_grad()
@@ -117,10 +117,9 @@ def _check_cache(target: PreTrainedModel, cache: Any, text: Tensor, inputs: dict
 @pytest.mark.parametrize(
     ("family", "num_rows", "what"),
     [("llama", 1, what) for what in FAILING]
-    + [("gemma3_text", 1, "criterion"), ("gemma4_text", 1, "streamer")]
+    + [("gemma3_text", 1, "criterion"), ("bamba", 1, "processor"), slow("qwen3_5_text", 1, "criterion")]
     + [slow("gemma3_text", 1, what) for what in ("streamer", "processor")]
-    + [slow("gemma4_text", 1, what) for what in ("processor", "criterion")]
-    + [("qwen3_5_text", 1, "criterion"), ("bamba", 1, "processor")]
+    + [slow("gemma4_text", 1, what) for what in FAILING]
     + [slow("deepseek_v4", 1, "streamer"), ("deepseek_v4", 3, "processor"), slow("deepseek_v4", 3, "criterion")],
 )
 def test_no_rejected_drafts_stay(family, num_rows, what):
@@ -140,9 +139,9 @@ def test_no_rejected_drafts_stay(family, num_rows, what):
 
 @pytest.mark.parametrize(
     ("family", "scheduler"),
-    [(family, None) for family in ("llama", "gemma3_text", "gemma4_text", "deepseek_v4", "bamba")]
-    + [slow("falcon_h1", None)]
-    + [("llama", PlainSteps()), ("gemma3_text", PlainSteps()), ("qwen3_5_text", PlainSteps())],
+    [(family, None) for family in ("llama", "gemma3_text", "deepseek_v4", "bamba")]
+    + [slow(family, None) for family in ("gemma4_text", "falcon_h1")]
+    + [slow("llama", PlainSteps()), ("gemma3_text", PlainSteps()), slow("qwen3_5_text", PlainSteps())],
 )
 def test_a_pass_that_ends_early_leaves_nothing(family, scheduler):
     """After Ctrl-C within a pass, of one token or of many, some layers hold more than others."""

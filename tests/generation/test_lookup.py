@@ -39,7 +39,6 @@ from tests.tiny import tiny_target
 
 NEW_TOKENS = 40
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-SOURCES = ("lookup", "both")
 NUM_SAMPLES = 2000
 
 
@@ -61,8 +60,10 @@ def _assert_looked_up(drafter: Any) -> None:
     assert 0 < counts.num_accepted < counts.num_verified
 
 
-@pytest.mark.parametrize("num_rows", [1, 4])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "num_rows"),
+    [("llama", 1), ("gemma3_text", 4), ("gpt2", 1), slow("llama", 4), slow("gemma3_text", 1), slow("gpt2", 4)],
+)
 def test_assistant_without_a_model_writes_what_the_target_writes(family, num_rows):
     """Lookups change the text of one row or of a batch, or a target whose layers nobody taps cannot be decoded."""
     target, inputs = _repeating_target(family), ragged_prompts(num_rows)
@@ -83,7 +84,7 @@ _PROFILED = ("hardware_aware", "asynchronous")
 @pytest.mark.parametrize(
     ("scheduler", "num_rows"),
     [
-        (pytest.param if (rows > 1) == (name in ("fixed", "adaptive")) else slow)(name, rows)
+        (pytest.param if (name, rows) in (("fixed", 1), ("adaptive", 4)) else slow)(name, rows)
         for name in SCHEDULERS
         for rows in (1, 4)
     ],
@@ -148,9 +149,11 @@ def test_lookups_alone_tap_no_layer(monkeypatch):
     assert tapped == [[], []]
 
 
-@pytest.mark.parametrize("drafts", SOURCES)
-@pytest.mark.parametrize("scheduler", ["fixed", "adaptive"])
-def test_requests_that_come_and_go(drafts, scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "drafts"),
+    [("fixed", "both"), ("adaptive", "lookup"), slow("fixed", "lookup"), slow("adaptive", "both")],
+)
+def test_requests_that_come_and_go(scheduler, drafts):
     """A request is offered another one's text, or loses its own, when rows join and leave."""
     target = _repeating_target()
     prompts = [torch.randint(2, 20, (length,)) for length in (5, 21, 3, 12, 1, 7)]
@@ -183,8 +186,7 @@ def test_stream_without_a_drafter():
     assert stream.statistics.num_drafted == 0 < stream.statistics.num_rounds
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("drafts", SOURCES)
+@pytest.mark.parametrize(("drafts", "num_rows"), [("lookup", 1), ("both", 3), slow("lookup", 3), slow("both", 1)])
 def test_second_turn_over_a_kept_cache(drafts, num_rows):
     """A second turn, whose cache holds the first, is written otherwise when drafts are looked up in both."""
     target, inputs = _repeating_target(), ragged_prompts(num_rows)
@@ -207,9 +209,9 @@ def test_deepseek_v4(drafts):
     """A cache that takes few tokens back is asked to take back more, or rows of its own are mixed up."""
     target = tiny_model().eval()
     inputs = ragged_prompts(3, vocab_size=16)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=12, do_sample=False)
     drafter = LookupAssistant(max_drafts=40) if drafts == "lookup" else ScriptedDrafter(target, plain, [0] * 3, 0.3)
-    options = {"max_new_tokens": 20, "do_sample": False, "scheduler": "fixed", "drafts": drafts}
+    options = {"max_new_tokens": 12, "do_sample": False, "scheduler": "fixed", "drafts": drafts}
     assert torch.equal(target.generate(**inputs, **options, assistant_model=drafter), plain)
 
 

@@ -20,6 +20,7 @@ from dspark_hf.generation.requests.stream import generate_stream
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import EveryThirdRound
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 
@@ -92,15 +93,11 @@ def _check(told: Told, text: list[int], target: Any) -> None:
         assert anchor == text[position]
 
 
-@pytest.mark.parametrize("scheduler", ["fixed", EveryThirdRound()], ids=["every round", "some rounds parked"])
 @pytest.mark.parametrize(
-    "lengths",
-    [
-        pytest.param((7,), id="one"),
-        pytest.param((7, 7), id="even", marks=pytest.mark.slow),
-        pytest.param((7, 11), id="padded", marks=pytest.mark.slow),
-        pytest.param((9, 4, 17), id="three"),
-    ],
+    ("lengths", "scheduler"),
+    [((7,), "fixed"), ((9, 4, 17), EveryThirdRound()), slow((7,), EveryThirdRound()), slow((9, 4, 17), "fixed")]
+    + [slow(lengths, scheduler) for lengths in ((7, 7), (7, 11)) for scheduler in ("fixed", EveryThirdRound())],
+    ids=lambda value: "some rounds parked" if isinstance(value, EveryThirdRound) else str(value),
 )
 def test_positions_are_those_of_the_tokens(lengths, scheduler):
     """The drafter is told wrong positions, reads rejected drafts, or reads too late."""
@@ -130,7 +127,7 @@ def test_one_padded_row():
     _check(drafter.texts[0], plain[0, 5:].tolist(), target)
 
 
-@pytest.mark.parametrize("scheduler", ["fixed", EveryThirdRound()], ids=["every round", "some rounds parked"])
+@pytest.mark.parametrize("scheduler", [slow("fixed"), EveryThirdRound()], ids=["every round", "some rounds parked"])
 def test_positions_of_requests(scheduler):
     """Rows that join a running batch are taken to stand where others do."""
     target = tiny_target("llama")

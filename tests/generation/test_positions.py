@@ -13,6 +13,7 @@ from dspark_hf.generation.requests.request import Request
 from dspark_hf.generation.requests.stream import generate_stream
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.thinning import slow
 from tests.tiny import VOCAB_SIZE, tiny_config, tiny_target
 
 NUM_POSITIONS = 32
@@ -32,9 +33,12 @@ def _untrained(target):
     return DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=5)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("length", [NUM_POSITIONS - 3, NUM_POSITIONS, NUM_POSITIONS + 1])
-def test_texts_that_end_before_learned_positions_do(num_rows, length):
+@pytest.mark.parametrize(
+    ("length", "num_rows"),
+    [(NUM_POSITIONS, 3), (NUM_POSITIONS + 1, 1), slow(NUM_POSITIONS, 1), slow(NUM_POSITIONS + 1, 3)]
+    + [slow(NUM_POSITIONS - 3, num_rows) for num_rows in (1, 3)],
+)
+def test_texts_that_end_before_learned_positions_do(length, num_rows):
     """Drafts of a text that ends in time run past the last position, and the call breaks off."""
     target = tiny_target("gpt2", max_position_embeddings=NUM_POSITIONS)
     inputs = ragged_prompts(num_rows, lengths=(7, 11, 4))
@@ -153,7 +157,7 @@ def test_requests_with_positions_or_types(name):
     assert torch.equal(finished["good"].token_ids, target.generate(torch.tensor([[5, 6, 7]]), **options)[0])
 
 
-@pytest.mark.parametrize("lengths", [(6,), (6, 9), (40, 6), (40, 35)])
+@pytest.mark.parametrize("lengths", [(6,), slow((6, 9)), (40, 6), slow((40, 35))])
 def test_texts_that_outgrow_rotary_positions(lengths):
     """Text past `max_position_embeddings`, where rotary embeddings go on, is written as if it all stood there."""
     target = tiny_target("llama", max_position_embeddings=NUM_POSITIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -12,10 +14,14 @@ from dspark_hf.generation.drafting.context import DeferredContext
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import EveryThirdRound
-from tests.thinning import slow
+from tests.thinning import mostly_slow, slow
 from tests.tiny import FAMILIES, tiny_target
 
 SEEDS = (0, slow(1), slow(2))
+# without and with sliding layers, with layers that share keys and values, and with learned positions
+QUICK_FAMILIES = ("llama", "gemma3_text", "gemma4_text", "gpt2")
+# the first turn with a drafter or without, the second with the whole text or its end alone
+QUICK_TURNS = [(True, False, "gemma3_text"), (False, True, "llama"), (True, True, "llama")]
 
 
 def _layers(cache):
@@ -27,16 +33,16 @@ def _fresh_cache(target, tokens):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, QUICK_FAMILIES))
 def test_single_row_cache_equals_fresh_prefill(family, seed):
     """A rejected draft stays in the target's cache, or an accepted one is missing."""
     target = tiny_target(family)
     inputs = ragged_prompts(1, seed=seed)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     drafter = ScriptedDrafter(target, plain, [0], 0.6)
     drafter.generator.manual_seed(seed)
     output = target.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
+        **inputs, max_new_tokens=15, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
     )
     assert 0 < output.statistics.num_accepted < output.statistics.num_verified
     fresh = _fresh_cache(target, output.sequences[:, :-1])
@@ -46,16 +52,16 @@ def test_single_row_cache_equals_fresh_prefill(family, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, QUICK_FAMILIES))
 def test_ragged_cache_equals_fresh_prefill(family, seed):
     """Rows of a batch share slots, or a rollback of one row touches another."""
     target = tiny_target(family)
     inputs = ragged_prompts(4, seed=seed)
     padded = num_padded(inputs)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     drafter = ScriptedDrafter(target, plain, padded, 0.6)
     output = target.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
+        **inputs, max_new_tokens=15, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
     )
     for row, num_pad in enumerate(padded):
         fresh = _fresh_cache(target, output.sequences[row : row + 1, num_pad:-1])
@@ -73,7 +79,7 @@ def test_drafter_context_equals_one_from_scratch(scheduler, num_rows, seed, monk
     target = tiny_target("llama")
     inputs = ragged_prompts(num_rows, seed=seed)
     padded = num_padded(inputs)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=2, markov_rank=8, block_size=5)
     drafter.scheduler = scheduler
     contexts, deferred = [], []
@@ -93,7 +99,7 @@ def test_drafter_context_equals_one_from_scratch(scheduler, num_rows, seed, monk
     monkeypatch.setattr(drafter, "start", scripted_start)
     monkeypatch.setattr(decoding, "DeferredContext", recorded)
     output = target.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
+        **inputs, max_new_tokens=15, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
     )
     assert torch.equal(output.sequences, plain)
     assert 0 < output.statistics.num_accepted < output.statistics.num_verified
@@ -114,10 +120,14 @@ def test_drafter_context_equals_one_from_scratch(scheduler, num_rows, seed, monk
             torch.testing.assert_close(kept_values[row, :, : tokens.shape[1]], values[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", slow("gemma4_text"), slow("gpt2")])
-@pytest.mark.parametrize("ids_repeat_the_past", [True, False])
-@pytest.mark.parametrize("first_with_drafter", [True, False])
-def test_second_turn_continues_from_the_returned_cache(family, ids_repeat_the_past, first_with_drafter):
+@pytest.mark.parametrize(
+    ("first_with_drafter", "ids_repeat_the_past", "family"),
+    [
+        (pytest.param if case in QUICK_TURNS else slow)(*case)
+        for case in product((True, False), (True, False), QUICK_FAMILIES)
+    ],
+)
+def test_second_turn_continues_from_the_returned_cache(first_with_drafter, ids_repeat_the_past, family):
     """A conversation that hands its cache on goes another way with a drafter than without."""
     target = tiny_target(family)
     inputs = ragged_prompts(1)
@@ -144,7 +154,7 @@ def test_second_turn_continues_from_the_returned_cache(family, ids_repeat_the_pa
     assert drafter.last_statistics.num_rounds > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", [slow("llama"), "gemma3_text"])
 def test_second_turn_of_a_batch(family):
     """The cache of a ragged batch cannot be handed on."""
     target = tiny_target(family)
@@ -181,7 +191,7 @@ def test_finished_rows_leave_the_batch():
     """Rows that are done go on costing the target."""
     target = tiny_target("llama")
     inputs = ragged_prompts(4)
-    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    plain = target.generate(**inputs, max_new_tokens=15, do_sample=False)
     width = inputs["input_ids"].shape[1]
     eos = int(plain[2, width + 4])
     sizes = []

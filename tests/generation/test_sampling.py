@@ -38,7 +38,7 @@ from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 from tests.thinning import mostly_slow, slow
 
 NUM_SAMPLES = 2000
-NUM_SINGLE_ROW_SAMPLES = 150
+NUM_SINGLE_ROW_SAMPLES = 80
 NEW_TOKENS = 5
 EOS = 3
 
@@ -81,8 +81,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 # some options again with the drafter that leaves most of the vocabulary to the target
 _REDUCED_CASES = ("top-k", "repetition penalty", "mixture", "confidence threshold", "end of text")
 _SLOW_REDUCED_CASES = ("top-k", "repetition penalty", "confidence threshold")
-# the mixture holds three of those left out, and the others reach the drafts the same way
-_QUICK_CASES = ("mixture", "top-k", "min-p", "one draft per round", "confidence threshold")
+# a mixture is tried with the other drafter, and reaches the drafts the way each option does that it holds
+_QUICK_CASES = ("one draft per round", "confidence threshold")
 OPTION_CASES = [(pytest.param if name in _QUICK_CASES else slow)(name, "vanilla") for name in OPTIONS] + [
     (slow if name in _SLOW_REDUCED_CASES else pytest.param)(name, "reduced vocabulary, rnn") for name in _REDUCED_CASES
 ]
@@ -110,7 +110,7 @@ def _assert_some_drafts_are_rejected(drafter: Drafter) -> None:
     assert 0.1 < statistics.num_accepted / statistics.num_verified < 0.9
 
 
-@pytest.mark.parametrize("name", ["none", *OPTIONS])
+@pytest.mark.parametrize("name", mostly_slow(["none", *OPTIONS], ("mixture", "min-p", "end of text")))
 def test_enumeration_describes_plain_generate(name):
     """The reference distribution of this file is not the one that plain `generate` samples from."""
     options, processors = OPTIONS.get(name, ({}, []))
@@ -122,7 +122,7 @@ def test_enumeration_describes_plain_generate(name):
     assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 
 
-@pytest.mark.parametrize("kind", mostly_slow(FIELDS, ("gated", "rnn", "no Markov head")))
+@pytest.mark.parametrize("kind", mostly_slow(FIELDS, ("no Markov head",)))
 def test_every_kind_of_drafter_keeps_the_distribution(kind):
     """Sampled text of a batch is not the target's with some kind of drafter."""
     target = small_target()
@@ -147,6 +147,7 @@ def test_every_option_keeps_the_distribution(name, kind):
     assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 
 
+@pytest.mark.slow
 def test_rows_of_different_lengths_keep_their_distributions():
     """Sampled text of one row depends on the other prompts of the batch, or on padding."""
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
@@ -154,7 +155,7 @@ def test_rows_of_different_lengths_keep_their_distributions():
     options, processors = OPTIONS["mixture"]
     target = small_target()
     drafter = untrained_drafter(target)
-    copies = NUM_SAMPLES // 2
+    copies = NUM_SAMPLES // 4
     outputs = target.generate(
         prompts.repeat(copies, 1),
         attention_mask=mask.repeat(copies, 1),
@@ -204,7 +205,7 @@ def test_uniform_drafter_keeps_the_distribution():
     assert smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
 
 
-@pytest.mark.parametrize("name", ["temperature", "mixture"])
+@pytest.mark.parametrize("name", [slow("temperature"), "mixture"])
 def test_drafter_equal_to_the_target_is_always_accepted(name):
     """Drafts are sampled under other processors than those of the target: good ones are rejected."""
     options, processors = OPTIONS[name]

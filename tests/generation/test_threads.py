@@ -119,7 +119,7 @@ def test_costs_are_learnt_from_several_threads(eager_switches):
             assert costs.draft_seconds(rows, width, 100) > 0
 
     # a new object has most to learn
-    for seed in range(20):
+    for seed in range(12):
         costs = OnlineCosts()
         for rows in (1, 2, 4):
             for width in (1, 1, 2, 2):

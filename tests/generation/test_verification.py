@@ -23,7 +23,7 @@ from tests.reference.verification import (
     greedy_outcome,
 )
 
-NUM_ROWS = 200_000
+NUM_ROWS = 60_000
 NUM_DRAFTS = 3
 VOCAB_SIZE = 5
 # five standard errors: a correct mean lies outside once in two million seeds

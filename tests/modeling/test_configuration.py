@@ -72,14 +72,15 @@ _KINDS: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), _KINDS, ids=lambda value: str(value)[:20])
-def test_a_field_of_another_kind_is_named(name: str, value: Any) -> None:
+@pytest.mark.parametrize("name", sorted({name for name, _ in _KINDS}))
+def test_a_field_of_another_kind_is_named(name: str) -> None:
     """A damaged `config.json` would end in a bare TypeError, ask for terabytes, or load and draft noise."""
-    with pytest.raises(ValueError, match=rf"^`{name}` must "):
-        DSparkConfig(**{**VALID, name: value})
-    # what is set on the way, as `from_pretrained(..., field=value)` does
-    with pytest.raises(ValueError, match=rf"^`{name}` must "):
-        DSparkConfig.from_dict(DSparkConfig(**VALID).to_dict(), **{name: value})
+    for value in (value for other, value in _KINDS if other == name):
+        with pytest.raises(ValueError, match=rf"^`{name}` must "):
+            DSparkConfig(**{**VALID, name: value})
+        # what is set on the way, as `from_pretrained(..., field=value)` does
+        with pytest.raises(ValueError, match=rf"^`{name}` must "):
+            DSparkConfig.from_dict(DSparkConfig(**VALID).to_dict(), **{name: value})
 
 
 def test_derived_defaults() -> None:

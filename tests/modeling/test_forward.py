@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.drafting import draft_greedily
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
+# every head and every backbone
+QUICK = (("vanilla", "gemma3"), ("gated", "gemma4"), ("rnn", "qwen3"), ("rnn", "gemma4"), ("dflash", "qwen3"))
 NUM_TOKENS = 12
 BLOCK_SIZE = 4
 LAYER_IDS = [0, 1]
@@ -45,8 +49,13 @@ def _previous(ids: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     return ids.gather(1, places.flatten(1)).view_as(places)
 
 
-@pytest.mark.parametrize("backbone", ["qwen3", "gemma3", "gemma4"])
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "dflash"])
+@pytest.mark.parametrize(
+    ("head", "backbone"),
+    [
+        (pytest.param if case in QUICK else slow)(*case)
+        for case in product(("vanilla", "gated", "rnn", "dflash"), ("qwen3", "gemma3", "gemma4"))
+    ],
+)
 def test_training_equals_drafting_block_by_block(head: str, backbone: str) -> None:
     """A drafter would be trained on blocks it never sees while drafting: another context, position or slot."""
     drafter, target = _pair(head, backbone_type=backbone)

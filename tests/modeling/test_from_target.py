@@ -14,6 +14,7 @@ from dspark_hf.modeling.from_target import config_for_target
 from tests.closeness import assert_same_up_to_rounding
 from tests.generation.prompts import ragged_prompts
 from tests.modeling.drafting import draft_greedily
+from tests.thinning import mostly_slow
 from tests.tiny import FAMILIES, tiny_target
 
 
@@ -263,7 +264,7 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", _UNUSUAL)
+@pytest.mark.parametrize("family", mostly_slow(_UNUSUAL, ("gemma3n_text", "modernbert-decoder")))
 def test_unusual_targets(family: str) -> None:
     """`from_target` finds no layers or no widths in what is there, or reads hidden states along a wrong dimension."""
     target = _from_config(family, **_UNUSUAL[family])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from transformers import BitsAndBytesConfig
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.modeling.drafting import draft_greedily
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
-pytest.importorskip("bitsandbytes")
 # kernels for four bits take widths of whole blocks
 _SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "num_key_value_heads": 4}
 _OPTIONS = {
@@ -24,10 +25,17 @@ _OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-@pytest.mark.parametrize("name", _OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        (pytest.param if case in (("8 bit", "gated"), ("4 bit", "vanilla"), ("own list", "rnn")) else slow)(*case)
+        for case in product(_OPTIONS, ("vanilla", "gated", "rnn"))
+    ],
+)
 def test_a_quantised_drafter_drafts_nearly_the_same(name: str, head: str, tmp_path: Path) -> None:
     """A drafter in fewer bits would fail in its first draft, or draft noise."""
+    # here, as it takes seconds to import
+    pytest.importorskip("bitsandbytes")
     target = tiny_target("llama", **_SIZES)
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, markov_head_type=head)
     drafter.save_pretrained(tmp_path)

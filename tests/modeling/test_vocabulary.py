@@ -11,6 +11,7 @@ import torch
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.modeling.vocabulary import resized_rows
 from tests.generation.prompts import ragged_prompts
+from tests.thinning import mostly_slow
 from tests.tiny import VOCAB_SIZE, tiny_target
 
 GROWN = 72
@@ -32,7 +33,7 @@ def _drafter(target: Any, **fields: Any) -> DSparkAssistantModel:
     return DSparkAssistantModel.from_target(target, **{**options, **fields})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ("rnn", "reduced, Markov too", "own embeddings, reduced")))
 def test_drafter_follows_its_target(kind: str, tmp_path: Path) -> None:
     """A drafter cannot be fitted to a grown target, drafts what does not exist, or forgets what it has learnt."""
     target = tiny_target()

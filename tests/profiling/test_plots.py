@@ -6,12 +6,13 @@ import pytest
 
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.profiling.plots import draw_costs
+from tests.thinning import slow
 
 pytest.importorskip("matplotlib")
 
 
 @pytest.mark.parametrize(
-    "points", [{(1, 128, 1): 0.1}, {(r, c, w): 0.1 * w for r in (1, 4) for c in (1, 9) for w in (1, 3)}]
+    "points", [slow({(1, 128, 1): 0.1}), {(r, c, w): 0.1 * w for r in (1, 4) for c in (1, 9) for w in (1, 3)}]
 )
 @pytest.mark.parametrize("has_drafter", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_figure_is_drawn(points, has_drafter):

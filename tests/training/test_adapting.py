@@ -29,7 +29,7 @@ from tests.modeling.formats.layouts import (
     write,
 )
 from tests.modeling.formats.test_gguf import _write as write_gguf
-from tests.thinning import mostly_slow
+from tests.thinning import mostly_slow, slow
 from tests.tiny import tiny_target
 
 GROWN = VOCAB_SIZE + 8
@@ -87,7 +87,7 @@ def _check_drafts_exactly(drafter: DSparkAssistantModel, target: Any) -> None:
     assert torch.equal(plain, target.generate(prompt, max_new_tokens=10, do_sample=False, **options))
 
 
-@pytest.mark.parametrize("name", mostly_slow(PACKAGINGS, ("DeepSpec, Gemma", "speculators, reduced", "GGUF")))
+@pytest.mark.parametrize("name", mostly_slow(PACKAGINGS, ("speculators, reduced", "GGUF")))
 def test_every_packaging_goes_on_with_a_grown_target(name: str, tmp_path: Path) -> None:
     """Somebody's drafter cannot be adapted: it does not load, fit new tokens, learn, or come back from a folder."""
     target = _target(vocab_size=GROWN)
@@ -148,9 +148,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("is_whole", [False, True])
-def test_another_draft_vocabulary_keeps_what_was_learnt(kind: str, is_whole: bool) -> None:
+@pytest.mark.parametrize(
+    ("is_whole", "kind"),
+    [
+        (pytest.param if is_whole == (kind in ("own", "Markov too")) else slow)(is_whole, kind)
+        for is_whole in (False, True)
+        for kind in KINDS
+    ],
+)
+def test_another_draft_vocabulary_keeps_what_was_learnt(is_whole: bool, kind: str) -> None:
     """For another language a drafter forgets the tokens that both share, or says other ones than it means."""
     target = _target()
     options: dict[str, Any] = {"num_hidden_layers": 1, "markov_rank": 4, "initializer_range": 0.3, **KINDS[kind]}

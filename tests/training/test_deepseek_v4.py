@@ -107,7 +107,7 @@ def test_a_few_steps(tmp_path: Path) -> None:
     assert {name: getattr(target.config, f"{name}_token_id") for name in special} == special
 
     target.config.output_router_logits = False
-    trainer = _train_drafter(target, tmp_path, 3, _own_texts(target, 12, seed=2, length=20))
+    trainer = _train_drafter(target, tmp_path, 3, _own_texts(target, 12, seed=2, length=14))
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     first = trainer.evaluate()
     trainer.train()

@@ -227,7 +227,7 @@ def test_accumulated_batches_weigh_like_one(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("draft_token_ids", [None, range(2, 450)], ids=["all tokens", "few tokens"])
+@pytest.mark.parametrize("draft_token_ids", [slow(None), range(2, 450)], ids=["all tokens", "few tokens"])
 def test_vocabulary_sized_memory_does_not_grow(draft_token_ids: range | None, tmp_path: Path) -> None:
     """A long sequence would need memory for its length times the vocabulary."""
     target = tiny_target(vocab_size=499)

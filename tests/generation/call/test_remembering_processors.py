@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.generation.drafters import ScriptedDrafter
 from tests.generation.frequencies import PROMPT, small_target, smallest_p_value, untrained_drafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
-from tests.thinning import slow
+from tests.thinning import mostly_slow, slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 24
@@ -162,8 +163,14 @@ def _compare(make: Callable[[], dict[str, Any]], num_rows: int, accuracy: float 
     return plain
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    ("memory", "num_rows"),
+    [
+        (pytest.param if (num_rows == 3) == (name in ("attribute", "grammar", "integers")) else slow)(name, num_rows)
+        for name in MEMORIES
+        for num_rows in (1, 3)
+    ],
+)
 def test_greedy_text(memory, num_rows):
     """A processor that counts drafts which are then rejected gives another text, or ends in an error of its own."""
     plain = _compare(lambda: {"logits_processor": LogitsProcessorList([MEMORIES[memory](12)])}, num_rows)
@@ -187,12 +194,19 @@ def test_constraint_with_a_memory():
         _compare(make, num_rows)
 
 
-@pytest.mark.parametrize("ends", [[], list(range(20, 24)), list(range(20, 50))], ids=["none", "some", "many"])
-@pytest.mark.parametrize("stops", [None, [30, 24, 27]], ids=["", "criterion"])
-@pytest.mark.parametrize("num_rows", [1, 3])
+ENDS = {"none": [], "some": list(range(20, 24)), "many": list(range(20, 50))}
+# of each number of rows one that only a criterion ends, and some that tokens end with or without it
+QUICK_ENDS = [(1, True, "none"), (1, False, "many"), (3, True, "none"), (3, False, "some"), (3, True, "many")]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "stops_early", "end"),
+    [(pytest.param if case in QUICK_ENDS else slow)(*case) for case in product((1, 3), (False, True), ENDS)],
+)
 @pytest.mark.parametrize("returns_dict", [slow(False), True])
-def test_every_call_is_the_one_without_a_drafter(num_rows, ends, stops, returns_dict):
+def test_every_call_is_the_one_without_a_drafter(num_rows, stops_early, end, returns_dict):
     """A processor is called in another order, once too often, or with other text than without a drafter."""
+    ends, stops = ENDS[end], [30, 24, 27] if stops_early else None
     diaries = []
 
     def make() -> dict[str, Any]:
@@ -268,7 +282,7 @@ def test_sampled_text(memory):
                 logits_processor=LogitsProcessorList([Biased()]),
                 assistant_model=drafter,
             )
-            for _ in range(80)
+            for _ in range(60)
         ]
     )[:, len(PROMPT) :]
     assert drafter.last_statistics.num_verified
@@ -281,7 +295,7 @@ def _biased(place: int, scores: Tensor) -> Tensor:
 
 
 # of many rows one rejects at nearly every position; few all accept now and then
-@pytest.mark.parametrize(("num_rows", "num_calls"), [(3, 30), (200, 6)])
+@pytest.mark.parametrize(("num_rows", "num_calls"), [(3, 24), (200, 3)])
 def test_rows_that_advance_together_keep_the_law(num_rows, num_calls):
     """A row of a batch keeps a draft that it should have rejected, or loses one, where another row rejects."""
 
@@ -300,7 +314,9 @@ def test_rows_that_advance_together_keep_the_law(num_rows, num_calls):
 
 
 # what lies in a class is shared by all requests, in the order of their calls
-@pytest.mark.parametrize("memory", [memory for memory in MEMORIES if memory != "class"])
+@pytest.mark.parametrize(
+    "memory", mostly_slow([name for name in MEMORIES if name != "class"], ("generator", "grammar"))
+)
 def test_stream(memory):
     """A request with a processor that remembers ends otherwise in a stream than alone, or spoils the others."""
     target = tiny_target()

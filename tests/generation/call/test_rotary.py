@@ -16,6 +16,7 @@ from dspark_hf.generation.requests.request import Request
 from dspark_hf.generation.requests.stream import generate_stream
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.thinning import mostly_slow, slow
 from tests.tiny import tiny_target
 
 SWITCH = 32
@@ -55,8 +56,14 @@ def _target(kind):
     return tiny_target(family, seed=2, **options)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "num_rows"),
+    [
+        (pytest.param if (num_rows == 1) == (kind in ("longrope", "per layer")) else slow)(kind, num_rows)
+        for kind in KINDS
+        for num_rows in (1, 3)
+    ],
+)
 def test_texts_up_to_the_switch(kind, num_rows):
     """A drafter changes the text of a target whose rotary embedding switches later, or is refused for nothing."""
     target = _target(kind)
@@ -70,9 +77,15 @@ def test_texts_up_to_the_switch(kind, num_rows):
         target.generate(**inputs, **options, assistant_model=drafter)
 
 
-@pytest.mark.parametrize("kind", ["longrope", "phi3", "per layer"])
-@pytest.mark.parametrize("lengths", [(SWITCH + 1,), (SWITCH + 1, 50, 40)])
-def test_prompts_beyond_the_switch(kind, lengths):
+@pytest.mark.parametrize(
+    ("lengths", "kind"),
+    [
+        (pytest.param if (len(lengths) == 1) == (kind == "phi3") else slow)(lengths, kind)
+        for lengths in ((SWITCH + 1,), (SWITCH + 1, 50, 40))
+        for kind in ("longrope", "phi3", "per layer")
+    ],
+)
+def test_prompts_beyond_the_switch(lengths, kind):
     """A long prompt, after which the embedding stays as it is, is refused or not continued as without a drafter."""
     target = _target(kind)
     inputs = ragged_prompts(len(lengths), lengths=lengths)
@@ -97,7 +110,7 @@ def test_prompts_on_both_sides_of_the_switch(kind, lengths):
         target.generate(**ragged_prompts(len(lengths), lengths=lengths), max_new_tokens=4, assistant_model=drafter)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ("dynamic", "phi3")))
 def test_requests(kind):
     """A request that reaches the switch changes the text of the others, or is not told apart from them."""
     target = _target(kind)

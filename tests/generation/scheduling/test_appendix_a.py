@@ -28,7 +28,7 @@ from tests.generation.scheduling.retrospective import RetrospectiveScheduler
 from tests.thinning import mostly_slow
 
 P_TARGET = 0.7
-NEW_TOKENS = 800
+NEW_TOKENS = 500
 # a correct scheduler is condemned once in two million seeds
 NUM_DEVIATIONS = 5.0
 

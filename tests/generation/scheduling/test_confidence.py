@@ -15,6 +15,7 @@ from dspark_hf.generation.scheduling import (
 )
 from dspark_hf.generation.scheduling.confidence import find_source
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call, new_drafter
+from tests.thinning import mostly_slow
 
 NUM_DRAFTS = 3
 BATCH = Batch((NUM_DRAFTS,), 1)
@@ -37,7 +38,7 @@ def _play(schedule: Schedule, *, is_right: bool, num_rounds: int = 1, margin: fl
     return verified
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", mostly_slow(ONLINE, ("asynchronous",)))
 def test_bad_luck_does_not_end_verification(name):
     """What is never verified is never learnt: after some rejections a good drafter counts as bad for ever."""
     drafter = new_drafter()
@@ -50,7 +51,7 @@ def test_bad_luck_does_not_end_verification(name):
     assert verified[-20:] == [NUM_DRAFTS] * 20
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", mostly_slow(ONLINE, ("threshold",)))
 def test_a_bad_drafter_is_rarely_tried(name):
     """Looking again whether a drafter is still bad costs more than it can bring."""
     schedule = ONLINE[name].start(new_call(max_drafts=NUM_DRAFTS))

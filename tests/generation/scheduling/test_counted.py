@@ -19,7 +19,7 @@ from tests.generation.frequencies import PROMPT, small_target, smallest_p_value,
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 from tests.tiny import tiny_target
 
-NUM_SAMPLES = 3000
+NUM_SAMPLES = 2000
 NEW_TOKENS = 5
 NO_CALL: Any = None
 
@@ -33,7 +33,7 @@ def _write(scheduler: str | None, seconds: float, drafter: DSparkAssistantModel,
     """Sample with a clock that ticks `seconds` more each time it is asked."""
     torch.manual_seed(0)
     ticks = count()
-    options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": True, "scheduler": scheduler}
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": True, "scheduler": scheduler}
     with patch.object(decoding, "perf_counter", lambda: seconds * next(ticks) ** 2):
         return target.generate(torch.tensor([[5, 6, 7, 5, 6]]), assistant_model=drafter, **options)
 
@@ -57,6 +57,7 @@ def test_what_repeats_anyway_goes_by_the_clock(options: dict[str, Any]) -> None:
     assert drafter.last_statistics is not None and drafter.last_statistics.scheduler == "adaptive"
 
 
+@pytest.mark.slow
 def test_the_text_follows_the_target() -> None:
     """Sampled text under the default is not the target's."""
     target = small_target()

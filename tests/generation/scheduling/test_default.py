@@ -26,7 +26,7 @@ def _own() -> str:
 
 @pytest.mark.parametrize(
     ("scheduler", "shares", "num_rows"),
-    [(_told, TOLD, 3), (_own, OWN, 1), slow(_told, TOLD, 1), slow(_own, OWN, 3)],
+    [(_told, TOLD, 1), slow(_told, TOLD, 3), slow(_own, OWN, 1), slow(_own, OWN, 3)],
 )
 def test_a_drafter_that_is_always_wrong_is_parked(scheduler, shares, num_rows):
     """A user with a useless drafter pays for it in every round."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dspark_hf.generation.scheduling.estimator import MAX_MARGIN, AcceptanceEstimator, top_margin
+from tests.thinning import slow
 
 INF = float("inf")
 
@@ -35,7 +36,7 @@ def _auc(scores: list[float], fates: list[bool]) -> float:
     return sum(pairs) / len(pairs)
 
 
-@pytest.mark.parametrize(("bias", "slope"), [(-2.0, 1.0), (1.0, 0.3), (-0.5, 2.0)])
+@pytest.mark.parametrize(("bias", "slope"), [(-2.0, 1.0), slow(1.0, 0.3), slow(-0.5, 2.0)])
 def test_a_known_law_is_found(bias, slope):
     """The estimate does not come near the law by which drafts are accepted."""
     margins = torch.tensor([[0.0, 1.0, 2.0, 4.0]])

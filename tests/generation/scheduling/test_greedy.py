@@ -23,10 +23,10 @@ from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.scheduling.fakes import ClockedAdaptive, ListedCosts, SwingingCosts
 from tests.modeling.deepseek_v4.tiny import tiny_model
-from tests.thinning import slow
+from tests.thinning import mostly_slow, slow
 from tests.tiny import tiny_target
 
-NEW_TOKENS = 18
+NEW_TOKENS = 14
 NUM_ROWS = (1, 4)
 ACCURACIES = {"right": 1.0, "wrong": 0.0, "often right": 0.7}
 FAMILIES = ("llama", "gemma3_text", "deepseek_v4")
@@ -74,10 +74,20 @@ def _untrained(target: PreTrainedModel) -> DSparkAssistantModel:
     return DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8, block_size=5)
 
 
-# every scheduler with one row and with several, every family with every way to decide about several rows' drafts
-QUICK_ELSEWHERE = {("default", 1), ("adaptive", 4), ("hardware aware", 4)}
+# every scheduler once, those that plan with one row and with several; each family with one that plans
+QUICK = {
+    ("default", "llama", 1),
+    ("fixed", "llama", 4),
+    ("threshold", "llama", 1),
+    ("hardware aware", "llama", 1),
+    ("hardware aware", "gemma3_text", 4),
+    ("asynchronous", "llama", 4),
+    ("adaptive", "llama", 4),
+    ("default", "gemma3_text", 1),
+    ("adaptive", "deepseek_v4", 4),
+}
 CASES = [
-    (pytest.param if family == "llama" or (name, num_rows) in QUICK_ELSEWHERE else slow)(name, family, num_rows)
+    (pytest.param if (name, family, num_rows) in QUICK else slow)(name, family, num_rows)
     for name in SCHEDULERS
     for family in FAMILIES
     for num_rows in NUM_ROWS
@@ -101,7 +111,7 @@ def test_output_is_token_identical(name, family, num_rows):
 
 
 @pytest.mark.parametrize("num_rows", [1, slow(4)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, ("hardware_aware", "adaptive")))
 def test_schedulers_by_name(name, num_rows):
     """A name does not lead to a scheduler that runs, in the call or on the drafter, with or without the patch."""
     target, inputs, plain = _target("llama"), ragged_prompts(num_rows), _plain("llama", num_rows)
@@ -130,7 +140,7 @@ def test_schedulers_without_the_patch(num_rows, restored):
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [(name, "llama") for name in SCHEDULERS]
+    [(pytest.param if name in ("fixed", "hardware aware", "adaptive") else slow)(name, "llama") for name in SCHEDULERS]
     + [(pytest.param if name == "default" else slow)(name, "deepseek_v4") for name in SCHEDULERS],
 )
 def test_rows_that_leave(name, family):
@@ -150,8 +160,16 @@ def test_rows_that_leave(name, family):
     assert torch.equal(assisted, plain)
 
 
-@pytest.mark.parametrize("num_rows", NUM_ROWS)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    [
+        (slow if (num_rows == 1) == (name in ("hardware aware", "asynchronous", "adaptive")) else pytest.param)(
+            name, num_rows
+        )
+        for name in SCHEDULERS
+        for num_rows in NUM_ROWS
+    ],
+)
 def test_few_new_tokens(name, num_rows):
     """A scheduler asks for drafts that a row has no room for, or for a decision about none."""
     for new_tokens in (1, 2, 3, 6, 7):
@@ -166,7 +184,7 @@ def test_few_new_tokens(name, num_rows):
         assert torch.equal(assisted, _plain("llama", num_rows)[:, : width + new_tokens])
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, ("default", "hardware aware")))
 def test_several_returned_sequences(name):
     """A scheduler counts prompts instead of rows."""
     target = _target("llama")

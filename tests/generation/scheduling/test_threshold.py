@@ -18,6 +18,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.altered import AlteredDrafter
 from tests.generation.drafters import BLOCK_SIZE, ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 NEW_TOKENS = 16
@@ -160,8 +161,10 @@ def test_num_assistant_tokens_caps_the_drafts(num_drafts, num_rows):
     assert len(recorded) == 1 + -(-(NEW_TOKENS - 1) // (1 + num_drafts))
 
 
-@pytest.mark.parametrize("num_rows", [1, 4])
-@pytest.mark.parametrize("markov_head_type", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize(
+    ("markov_head_type", "num_rows"),
+    [("vanilla", 1), ("rnn", 4), slow("vanilla", 4), slow("rnn", 1), slow("gated", 1), slow("gated", 4)],
+)
 def test_threshold_with_a_confidence_head(markov_head_type, num_rows):
     """A threshold changes greedy text, or a confidence head never cuts a block."""
     target = tiny_target()

@@ -16,7 +16,7 @@ from tests.thinning import slow
 from tests.tiny import tiny_target
 
 CHUNK = 4
-NEW_TOKENS = 16
+NEW_TOKENS = 10
 
 
 def _target(family: str) -> PreTrainedModel:
@@ -48,7 +48,7 @@ ALWAYS = [("deepseek_v4", 3), ("qwen3_5_text", 4)]
 
 
 # one row and several, with and without sliding layers, with learned positions
-QUICK = {("gemma3_text", 1), ("gemma3_text", 4), ("llama", 4), ("gpt2", 4)}
+QUICK = {("llama", 1), ("gemma3_text", 4), ("gpt2", 4)}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_text_and_width(family, num_rows):
     assert widths.count(CHUNK) >= 2 * (width // CHUNK)
 
 
-@pytest.mark.parametrize(("family", "num_rows"), [("gemma3_text", 1), ("gemma3_text", 4), ("qwen3_5_text", 4)])
+@pytest.mark.parametrize(("family", "num_rows"), [slow("gemma3_text", 1), ("gemma3_text", 4), slow("qwen3_5_text", 4)])
 def test_outputs(family, num_rows):
     """Hidden states and logits of a prompt in chunks are of other tokens than without a drafter."""
     wanted = {"return_dict_in_generate": True, "output_hidden_states": True, "output_logits": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import product
 from typing import Any
 
 import pytest
@@ -26,14 +27,11 @@ from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import EveryThirdRound
 from tests.recurrent import RECURRENT_FAMILIES, available, recurrent_target, tiny_glm5_next
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
-from tests.thinning import mostly_slow
+from tests.thinning import mostly_slow, slow
 from tests.tiny import VOCAB_SIZE
 
 # one of each recurrence, with attention in other layers, in the same layers, and without any
 KINDS = available("qwen3_5_text", "kimi_linear", "falcon_h1", "mamba2", "mamba", "zamba", "lfm2")
-# the other families beside them, where it takes minutes
-FEW = available("qwen3_5_text", "falcon_h1", "mamba")
-OTHERS = tuple(pytest.param(family, marks=pytest.mark.slow) for family in RECURRENT_FAMILIES if family not in FEW)
 # their attention is not that of several rows
 SINGLE_ROW_ONLY = ("qwen4_exp_text",)
 NEW_TOKENS = 10
@@ -55,7 +53,12 @@ def _drafter(kind: str, target: PreTrainedModel, text: Tensor, inputs: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("family", "num_rows"), [(family, 1) for family in RECURRENT_FAMILIES] + [(family, 3) for family in KINDS]
+    ("family", "num_rows"),
+    [((family, 1) if family in (*KINDS, *SINGLE_ROW_ONLY) else slow(family, 1)) for family in RECURRENT_FAMILIES]
+    + [
+        ((family, 3) if family in ("qwen3_5_text", "falcon_h1", "mamba2", "lfm2") else slow(family, 3))
+        for family in KINDS
+    ],
 )
 def test_text_is_that_of_plain_generate(family, num_rows):
     """A state keeps rejected drafts, or loses accepted ones, and the text changes."""
@@ -114,7 +117,7 @@ def test_without_a_rollback_the_text_changes(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", mostly_slow(KINDS, available("qwen3_5_text", "kimi_linear", "mamba2")))
 def test_state_is_that_of_a_fresh_pass(family):
     """What a call leaves in the user's cache is not what a pass over the text alone leaves."""
     target, inputs = recurrent_target(family), ragged_prompts(1)
@@ -168,8 +171,13 @@ def _go_on(target: Any, ids: Tensor, start: int, end: int, cache: Any) -> None:
     target(input_ids=ids[:, start:end], use_cache=True, **{CACHE_KEY: cache}, **positions)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("family", [*FEW, *OTHERS])
+@pytest.mark.parametrize(
+    ("family", "num_rows"),
+    [
+        (pytest.param if case in (("qwen3_5_text", 3), ("falcon_h1", 1), ("mamba", 3)) else slow)(*case)
+        for case in product(RECURRENT_FAMILIES, (1, 3))
+    ],
+)
 def test_second_turns(family, num_rows):
     """A turn that goes on with the cache of the last one is not the one that starts anew."""
     if num_rows > 1 and family in SINGLE_ROW_ONLY:
@@ -213,7 +221,7 @@ def test_third_turns_of_padded_rows(family):
     assert all(torch.equal(ours, plain) for plain, ours in zip(*chats, strict=True))
 
 
-@pytest.mark.parametrize("family", [*FEW, *OTHERS])
+@pytest.mark.parametrize("family", mostly_slow(RECURRENT_FAMILIES, available("qwen3_5_text", "mamba")))
 def test_streams(family):
     """A request that joins, or leaves, changes states of others."""
     if family in SINGLE_ROW_ONLY:

@@ -58,15 +58,15 @@ def _chat(
 
 
 CHATS = [("llama", 1), ("llama", 2), ("llama", 3), ("gemma3_text", 4), ("gpt2", 3)]
+QUICK_CHATS = [("llama", 1), ("llama", 3), ("gemma3_text", 4)]
 # families whose layers count columns, or see chunks of a text
 SPECIAL = [("llama4_text", 3), ("gpt_neo", 3), ("bloom", 3)]
-QUICK_UNMASKED = [("llama", 1), ("gemma3_text", 4)]
 
 
 @pytest.mark.parametrize(
     ("family", "num_rows", "masks_padding"),
-    [(*chat, True) for chat in CHATS + SPECIAL]
-    + [(*chat, False) if chat in QUICK_UNMASKED else slow(*chat, False) for chat in CHATS]
+    [(*chat, True) if chat in QUICK_CHATS + SPECIAL else slow(*chat, True) for chat in CHATS + SPECIAL]
+    + [(*chat, False) if chat == ("llama", 1) else slow(*chat, False) for chat in CHATS]
     + [slow(family, 3, masks_padding) for family in SPECIAL_FAMILIES for masks_padding in (True, False)]
     + [slow("deepseek_v4", 3, True)],
 )
@@ -96,8 +96,17 @@ def _with_holes(num_rows: int) -> dict[str, Tensor]:
     return inputs
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "num_rows"),
+    [
+        ("llama", 1),
+        ("gemma3_text", 3),
+        slow("llama", 3),
+        slow("gemma3_text", 1),
+        slow("mistral", 1),
+        slow("mistral", 3),
+    ],
+)
 def test_holes_in_the_mask(family, num_rows):
     """A sliding window counts the tokens of a row, where without a drafter it counts columns, holes included."""
     target, inputs = tiny_target(family), _with_holes(num_rows)

@@ -11,8 +11,6 @@ import torch
 from tests.closeness import assert_same_up_to_rounding, relative_difference
 from tests.modeling.deepseek_v4.checkpoints import assert_same_bytes, load
 
-peft = pytest.importorskip("peft")
-
 TOKENS = torch.randint(200, (2, 30), generator=torch.Generator().manual_seed(0))
 
 
@@ -28,6 +26,8 @@ def _load(folder: Path) -> Any:
 @pytest.mark.parametrize("modules", [["w1", "w2", "w3"], "all-linear"], ids=["experts", "all"])
 def test_adapters_over_kept_weights_train(checkpoints, tmp_path, modules):
     """Adapters cannot be put beside kept weights, learn nothing, or come back otherwise than they were saved."""
+    # here, as it takes seconds to import
+    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = _load(checkpoints["fp4"])
     before, stored = _logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}

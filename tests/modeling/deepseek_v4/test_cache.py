@@ -20,7 +20,7 @@ def test_any_accept_and_reject_pattern(seed, width, indexer_dtype):
     """Rejected drafts leave a trace in the cache, and the text after them is wrong."""
     model = tiny_model(seed, indexer_dtype=indexer_dtype)
     torch.manual_seed(100 + seed)
-    text = torch.randint(VOCAB, (3, 90))
+    text = torch.randint(VOCAB, (3, 66))
     lengths = [7, 1, 20]
     mask = torch.tensor([[column >= 20 - length for column in range(20)] for length in lengths])
     prompt = torch.zeros(3, 20, dtype=torch.long)
@@ -77,7 +77,7 @@ def test_rows_that_join_and_leave(seed, indexer_dtype):
     """A row that joins a batch, or stays when others leave, goes on from another state than that of its own text."""
     model = tiny_model(seed, indexer_dtype=indexer_dtype)
     torch.manual_seed(200 + seed)
-    text = torch.randint(VOCAB, (8, 90))
+    text = torch.randint(VOCAB, (6, 90))
     with torch.no_grad():
         expected = model(text, use_cache=False).logits
         rows, lengths, cache = [], [], None
@@ -181,7 +181,7 @@ def test_memory_is_that_of_the_theory(indexer_dtype):
     config = tiny_config(index_head_dim=128, indexer_dtype=indexer_dtype)
     model = tiny_model(2, index_head_dim=128, indexer_dtype=indexer_dtype)
     cache = DeepseekV4DSparkCache(config)
-    length = 4000
+    length = 1600
     with torch.no_grad():
         for _ in range(4):
             model(torch.randint(VOCAB, (1, length // 4)), past_key_values=cache)
@@ -191,11 +191,11 @@ def test_memory_is_that_of_the_theory(indexer_dtype):
     csa = 2 * (4 * config.head_dim + key) * (length // 4)
     csa += 2 * 4 * 2 * 2 * (config.head_dim + config.index_head_dim) * (2 * 4 + config.max_rollback)
     hca = 4 * config.head_dim * (length // 8) + 4 * 2 * config.head_dim * (8 + config.max_rollback)
-    assert cache.num_bytes == pytest.approx(window + csa + hca, rel=0.02)
+    assert cache.num_bytes == pytest.approx(window + csa + hca, rel=0.04)
     for layer in (1, 3):
         entries = cache.store(layer).index.entries
-        # room for more grows by 1/128
-        assert entries.num_bytes == pytest.approx(key * (length // 4), rel=0.02)
+        # room for at most 16 more
+        assert 0 <= entries.num_bytes - key * (length // 4) <= 16 * key
         assert entries.num_bytes % key == 0
 
 

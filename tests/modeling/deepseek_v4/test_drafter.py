@@ -62,7 +62,7 @@ def _expected(target, drafter, token_ids, features, **options):
     )
 
 
-@pytest.mark.parametrize("length", [3, 17, 40])
+@pytest.mark.parametrize("length", [3, slow(17), 40])
 def test_equals_the_oracle(length):
     """The module's drafts are not those of the released equations: they would all be rejected."""
     target, drafter = _pair(1)
@@ -128,7 +128,7 @@ def test_changes_no_token(num_rows):
     mask = torch.ones_like(token_ids)
     for row in range(1, num_rows):
         mask[row, : 5 * row] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(
         target.generate(token_ids, **options), target.generate(token_ids, assistant_model=drafter, **options)
     )

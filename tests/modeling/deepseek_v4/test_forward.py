@@ -12,7 +12,7 @@ from tests.reference.deepseek_v4 import fake_quantise_index, forward, hadamard_r
 from tests.thinning import slow
 
 CHANGES = [
-    {},
+    slow({}),
     slow({"rope_scaling": None}),
     slow({"cache_dtype": "fp8"}),
     slow({"indexer_dtype": "fp4"}),
@@ -53,7 +53,7 @@ def test_equals_the_oracle(change, monkeypatch):
     assert_close_mostly(outputs.logits[0], expected.logits, tolerance, largest)
 
 
-@pytest.mark.parametrize(("cache_dtype", "indexer_dtype"), [(None, None), ("fp8", None), (None, "fp4")])
+@pytest.mark.parametrize(("cache_dtype", "indexer_dtype"), [(None, None), slow("fp8", None), (None, "fp4")])
 @pytest.mark.parametrize("steps", [slow([1] * 60), slow([6] * 10), slow([17, 17, 17, 9]), [3, 41, *[1] * 12, 4]])
 def test_pieces_equal_the_whole(steps, cache_dtype, indexer_dtype):
     """A text processed in pieces through the cache differs from one processed at once."""
@@ -76,7 +76,7 @@ def test_pieces_equal_the_whole(steps, cache_dtype, indexer_dtype):
         torch.testing.assert_close(pieces, whole, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("pads", [(0, 13), (16, 5), (0, 39)])
+@pytest.mark.parametrize("pads", [slow((0, 13)), (16, 5), (0, 39)])
 def test_padding_changes_nothing(pads):
     """A row is disturbed by padding, its own or its neighbours'."""
     model = tiny_model(3)

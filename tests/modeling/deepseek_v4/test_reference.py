@@ -167,7 +167,7 @@ def _native_outputs(native: DeepseekV4ForCausalLM, token_ids: Tensor) -> tuple[l
     return layers, logits
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, CASES.keys() - {"plain", "no_yarn"}))
+@pytest.mark.parametrize("case", mostly_slow(CASES, ("long_yarn", "learned", "hashed")))
 def test_three_models_agree(case):
     """The oracle or our model is no DeepSeek-V4: on the same weights Transformers' own computes something else."""
     length, fields = CASES[case]
@@ -260,7 +260,7 @@ def test_oracle_sees_no_later_token():
     target = _target(15, **SMALL)
     token_ids = torch.randint(VOCAB, (34,)).tolist()
     whole = target.run(token_ids)
-    for length in (1, 3, 4, 8, 21):
+    for length in (1, 4, 21):
         begun = target.run(token_ids[:length])
         other = target.run(token_ids[:length] + [(token_ids[length] + 1) % VOCAB])
         for outputs in (whole, other):

@@ -28,7 +28,7 @@ from tests.thinning import slow
 @pytest.mark.parametrize(
     ("size", "experts"),
     [
-        ("5GB", "fp8"),
+        slow("5GB", "fp8"),
         ("100KB", "fp4"),
         slow("5GB", "bf16"),
         slow("5GB", "fp4"),
@@ -135,7 +135,7 @@ def test_fp32_stays(checkpoints, tmp_path):
     assert_same_model(load(tmp_path), model)
 
 
-@pytest.mark.parametrize("released", [None, False, True])
+@pytest.mark.parametrize("released", [slow(None), False, True])
 def test_a_fresh_model(tmp_path, released):
     """A model that was never loaded cannot be saved and loaded."""
     model = tiny_model()

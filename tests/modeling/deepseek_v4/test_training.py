@@ -16,6 +16,7 @@ from dspark_hf.modeling.deepseek_v4 import attention
 from dspark_hf.modeling.deepseek_v4.losses import balance_loss
 from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.deepseek_v4.tiny import VOCAB, tiny_model
+from tests.thinning import slow
 
 INDEXER = ".attn.indexer."
 ROUNDED = {"cache_dtype": "fp8", "indexer_dtype": "fp4"}
@@ -56,7 +57,7 @@ def _assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> No
 
 
 # every expert is chosen by some token of these texts
-@pytest.mark.parametrize(("coefficient", "indexer_dtype"), [(0.0, None), (0.1, None), (0.1, "fp4")])
+@pytest.mark.parametrize(("coefficient", "indexer_dtype"), [(0.0, None), slow(0.1, None), (0.1, "fp4")])
 def test_gradients_reach_every_parameter_that_is_trained(coefficient: float, indexer_dtype: str | None) -> None:
     """A part of the model would keep its random weights, or the indexer would be trained although nobody asked."""
     fields = {"output_router_logits": True, "indexer_loss_coef": coefficient, "indexer_dtype": indexer_dtype}
@@ -78,10 +79,10 @@ def test_gradients_reach_every_parameter_that_is_trained(coefficient: float, ind
 @pytest.mark.parametrize(
     ("is_training", "fields"),
     [
-        pytest.param(True, {}, id="training"),
-        pytest.param(False, ROUNDED, id="evaluating, rounded"),
+        pytest.param(True, {}, id="training", marks=pytest.mark.slow),
+        pytest.param(False, ROUNDED, id="evaluating, rounded", marks=pytest.mark.slow),
         pytest.param(False, {}, id="evaluating", marks=pytest.mark.slow),
-        pytest.param(True, ROUNDED, id="training, rounded", marks=pytest.mark.slow),
+        pytest.param(True, ROUNDED, id="training, rounded"),
     ],
 )
 def test_gradients_do_not_depend_on_the_cache(is_training: bool, fields: dict[str, Any]) -> None:
@@ -202,7 +203,7 @@ def test_accumulated_batches_weigh_like_one() -> None:
     torch.testing.assert_close(2 * half, (whole.loss - others) * 39 / 40 + others, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, slow(True)])
 def test_checkpointing_the_target_changes_nothing_but_memory(use_reentrant: bool) -> None:
     """`gradient_checkpointing_enable` would fail, be ignored, or change losses and gradients."""
     fields = {"output_router_logits": True, "indexer_loss_coef": 0.5}

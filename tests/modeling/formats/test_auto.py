@@ -30,6 +30,7 @@ from tests.modeling.formats.layouts import (
     without_vocabulary,
     write,
 )
+from tests.thinning import slow
 from tests.tiny import tiny_target
 
 WEIGHTS = deepspec_weights(Layout())
@@ -51,11 +52,21 @@ def _folder(tmp_path: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}], ids=["", "trusted"])
-@pytest.mark.parametrize("loader", [AutoModel, AutoModelForCausalLM])
-@pytest.mark.parametrize("name", FIELDS)
-def test_auto_classes_open_a_drafter(name: str, loader: Any, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "loader", "is_trusted"),
+    [
+        # every name with code that is trusted, and one without trust
+        (pytest.param if is_trusted == (loader is AutoModel) and (is_trusted or name == "DeepSpec") else slow)(
+            name, loader, is_trusted
+        )
+        for name in FIELDS
+        for loader in (AutoModel, AutoModelForCausalLM)
+        for is_trusted in (False, True)
+    ],
+)
+def test_auto_classes_open_a_drafter(name: str, loader: Any, is_trusted: bool, tmp_path: Path) -> None:
     """A drafter's name would give a plain model of its target's kind, no model at all, or run the folder's code."""
+    options: dict[str, Any] = {"trust_remote_code": True} if is_trusted else {}
     register_packagings()
     folder = _folder(tmp_path, name)
     expected = DSparkAssistantModel.from_pretrained(folder)

@@ -34,6 +34,7 @@ from tests.modeling.formats.layouts import (
     write,
 )
 from tests.reference.drafter import DrafterOracle
+from tests.thinning import slow
 
 LENGTH, ANCHOR = 9, 7
 TOLERANCE = 1e-5
@@ -129,9 +130,13 @@ def test_a_reduced_vocabulary_has_its_own_head(head: str, tmp_path: Path) -> Non
     _check(tmp_path, oracle, weights, DRAFT_IDS)
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-@pytest.mark.parametrize("changes", [{"sample_from_anchor": False}, {"sample_from_anchor": None}])
-def test_the_anchors_slot_may_draft_nothing(head: str, changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "head"),
+    [({"sample_from_anchor": False}, "rnn"), ({"sample_from_anchor": None}, "vanilla")]
+    + [slow({"sample_from_anchor": False}, head) for head in ("vanilla", "gated")]
+    + [slow({"sample_from_anchor": None}, head) for head in ("gated", "rnn")],
+)
+def test_the_anchors_slot_may_draft_nothing(changes: dict[str, Any], head: str, tmp_path: Path) -> None:
     """Files of the other slot convention would draft every token one place late: right text, no speed."""
     weights = deepspec_weights(Layout(markov_head_type=head))
     fields = speculators_fields(markov_head_type=head, **changes)
@@ -163,9 +168,16 @@ def test_training_sees_the_slots_that_decoding_sees(tmp_path: Path) -> None:
     torch.testing.assert_close(trained.confidence_logits[:, 0].sigmoid(), block.confidence, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("types", [["sliding_attention", "full_attention"], ["sliding_attention"] * 2])
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_layers_may_slide(types: list[str], is_causal: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("is_causal", "types"),
+    [
+        (True, ["sliding_attention", "full_attention"]),
+        (False, ["sliding_attention"] * 2),
+        slow(True, ["sliding_attention"] * 2),
+        slow(False, ["sliding_attention", "full_attention"]),
+    ],
+)
+def test_layers_may_slide(is_causal: bool, types: list[str], tmp_path: Path) -> None:
     """Layers trained on a window would see all of a long text, or slots after their own."""
     layers = {"layer_types": types, "sliding_window": 4, "use_sliding_window": True}
     fields = speculators_fields(layers=layers, sliding_window_non_causal=not is_causal)

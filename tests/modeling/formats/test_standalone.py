@@ -21,6 +21,7 @@ from dspark_hf.modeling.formats.writing import export
 from tests.generation import frequencies
 from tests.modeling.drafting import draft_greedily
 from tests.reference.sampling import SMALLEST_P_VALUE, p_value, text_probabilities
+from tests.thinning import mostly_slow, slow
 from tests.tiny import tiny_target
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 5, 6]])
@@ -73,7 +74,7 @@ def _standalone(drafter: DSparkAssistantModel) -> tuple[ModuleType, Any]:
     return module, copied.eval()
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", mostly_slow(DRAFTERS, ("gemma4", "gated", "window", "own vocabulary", "rnn")))
 @torch.no_grad()
 def test_drafts_are_the_packages(name: str) -> None:
     """The file drafts otherwise than `DSparkAssistantModel`, which costs speed and says nothing."""
@@ -120,7 +121,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, PreTrainedModel
     return module, target
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma2"), "gemma4_text", slow("gpt2")])
 def test_greedy_text_is_plain_text(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file changes the text of a family of targets, or its streamer tells another one."""
     target, drafter = _pair(family)

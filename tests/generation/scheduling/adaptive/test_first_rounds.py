@@ -12,6 +12,7 @@ from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.interface import Choice
 from tests.generation.scheduling.fakes import new_call, new_drafter
 from tests.generation.scheduling.machine import Machine, write
+from tests.thinning import mostly_slow
 
 MAX_DRAFTS, LONGEST = 5, 15
 SURE, NOTHING = Offer((7,) * LONGEST, (0.99,) * LONGEST), Offer()
@@ -53,7 +54,7 @@ def test_a_drafter_that_was_evaluated_is_believed():
     assert first([0.6, 0.3, 0.1, 0.1, 0.1]) < 3
 
 
-@pytest.mark.parametrize("disturbed", range(8))
+@pytest.mark.parametrize("disturbed", mostly_slow(range(8), (0, 1, 5)))
 def test_one_disturbed_round_parks_no_good_drafter(disturbed):
     """Another program makes one of the first rounds slow, and a good drafter is left unused for a text."""
     machine, schedule = Machine(0.02, 0.0005, 0.002, 0.0003), _start()

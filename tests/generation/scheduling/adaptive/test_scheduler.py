@@ -16,7 +16,7 @@ from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, FixedSched
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call, new_drafter
 from tests.generation.scheduling.machine import Machine, Text, write
-from tests.thinning import slow
+from tests.thinning import mostly_slow, slow
 
 MAX_DRAFTS = 5
 
@@ -92,13 +92,13 @@ def test_a_useless_drafter_is_parked(name, learns, num_rows):
 @pytest.mark.parametrize(
     ("name", "chance", "learns", "num_rows"),
     [
-        ("accelerator", _good, True, 1),
+        slow("accelerator", _good, True, 1),
         slow("accelerator", _mixed, False, 4),
         slow("processor", _mixed, True, 1),
-        ("processor", _good, False, 4),
+        slow("processor", _good, False, 4),
         slow("accelerator", _mixed, True, 1),
         slow("accelerator", _good, False, 4),
-        slow("processor", _good, True, 1),
+        ("processor", _good, True, 1),
         slow("processor", _mixed, False, 4),
     ],
 )
@@ -170,7 +170,7 @@ def test_noise_does_not_turn_drafting_off():
     assert text.share_drafted(100) > 0.9
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", mostly_slow(range(4), (0,)))
 def test_disturbed_rounds_do_not_turn_drafting_off(seed):
     """Now and then another program makes a round slow; the mean of the rounds is compared with a usual plain step."""
     machine = Machine(0.02, 0.002, 0.004, 0.0005, disturbed=0.15, draw=random.Random(seed))
@@ -178,7 +178,7 @@ def test_disturbed_rounds_do_not_turn_drafting_off(seed):
     assert text.share_drafted(50) > 0.9
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", mostly_slow(range(4), (0, 1)))
 def test_a_slow_start_is_not_believed_for_long(seed):
     """The first plain steps are disturbed, and whatever is drafted seems quick beside them from then on."""
     machine = Machine(0.077, 0.0077, 0.02, 0.004, noise=0.05, draw=random.Random(seed))

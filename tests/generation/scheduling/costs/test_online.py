@@ -10,6 +10,7 @@ from dspark_hf.generation.scheduling import Batch, RoundOutcome
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts, round_seconds
 from tests.generation.scheduling.fakes import ListedCosts
 from tests.generation.scheduling.machine import Machine
+from tests.thinning import mostly_slow
 
 CONTEXT = 100
 
@@ -138,7 +139,7 @@ def test_other_numbers_of_rows_are_told_by_tokens():
         assert all(0 < low <= high for low, high in zip(drafting, drafting[1:], strict=False))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", mostly_slow(range(20), range(5)))
 def test_no_step_is_free(seed):
     """Lines and bends lead below zero, and a plan takes all it can get for nothing."""
     draw = random.Random(seed)

@@ -340,7 +340,7 @@ def test_absent_profiles_cost_a_look(measured, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "num_rows"),
-    [("hardware_aware", 3), ("asynchronous", 1), slow("hardware_aware", 1), slow("asynchronous", 3)],
+    [slow("hardware_aware", 3), ("asynchronous", 1), slow("hardware_aware", 1), slow("asynchronous", 3)],
 )
 def test_measuring_changes_no_text(name, num_rows, monkeypatch):
     """What is sampled depends on whether a profile was there, or greedy text is not that of plain `generate`."""

@@ -41,7 +41,7 @@ def test_texts():
     assert TEXTS["response_format"] == constants.RESPONSE_FORMAT_BEFORE_SCHEMA + "{schema}"
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(conversations, st.sampled_from(EFFORTS), st.booleans(), st.booleans())
 def test_random_conversations(messages, effort, drop_reasoning, add_generation_prompt):
     """A rule of the format is broken: merging, sorting, dropping, calls, tasks or efforts."""

@@ -32,7 +32,7 @@ def test_published_case():
     assert last.tool_calls == []
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.none() | texts, texts, st.lists(st.builds(ToolCall, names, arguments), max_size=3))
 def test_round_trip(reasoning, content, tool_calls):
     """A response that is read and encoded again comes out changed, types of arguments included."""
@@ -151,7 +151,7 @@ def test_malformed(mistake):
         parse_response(text, **options)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.text(alphabet="a\n", max_size=3), st.integers(0, 200), st.integers(0, 60))
 def test_damaged(content, start, length):
     """A damaged response raises something that is not a ValueError."""

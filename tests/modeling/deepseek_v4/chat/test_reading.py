@@ -36,7 +36,7 @@ def written(response):
 responses = st.builds(Response, st.none() | texts, texts, st.lists(st.builds(ToolCall, names, arguments), max_size=3))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(responses)
 def test_well_formed_responses_are_read_as_strictly(response):
     """The tolerant reading of a well-formed response is another than the strict one."""
@@ -109,7 +109,7 @@ def test_shapes_that_models_write(shape):
         assert response.problems or shape in SILENT
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(responses, st.data())
 def test_a_cut_response_is_read_as_far_as_it_goes(response, data):
     """At `max_new_tokens` a half call is taken for a whole one, markup comes out as content, or nothing does."""
@@ -128,7 +128,7 @@ def test_a_cut_response_is_read_as_far_as_it_goes(response, data):
         assert len((cut.reasoning or "") + cut.content) >= min(end - marks, len(whole_text)) - len("\n\n" + EOS)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     responses | st.sampled_from([Response("Hm.", text, []) for text, _, _ in SHAPES.values()]),
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
@@ -180,7 +180,7 @@ def test_what_follows_the_end_is_left_out():
     assert "What follows" in response.problems[0]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from([*SPECIAL, OPEN, CLOSE, INVOKE, PARAMETER, EOS, "a", "\n", "</think>"]), max_size=9))
 def test_nothing_breaks_the_reader(parts):
     """A strange response raises, or leaks a call as content."""

@@ -57,7 +57,7 @@ def test_published_cases(name):
     assert render(published.pop("messages"), **published) == prompt
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(conversations, st.sampled_from(EFFORTS), st.booleans(), st.booleans(), tasks)
 def test_random_conversations(messages, effort, drop_reasoning, add_generation_prompt, task):
     """The template and the encoder write different prompts."""
@@ -72,7 +72,7 @@ def test_random_conversations(messages, effort, drop_reasoning, add_generation_p
     assert render(messages, **options) == encode_messages(messages, **options)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(conversations, tools)
 def test_tools_argument(messages, tools):
     """Tools passed as an argument land elsewhere than the encoder puts them."""
@@ -80,14 +80,14 @@ def test_tools_argument(messages, tools):
     assert render(messages, tools=tools) == encode_messages(messages, tools=tools)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(argument_texts)
 def test_argument_texts(text):
     """JSON text is read otherwise than Python reads it, or taken for JSON when it is not."""
     assert render(call_with(text)) == encode_messages(call_with(text))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.text(alphabet='{}[]:,"\\ \n\x00\xa0-+.eE019utrfalsnNI²/d8', max_size=10))
 def test_broken_json(fragment):
     """Text that is nearly JSON is taken for JSON, or JSON of a rare form is not."""
@@ -121,7 +121,7 @@ def test_rare_json(value):
     assert render(call_with(text)) == encode_messages(call_with(text))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.dictionaries(texts, json_values, max_size=3))
 def test_decoded_arguments(arguments):
     """Decoded arguments and their JSON text give different prompts."""
