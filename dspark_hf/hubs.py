@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import constants, get_session, try_to_load_from_cache
-from transformers.utils import logging
 
-_LOGGER = logging.get_logger(__name__)
 _MODELSCOPE = "modelscope://"
 # seconds in which a hub answers a question without content
 _PATIENCE = 5.0
@@ -43,7 +41,10 @@ def hub_options(name: Any, given: Mapping[str, Any], file: str = "config.json") 
     subfolder = given.get("subfolder")
     cached = try_to_load_from_cache(str(name), f"{subfolder}/{file}" if subfolder else file, **where)
     if isinstance(cached, str):
-        _LOGGER.warning_once(
+        # imported here, since an estimate reads a hub's configuration without waiting for Transformers
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning_once(
             f"{constants.ENDPOINT} cannot be reached: {str(name)!r} is taken from the cache. HF_HUB_OFFLINE=1 says so "
             "from the start."
         )

@@ -114,6 +114,9 @@ class ProcessorChain:
     def __init__(self, processors: LogitsProcessorList, sequences: Sequences, eos_token_ids: Sequence[int] = ()):
         self._processors = list(processors)
         self._known = [one for one in self._processors if _is_known(one)]
+        counts = [one.top_k for one in self._known if type(one) is TopKLogitsWarper]
+        # how many tokens a top-k leaves, ties aside; None where there is none
+        self.num_left = min(counts, default=None)
         self._sequences = sequences
         self._eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.long, device=sequences.device)
         for processor in self._processors:
@@ -137,12 +140,6 @@ class ProcessorChain:
     def goes_by_ids(self) -> bool:
         """Whether a known processor goes by tokens' ids, so that it must be shown the logits of all in their order."""
         return any(type(one) not in _PREFIX_FREE or type(one) in _OF_IDS for one in self._known)
-
-    @property
-    def num_left(self) -> int | None:
-        """How many tokens a top-k leaves, ties aside; None where there is none."""
-        counts = [one.top_k for one in self._known if type(one) is TopKLogitsWarper]
-        return min(counts) if counts else None
 
     def __call__(self, rows: Sequence[int], ahead: Tensor, logits: Tensor) -> Tensor:
         """Return the scores `(b, W, V)`, fp32, that the known processors make of `logits` `(b, W, V)`.

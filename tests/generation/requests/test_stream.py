@@ -169,8 +169,9 @@ def test_drafter_context_follows_the_rows(target, scheduler, window):
     """The drafter reads another row's context, or none, once rows have moved: its drafts differ from those alone."""
     requests = _requests()
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=2, block_size=5, context_window=window)
-    for one in generate_stream(target, _drip(requests), drafter=drafter, max_rows=3, scheduler=scheduler):
-        options = {"assistant_model": drafter, "scheduler": "fixed"}
+    told = {"drafter": drafter, "max_rows": 3, "scheduler": scheduler, "drafts": "model"}
+    for one in generate_stream(target, _drip(requests), **told):
+        options = {"assistant_model": drafter, "scheduler": "fixed", "drafts": "model"}
         assert torch.equal(one.token_ids, _alone(target, one.request))
         target.generate(one.request.input_ids[None], **one.request.options, **options)
         if scheduler == "fixed":
@@ -551,7 +552,7 @@ def test_target_is_the_callers_between_rounds(target):
 def test_targets_without_a_ragged_cache():
     """A target that chooses by an index what it attends to is decoded as if rows could be moved about."""
     indexed = recurrent_target("qwen4_exp_text")
-    with pytest.raises(ValueError, match="`target` must have full or sliding attention"):
+    with pytest.raises(ValueError, match="`target` must have full, sliding or chunked attention"):
         generate_stream(indexed, [], drafter=StreamDrafter(indexed, [PROMPT]))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, configuration_utils
 
-from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel, load_drafter_for
+from dspark_hf import DeepseekV4DSparkForCausalLM, DSparkAssistantModel, hubs, load_drafter_for
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.deepseek_v4.formats import dequantize
 from dspark_hf.modeling.deepseek_v4.linear import QuantizedWeight
@@ -152,6 +152,7 @@ def test_from_where_the_target_came(folder, tmp_path, monkeypatch):
         asked.append((file, options.pop("revision"), bool(options.get("force_download"))))
         return original(folder, file, **options)
 
+    monkeypatch.setattr(hubs, "_is_reached", lambda: True)
     monkeypatch.setattr(reading, "cached_file", cached_file)
     monkeypatch.setattr(configuration_utils, "cached_file", cached_file)
     model = DeepseekV4DSparkForCausalLM.from_pretrained("some/model", revision="pinned", force_download=True)

@@ -70,7 +70,7 @@ def test_memory_is_freed_with_its_target():
 
 
 @pytest.mark.parametrize(
-    "scheduler", [AdaptiveScheduler(costs=ListedCosts([1.0] * 8)), ThresholdScheduler(0.1, confidence="online")]
+    "scheduler", [AdaptiveScheduler(costs=ListedCosts([1.0] * 16)), ThresholdScheduler(0.1, confidence="online")]
 )
 def test_generating_teaches_the_memory(scheduler):
     """What a call saw of a drafter is not kept."""
