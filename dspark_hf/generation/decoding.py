@@ -186,16 +186,14 @@ class Rounds:
                 self._schedule, self._lookups, batch, partial(self._draft, anchors, batch), record, anchors.device
             )
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
-            parents = None if drafted is None or drafted.parents is None else drafted.parents[: tokens.shape[1]]
+            parents = _parents(drafted, tokens)
             target_pass = self._verify(tokens, parents)
             path: Sequence[int] = range(tokens.shape[1])
             if parents is None:
                 scores, num_accepted, bonus = self._accept(target_pass, tokens[:, 1:], drafted, record.num_verified)
             else:
-                found = walk(rows, target_pass, tokens, parents)
-                path, scores, bonus = found.path, found.scores, found.bonus
-                record.num_tried, record.places = found.num_tried, tuple(place - 1 for place in path[1:])
-                target_pass, tokens, num_accepted = target_pass.along(found.path), tokens[:, path], [len(path) - 1]
+                path, scores, bonus = _walk(rows, target_pass, tokens, parents, record)
+                target_pass, tokens, num_accepted = target_pass.along(path), tokens[:, path], [len(path) - 1]
             record.num_accepted, new_tokens = _accepted_tokens(tokens, num_accepted, bonus)
             num_kept = rows.commit(target_pass, scores, new_tokens, record)
             self._keep(target_pass, path, num_kept)
@@ -324,6 +322,20 @@ def _cut(limits: tuple[int, ...], room: list[int]) -> tuple[int, ...]:
 def _draw(scores: Tensor, probs: Tensor | None) -> Tensor:
     """Return one token per row of `scores` `(b, V)`."""
     return scores.argmax(-1) if probs is None else draw(probs)
+
+
+def _parents(drafted: DraftedBlock | None, tokens: Tensor) -> Tensor | None:
+    """Return which of the verified `tokens` `(1, W)` each one continues, `(W,)`, or None where they are a chain."""
+    return None if drafted is None or drafted.parents is None else drafted.parents[: tokens.shape[1]]
+
+
+def _walk(
+    rows: Rows, target_pass: TargetPass, tokens: Tensor, parents: Tensor, record: RoundInProgress
+) -> tuple[list[int], Tensor, Tensor]:
+    """Return the accepted path in a tree, its scores `(1, n, V)` and the bonus token `(1,)`, and record the path."""
+    found = walk(rows, target_pass, tokens, parents)
+    record.num_tried, record.places = found.num_tried, tuple(place - 1 for place in found.path[1:])
+    return found.path, found.scores, found.bonus
 
 
 def _verified_tokens(anchors: Tensor, drafted: DraftedBlock | None, num_drafts: int) -> Tensor:
