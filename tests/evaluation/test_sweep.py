@@ -85,9 +85,8 @@ def _scripted(target: torch.nn.Module) -> AlteredDrafter:
 
 
 def _rounds(target: torch.nn.Module, drafter: object, prompt: Tensor, threshold: float) -> tuple[RoundRecord, ...]:
-    target.generate(
-        prompt, max_new_tokens=24, do_sample=False, assistant_model=drafter, assistant_confidence_threshold=threshold
-    )
+    told = {"assistant_model": drafter, "assistant_confidence_threshold": threshold, "drafts": "model"}
+    target.generate(prompt, max_new_tokens=24, do_sample=False, **told)
     return round_records(drafter.last_statistics)
 
 

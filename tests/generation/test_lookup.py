@@ -282,7 +282,8 @@ def test_sampled_text_keeps_the_distribution(drafts, name):
     for source in ("lookup", "model") if drafts == "both" else ("lookup",):
         counts = drafter.last_statistics.by_source[source]
         assert 0.05 < counts.num_accepted / counts.num_verified < 0.9
-        assert counts.num_verified > NUM_SAMPLES
+        # texts that end early have few rounds
+        assert counts.num_verified > NUM_SAMPLES / 2
     probabilities = text_probabilities(target, prompt, 4, processors=processors)
     assert smallest_p_value(samples, probabilities) > SMALLEST_P_VALUE
 

@@ -42,7 +42,8 @@ SCHEDULERS: dict[str, tuple[Callable[[], Scheduler | None], set[int]]] = {
     "asynchronous": (lambda: AsynchronousScheduler(costs=_costs()), {0, 2}),
     "adaptive": (lambda: ClockedAdaptive(_costs()), {0}),
     "adaptive, cheap drafts": (lambda: ClockedAdaptive(ListedCosts([1.0, 1.4, 1.8])), {0, 1, 2}),
-    "default": (lambda: None, {0, 2}),
+    # by counts: at the costs that it takes for granted these drafts always pay
+    "default": (lambda: None, {2}),
 }
 
 
