@@ -157,7 +157,7 @@ class _ConformistScheduler(Scheduler, Schedule):
     ("scheduler", "num_tokens"),
     [
         (_SelfishScheduler(), CHAIN_TOKENS),
-        slow(_ConformistScheduler(), 2 * CHAIN_TOKENS),
+        slow(_ConformistScheduler(), 4 * CHAIN_TOKENS),
     ],
     ids=["selfish", "conformist"],
 )
