@@ -32,7 +32,9 @@ def fingerprint(target: TargetAdapter) -> str | None:
     a fingerprint of its own.
     """
     weight = getattr(target.model.get_input_embeddings(), "weight", None)
-    if weight is None or weight.is_meta or not weight.is_floating_point():
+    # no process has all of what tensor parallelism divided, and to gather it all would have to ask at once
+    is_divided = hasattr(weight, "full_tensor")
+    if weight is None or weight.is_meta or is_divided or not weight.is_floating_point():
         return None
     rows = torch.linspace(0, target.vocab_size - 1, _NUM_ROWS, device="cpu").long().to(weight.device)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from dspark_hf.generation.targets.recurrences import Watch, watching
 
@@ -61,7 +61,7 @@ class RecurrentStates:
         self._width = width
         for layer in self.layers:
             # windows then keep all that a pass puts in, which of a long prompt would be a lot
-            layer.record_past = are_drafts
+            layer.record_past = are_drafts or _has_window(layer)
         self._watch = Watch(_states(before), are_drafts)
         with watching(self._watch):
             yield
@@ -69,12 +69,16 @@ class RecurrentStates:
     def keep(self, num_kept: Sequence[int]) -> None:
         """Take back all but the first `num_kept[r]` tokens that row r had in the last pass; a prefill keeps all."""
         watch, width = self._watch, self._width
-        if watch is not None and watch.are_drafts:
+        if watch is not None and not watch.are_drafts:
+            for layer in filter(_has_window, self.layers):
+                for index, window in _present(layer.conv_states).items():
+                    layer.conv_states[index] = window[..., -layer.conv_kernel_size[index] :]
+        elif watch is not None:
             for layer, before in zip(self.layers, self._before, strict=True):
                 for index, window in _present(before["conv_states"]).items():
                     inputs = layer.conv_states[index][..., -width:]
                     layer.conv_states[index] = window_behind(window, inputs, num_kept)
-                layer.record_past = False
+                layer.record_past = _has_window(layer)
             if min(num_kept) < width:
                 self._advance_again(watch, num_kept)
         self._before, self._watch = [], None
@@ -144,6 +148,11 @@ def cached_length(cache: Any, num_new: int, mask_width: int) -> int:
 def is_recurrent_layer(layer: Any) -> bool:
     """Return whether a layer of a cache keeps windows of convolutions, or states."""
     return hasattr(layer, "conv_states")
+
+
+def _has_window(layer: Any) -> bool:
+    """Return whether a layer has sliding attention beside its convolutions: both wait for a crop, or neither does."""
+    return isinstance(layer, DynamicSlidingWindowLayer)
 
 
 def window_behind(window: Tensor, inputs: Tensor, num_kept: Sequence[int]) -> Tensor:
