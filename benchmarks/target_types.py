@@ -139,7 +139,7 @@ def main(
     )
     outcomes = []
     for model_type in only or types:
-        outcome = _try_type(model_type)
+        outcome = try_type(model_type)
         outcomes.append(outcome)
         print(f"{model_type:28} {outcome.one_row:12} {outcome.three_rows:12} {' | '.join(outcome.notes)}", flush=True)
     if output is None and not only:
@@ -148,7 +148,7 @@ def main(
         write_page(_page(outcomes), output)
 
 
-def _try_type(model_type: str) -> Outcome:
+def try_type(model_type: str) -> Outcome:
     notes: dict[str, None] = {}
     try:
         with _time_limit(_SECONDS_PER_TYPE):

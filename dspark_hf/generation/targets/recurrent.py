@@ -35,10 +35,15 @@ class RecurrentStates:
     """
 
     def __init__(self, layers: Sequence[Any]):
-        self.layers = [layer for layer in layers if is_recurrent_layer(layer)]
+        self._of_cache = layers
         self._before: list[Fields] = []
         self._watch: Watch | None = None
         self._width = 0
+
+    @property
+    def layers(self) -> list[Any]:
+        """The recurrent ones of the cache's layers, of which a model that loops adds some in its first pass."""
+        return [layer for layer in self._of_cache if is_recurrent_layer(layer)]
 
     @property
     def are_seen(self) -> bool:
