@@ -112,7 +112,8 @@ def test_training_raises_the_accepted_length(head: str, optimizer: str, tmp_path
         _own_text(target, 66),
         {"markov_head_type": head, "markov_rank": 16},
         drafter_optimizer=optimizer,
-        max_steps=60,
+        # the RNN head learns more slowly
+        max_steps=120 if head == "rnn" else 60,
         per_device_train_batch_size=4,
         num_anchors=16,
         learning_rate=3e-2,
@@ -125,8 +126,7 @@ def test_training_raises_the_accepted_length(head: str, optimizer: str, tmp_path
     slots = range(1, 1 + trainer.model.config.block_size)
     assert trainer.model.config.accept_rates == [after[f"eval_accept_rate_{slot}"] for slot in slots]
     assert before["eval_expected_tau"] < 2
-    # the RNN head learns more slowly
-    assert after["eval_expected_tau"] > (2.4 if head == "rnn" else 2.8)
+    assert after["eval_expected_tau"] > 2.8
     assert after["eval_loss"] < before["eval_loss"]
     # slot 0 sees the anchor from the start; the later ones learn nearly all they know
     assert all(after[f"eval_accept_rate_{k}"] > before[f"eval_accept_rate_{k}"] + 0.4 for k in (2, 3, 4))
