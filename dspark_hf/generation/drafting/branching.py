@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.drafting.chain import best_places
+from dspark_hf.generation.drafting.chain import choose_candidates, correct
 
 
 def grow_tree(
@@ -35,23 +35,17 @@ def grow_tree(
     Returns the drafts `(1, N)`, the most probable path first, each draft's parent `(1 + N)` as `DraftedBlock.parents`
     has them, and the paths' log-probabilities `(N,)`, fp32.
     """
-    best = None
-    if markov_head is not None:
-        state = markov_head.initial_state(hidden_states[:, 0]) if state is None else state
-        best = best_places(base_logits, markov_top_k)
-    if best is not None:
-        base_logits = base_logits.gather(-1, best)
+    base_logits, best, state = choose_candidates(base_logits, hidden_states, markov_head, markov_top_k, state)
     # the anchor leads to all others
     token_ids, parents = anchor_ids, anchor_ids.new_full((1,), -1)
     log_probs = base_logits.new_zeros(1, dtype=torch.float32)
     # which of these may grow
     ends = anchor_ids.new_zeros(1)
     for slot in range(base_logits.shape[1]):
-        logits = base_logits[:, slot].expand(len(ends), -1)
-        if markov_head is not None:
-            latent, state = markov_head.step(token_ids[ends], hidden_states[:, slot].expand(len(ends), -1), state)
-            where = None if best is None else best[:, slot].expand(len(ends), -1)
-            logits = logits + (markov_head.project(latent) if where is None else markov_head.project_to(latent, where))
+        # one row for every path
+        logits, hidden = (values[:, slot].expand(len(ends), -1) for values in (base_logits, hidden_states))
+        where = None if best is None else best[:, slot].expand(len(ends), -1)
+        logits, state = correct(logits, markov_head, token_ids[ends], hidden, state, where)
         # weights may overflow: what is not a number is not likely
         grown = (logits.float().log_softmax(-1) + log_probs[ends, None]).nan_to_num(nan=float("-inf"))
         found = grown.flatten().topk(min(num_drafts, grown.numel()))

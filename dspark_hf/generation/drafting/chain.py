@@ -38,22 +38,14 @@ def sample_block(
     slot `(B, K)`.
     """
     previous = anchor_ids
-    best = None
-    if markov_head is not None:
-        state = markov_head.initial_state(hidden_states[:, 0]) if state is None else state
-        best = best_places(base_logits, markov_top_k)
-    if best is not None:
-        base_logits = base_logits.gather(-1, best)
+    base_logits, best, state = choose_candidates(base_logits, hidden_states, markov_head, markov_top_k, state)
     candidates = best if proposable_ids is None else proposable_ids if best is None else proposable_ids[best]
     drafted: list[Tensor] = []
     probs: list[Tensor] = []
     for k in range(base_logits.shape[1]):
-        logits = base_logits[:, k]
-        if markov_head is not None:
-            latent, state = markov_head.step(previous, hidden_states[:, k], state)
-            logits = logits + (
-                markov_head.project(latent) if best is None else markov_head.project_to(latent, best[:, k])
-            )
+        logits, state = correct(
+            base_logits[:, k], markov_head, previous, hidden_states[:, k], state, _of_slot(best, k)
+        )
         so_far = torch.stack(drafted, dim=1) if drafted else anchor_ids.new_empty(len(anchor_ids), 0)
         token_ids, token_probs = _draw_slot(sampler, k, logits, so_far, _of_slot(candidates, k), vocab_size)
         drafted.append(token_ids)
@@ -65,7 +57,39 @@ def sample_block(
     return token_ids, _spread(probs, candidates, vocab_size), previous_ids
 
 
-def best_places(base_logits: Tensor, count: int | None) -> Tensor | None:
+def choose_candidates(
+    base_logits: Tensor, hidden_states: Tensor, markov_head: Any, count: int | None, state: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the logits `(B, K, k)` that the Markov head corrects, where they stand, and its state before the first.
+
+    These are the `count` best ones of every slot; None for the places means all, `count` None too.
+    """
+    if markov_head is None:
+        return base_logits, None, state
+    state = markov_head.initial_state(hidden_states[:, 0]) if state is None else state
+    best = _best_places(base_logits, count)
+    return base_logits if best is None else base_logits.gather(-1, best), best, state
+
+
+def correct(
+    logits: Tensor,
+    markov_head: Any,
+    previous: Tensor,
+    hidden_states: Tensor,
+    state: Tensor | None,
+    where: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return a slot's logits `(B, k)`, corrected behind the `previous` tokens `(B)`, and the Markov head's next state.
+
+    `hidden_states` `(B, D)` are the slot's; the logits stand at `where` `(B, k)` among all, None if they are all.
+    """
+    if markov_head is None:
+        return logits, state
+    latent, state = markov_head.step(previous, hidden_states, state)
+    return logits + (markov_head.project(latent) if where is None else markov_head.project_to(latent, where)), state
+
+
+def _best_places(base_logits: Tensor, count: int | None) -> Tensor | None:
     """Return where the `count` best logits `(B, K, n)` of every slot stand, `(B, K, k)`; None for all."""
     if count is None or count >= base_logits.shape[-1]:
         return None
