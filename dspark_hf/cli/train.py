@@ -47,6 +47,7 @@ class Quantization(str, Enum):
 
 # a drafter below is hardly ever right
 _USEFUL_TAU = 1.05
+_BLOCK_SIZE = 7
 # the panels of the help
 _DRAFTER = "Drafter"
 _SCHEDULE = "Schedule"
@@ -67,11 +68,16 @@ def train(
     drafter: Annotated[
         str | None, typer.Option(help="Begin with this drafter, of any packaging, instead of a fresh one.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Drafter layers.", rich_help_panel=_DRAFTER)] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Drafts per round.", rich_help_panel=_DRAFTER)] = 7,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Drafter layers; --drafter may grow.", rich_help_panel=_DRAFTER)
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Drafts per round; else 7.", rich_help_panel=_DRAFTER)
+    ] = None,
     markov_head: Annotated[
-        MarkovHead, typer.Option(help="none is a plain DFlash drafter.", rich_help_panel=_DRAFTER)
-    ] = MarkovHead.vanilla,
+        MarkovHead | None,
+        typer.Option(help="none is a plain DFlash drafter; else vanilla.", rich_help_panel=_DRAFTER),
+    ] = None,
     markov_rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of the Markov head.", rich_help_panel=_DRAFTER)
     ] = None,
@@ -161,6 +167,7 @@ def train(
     from transformers import set_seed
 
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
+    from dspark_hf.modeling.growing import grow_drafter
     from dspark_hf.training.adapting import adapt_drafter
     from dspark_hf.training.checkpoints import RESULT, check_output
     from dspark_hf.training.forecast import Forecast
@@ -182,6 +189,9 @@ def train(
         check_output(output)
         layer_ids = _layer_ids(target_layers)
         if drafter is not None:
+            _check_stays(
+                block_size=block_size, markov_head=markov_head, markov_rank=markov_rank, warm_start=warm_start
+            )
             read_drafter_config(drafter)
         arguments = _arguments(
             output,
@@ -215,15 +225,16 @@ def train(
         if drafter is not None:
             # with it, an open choice is that of the drafter
             start = load_drafter(drafter, dtype="float32")
+            start = grow_drafter(start, num_hidden_layers=layers, target_layer_ids=layer_ids)
             start = adapt_drafter(start, model, training, draft_vocab=draft_vocab)
         else:
             start = build_drafter(
                 model,
                 training,
                 layers=chosen["layers"],
-                markov_head=markov_head.value,
+                markov_head=(markov_head or MarkovHead.vanilla).value,
                 markov_rank=chosen["markov_rank"],
-                block_size=block_size,
+                block_size=block_size or _BLOCK_SIZE,
                 draft_vocab=chosen["draft_vocab"] or None,
                 warm_start=chosen["warm_start"],
                 target_layer_ids=layer_ids,
@@ -321,6 +332,17 @@ def _read(
 
 def _vocab_size(target: Any) -> int:
     return target.get_input_embeddings().num_embeddings
+
+
+def _check_stays(**given: Any) -> None:
+    """Raise a `ValueError` for a choice that an existing drafter has made."""
+    for name, value in given.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"`{option}` must be left out with `--drafter`, got {getattr(value, 'value', value)}: it stays what "
+                "that drafter has. Leave out `--drafter` for a new one."
+            )
 
 
 def _layer_ids(text: str | None) -> list[int] | None:

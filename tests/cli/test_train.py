@@ -57,6 +57,9 @@ def _arguments(folder: Path, output: str, *further: str) -> list[str]:
         "--accumulate": "1",
         "--draft-vocab": "40",
     }
+    if "--drafter" in further:
+        # what it has decides
+        del given["--layers"], given["--markov-rank"]
     return [part for pair in given.items() if pair[0] not in further for part in pair] + list(further)
 
 
@@ -144,6 +147,10 @@ def test_goes_on_from_a_drafter_and_from_an_interruption(folder: Path) -> None:
         (("--target-layers", "1;2"), "`--target-layers` must be numbers with commas between them, got '1;2'"),
         (("--target-device", "nowhere"), "`--device` must be auto or a device PyTorch can use here, got 'nowhere'"),
         (("--drafter", "/nowhere"), "/nowhere"),
+        (
+            ("--drafter", "/nowhere", "--markov-head", "rnn"),
+            "`--markov-head` must be left out with `--drafter`, got rnn",
+        ),
     ],
 )
 def test_mistakes_are_told(arguments: tuple[str, ...], message: str, folder: Path) -> None:
@@ -221,9 +228,12 @@ def fine_tune(folder: Path) -> Path:
 def test_an_existing_drafter_is_adapted(folder: Path, fine_tune: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A fine-tune needs a drafter from nothing, or the adapted one still bears its old target's name."""
     further = ("--drafter", str(folder / "drafter"), "--target", str(fine_tune), "--draft-vocab", "30")
-    code, output = _run(folder, "adapted", *further)
+    code, output = _run(folder, "adapted", *further, "--layers", "2")
     assert code == 0, output
-    config = DSparkAssistantModel.from_pretrained(folder / "adapted" / "drafter").config
+    drafter = DSparkAssistantModel.from_pretrained(folder / "adapted" / "drafter")
+    # a second layer begins at zero, and learns
+    assert drafter.layers[1].mlp.down_proj.weight.any()
+    config = drafter.config
     assert (config.vocab_size, config.draft_vocab_size) == (72, 30)
     assert config.base_model_name_or_path == str(fine_tune)
     assert "The drafter's held-out tau on this text: 1." in output
