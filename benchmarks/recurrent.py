@@ -44,7 +44,8 @@ SHAPE = {
 def build(dtype: torch.dtype, **options: Any) -> TargetAdapter:
     """Return a target with random weights, its recurrences seen by whoever rolls them back."""
     torch.manual_seed(0)
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**SHAPE, **options})).to(dtype).eval()
+    model: Any = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**SHAPE, **options}))
+    model = model.to(dtype).eval()
     assert can_recompute(model)
     return TargetAdapter(model, [1])
 
