@@ -94,6 +94,7 @@ def decode(
             returns_cache=was_given_by_user(model_kwargs[CACHE_KEY]),
             has_fixed_size=is_static(model_kwargs[CACHE_KEY]) or bool(row_adapter_options(model)),
             is_invariant=options.is_invariant,
+            has_streams_first=adapter.has_streams_first,
         )
         # there from the start, so that a streamer can ask where a token came from
         drafter.last_statistics = rows.statistics

@@ -31,9 +31,11 @@ class OutputRecorder:
     Args:
         generation_config: says what is asked for.
         batch_size: number of rows.
+        has_streams_first: whether the model's hidden states are `(n, B, T, D)`, of which a pass has `(B, T, n, D)`.
     """
 
-    def __init__(self, generation_config: GenerationConfig, batch_size: int):
+    def __init__(self, generation_config: GenerationConfig, batch_size: int, *, has_streams_first: bool = False):
+        self._has_streams_first = has_streams_first
         wanted = bool(generation_config.return_dict_in_generate)
         self.returns_dict = wanted
         self.wants_scores = wanted and bool(generation_config.output_scores)
@@ -91,6 +93,8 @@ class OutputRecorder:
         layers = [
             _line_up([[token[layer] for token in row] for row in self._hidden_states]) for layer in range(num_layers)
         ]
+        if self._has_streams_first:
+            layers = [tuple(x.movedim(2, 0) if x.ndim == 4 else x for x in layer) for layer in layers]
         return tuple(zip(*layers, strict=True))
 
 

@@ -44,6 +44,7 @@ class CallRows:
         returns_cache: whether the cache is the user's, who will go on with it.
         has_fixed_size: whether the batch keeps its rows to the end.
         is_invariant: whether sampled tokens are drawn by noise that seed, row and place alone decide.
+        has_streams_first: whether the model's own hidden states are `(n, B, T, D)`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class CallRows:
         returns_cache: bool,
         has_fixed_size: bool = False,
         is_invariant: bool = False,
+        has_streams_first: bool = False,
     ):
         self.statistics = SpeculationStatistics()
         self.statistics.start_rows(len(input_ids))
@@ -77,7 +79,7 @@ class CallRows:
         self._advance_together = self._stop_together or (self.accept_in_steps and len(input_ids) > 1)
         self._streams = streamer is not None
         self._stream = OrderedStream(streamer, self._sequences)
-        self._recorder = OutputRecorder(generation_config, len(input_ids))
+        self._recorder = OutputRecorder(generation_config, len(input_ids), has_streams_first=has_streams_first)
         self._returns_cache = self._recorder.returns_dict or returns_cache
         self._has_fixed_size = has_fixed_size
         # rows in the order in which the caches hold them

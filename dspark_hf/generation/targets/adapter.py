@@ -130,10 +130,19 @@ class TargetAdapter:
             return states.unflatten(-1, (-1, self.hidden_size)).mean(2)
         if states.ndim < 4:
             return states
-        # AltUp (Gemma 3n) has its streams first, (n, B, T, D), and one of them active
-        active = getattr(self.config, "altup_active_idx", None)
         # of hyper-connections' (B, T, n, D), the mean
-        return states.mean(2) if active is None else states[active]
+        return states[self.config.altup_active_idx] if self.has_streams_first else states.mean(2)
+
+    @property
+    def has_streams_first(self) -> bool:
+        """Whether layers give `(n, B, T, D)`: AltUp (Gemma 3n) has its streams first, and one of them active."""
+        return getattr(self.config, "altup_active_idx", None) is not None
+
+    def rows_first(self, hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
+        """Return a model's own hidden states with rows and tokens first, `(B, T, D)` or `(B, T, n, D)`."""
+        if hidden_states is None or not self.has_streams_first:
+            return None if hidden_states is None else tuple(hidden_states)
+        return tuple(states if states.ndim < 4 else states.movedim(0, 2) for states in hidden_states)
 
     def pop_context_hidden_states(self, positions: Tensor | None = None) -> Tensor:
         """Return the tapped hidden states `(B, T, M * D)` of the forward pass that just ran, and forget them.

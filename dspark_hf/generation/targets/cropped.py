@@ -205,7 +205,7 @@ class SingleRowTarget:
             context_hidden_states=self._adapter.pop_context_hidden_states(positions),
             positions=positions,
             num_tokens=[num_tokens],
-            hidden_states=outputs.get("hidden_states"),
+            hidden_states=self._adapter.rows_first(outputs.get("hidden_states")),
             attentions=outputs.get("attentions"),
         )
 

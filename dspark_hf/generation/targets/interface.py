@@ -21,7 +21,7 @@ class TargetPass:
 
     `logits` `(B, W, V)` of the last W tokens; `context_hidden_states` `(B, T, M * D)` and `positions` `(B, T)` of all
     processed tokens; `num_tokens`: how many of the T are real, per row; `hidden_states` and `attentions`: the model's
-    own outputs if asked for, else None.
+    own outputs if asked for, else None, hidden states with rows and tokens first, `(B, T, *)`.
     """
 
     logits: Tensor

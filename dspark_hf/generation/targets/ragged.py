@@ -194,7 +194,7 @@ class RaggedTarget:
             context_hidden_states=context.gather(1, index),
             positions=positions.gather(1, order),
             num_tokens=num_new,
-            hidden_states=outputs.get("hidden_states"),
+            hidden_states=self._adapter.rows_first(outputs.get("hidden_states")),
         )
 
     def _cache_for_prompts(self) -> Any:
@@ -270,7 +270,7 @@ class RaggedTarget:
             context_hidden_states=self._adapter.pop_context_hidden_states(positions),
             positions=positions,
             num_tokens=num_tokens,
-            hidden_states=outputs.get("hidden_states"),
+            hidden_states=self._adapter.rows_first(outputs.get("hidden_states")),
         )
 
     def _inputs(self, token_ids: Tensor, num_tokens: list[int], *, are_drafts: bool) -> tuple[Tensor, dict[str, Any]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.generation import BaseStreamer
 
+from tests.closeness import assert_same_up_to_rounding
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.thinning import slow
@@ -64,6 +65,35 @@ def test_scores_logits_and_hidden_states(num_rows, family):
             if step == 0:
                 one, other = one[mask], other[mask]
             torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+# two streams of hidden states, which come before the rows
+STREAMS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "laurel_rank": 8,
+    "altup_num_inputs": 2,
+    "activation_sparsity_pattern": None,
+}
+
+
+@pytest.mark.parametrize(("num_rows", "chunk_size"), [(1, None), (3, None), (3, 4)])
+def test_hidden_states_of_several_streams(num_rows, chunk_size):
+    """Of Gemma 3n, one stream comes for two, every token of a block with each, and several rows end in an error."""
+    target, inputs = tiny_target("gemma3n_text", **STREAMS), ragged_prompts(num_rows)
+    plain, assisted, _ = _both(target, inputs, **WANTED, prefill_chunk_size=chunk_size)
+    assert torch.equal(plain.sequences, assisted.sequences)
+    for step, (ours, theirs) in enumerate(zip(assisted.hidden_states, plain.hidden_states, strict=True)):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.shape == other.shape
+            assert one.shape[:2] == (2, num_rows)
+            if step == 0:
+                mask = inputs["attention_mask"][:, -one.shape[2] :].bool()
+                one, other = one[:, mask], other[:, mask]
+            assert_same_up_to_rounding(one, other)
 
 
 def test_attentions_of_one_row():
