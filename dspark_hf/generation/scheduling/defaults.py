@@ -136,5 +136,7 @@ OTHER_KIND_EVERY = 32
 # believed beforehand. Plain choice: a few dozen trees outweigh them.
 CHANCE_BANDS = (0.03, 0.1, 0.25, 0.5)
 CHANCE_TRUST = 4.0
+# Chance of a draft of a tree whose drafter says nothing of it. Plain choice: what becomes of them puts it right.
+UNKNOWN_CHANCE = 0.5
 # What a path still weighs after another one. Plain choice: some hundred count, so that they follow the text.
 CHANCE_MEMORY = 0.995

@@ -92,5 +92,6 @@ class RecentTrees:
     @locked
     def gains(self) -> NDArray[np.float64]:
         """Return the gains `(N, K)` of the latest trees; K is that of the largest, and others have no more."""
-        most = max(map(len, self._trees))
+        # a drafter may have nothing to say
+        most = max(1, *map(len, self._trees))
         return np.array([self._chances.of(tree) + [0.0] * (most - len(tree)) for tree in self._trees])

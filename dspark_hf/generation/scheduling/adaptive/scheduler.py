@@ -31,6 +31,7 @@ from dspark_hf.generation.scheduling.defaults import (
     REQUIRED_GAIN,
     TREE_GAIN,
     TREE_LEVELS,
+    UNKNOWN_CHANCE,
 )
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Choice, RoundOutcome, Schedule, Scheduler
 from dspark_hf.generation.scheduling.survival import possible_survival
@@ -276,9 +277,10 @@ class _Adaptive(Schedule):
         return batch.cut(len(gains))
 
     def admit_tree(self, drafted: DraftedBlock, batch: Batch) -> int:
-        if drafted.chances is None or not self._tree_size:
+        if not self._tree_size:
             return drafted.num_drafts
-        self._tree = drafted.chances[0].tolist()
+        known = drafted.chances
+        self._tree = [UNKNOWN_CHANCE] * drafted.num_drafts if known is None else known[0].tolist()
         most = min(self._num_planned(batch), drafted.num_drafts)
         if self._is_trying or self._mode is not _Mode.drafting or self._plan is None:
             return most

@@ -34,6 +34,7 @@ class _Drafter(ScriptedTreeDrafter):
     """Its chains are right as often as `chain_accuracy` says, its trees have the text among two children or more."""
 
     chain_accuracy = 0.0
+    says_chances = True
 
     def start(self, target: Any, batch_size: int) -> Any:
         context: Any = super().start(target, batch_size)
@@ -48,7 +49,7 @@ class _Drafter(ScriptedTreeDrafter):
         def tree(*arguments: Any) -> Any:
             block = draft_tree(*arguments)
             # no path is more probable than the one before
-            block.chances = torch.linspace(0.5, 0.01, block.num_drafts)[None]
+            block.chances = torch.linspace(0.5, 0.01, block.num_drafts)[None] if self.says_chances else None
             return block
 
         context.draft, context.draft_tree = chain, tree
@@ -68,6 +69,7 @@ def _widths(
     accuracy: float,
     draft_tree: str | None = "auto",
     accept_rates: list[float] | None = None,
+    says_chances: bool = True,
 ) -> list[tuple[int, int]]:
     """Return of every round the drafts that were made and verified, of a text that is the target's own."""
     target, inputs = tiny_target(), ragged_prompts(1)
@@ -75,6 +77,7 @@ def _widths(
     plain = target.generate(**options)
     drafter = _Drafter(target, plain, [0], accuracy)
     drafter.chain_accuracy, drafter.accept_rates = chain_accuracy, accept_rates
+    drafter.says_chances = says_chances
     scheduler = AdaptiveScheduler(costs=_Costs(per_token))
     options |= {"draft_tree": draft_tree, "scheduler": scheduler}
     assert torch.equal(target.generate(**options, assistant_model=drafter), plain)
@@ -96,6 +99,21 @@ def test_trees_are_tried_where_chains_do_not_pay():
     rounds = _widths(0.001, chain_accuracy=0.0, accuracy=0.9, accept_rates=[1e-3] * 5)
     assert [made for made, _ in rounds[:FEW_TREES]] == [MOST_OF_TREE] * FEW_TREES
     assert sum(made == MOST_OF_TREE for made, _ in rounds) > len(rounds) / 2
+
+
+def test_trees_of_a_drafter_that_says_no_chances():
+    """Its trees are planned as if they had no drafts, which ends in an error of NumPy's."""
+    free = _widths(0.001, chain_accuracy=0.0, accuracy=0.9, says_chances=False)
+    assert sum(made == MOST_OF_TREE for made, _ in free) > len(free) / 2
+    chains = _widths(0.15, chain_accuracy=1.0, accuracy=0.0, says_chances=False)
+    assert all(made <= 5 for made, _ in chains[-8:])
+
+
+def test_a_tree_without_drafts_has_no_gain():
+    """A drafter that had nothing to say leaves a plan of no width."""
+    trees = RecentTrees()
+    trees.learn([], 0, [])
+    assert trees.gains().tolist() == [[0.0]]
 
 
 def test_chains_where_they_give_more():
