@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what a layer adds to its input goes through these
+# what a layer adds to its input goes through these last
 _OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+# or through these: a norm would make the smallest output that training gives a layer as large as any
+_OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def grow_drafter(
@@ -48,7 +50,7 @@ def grow_drafter(
     weights = {**grown.state_dict(), **drafter.state_dict()}
     weights["fc.weight"] = _columns(drafter.fc.weight.detach(), drafter.config.target_layer_ids, layer_ids)
     for layer in range(drafter.config.num_hidden_layers, count):
-        for name in _OUTPUTS:
+        for name in _OUTPUT_NORMS if grown.layers[layer].has_sandwich_norms else _OUTPUTS:
             for key in (f"layers.{layer}.{name}.weight", f"layers.{layer}.{name}.bias"):
                 if key in weights:
                     weights[key] = torch.zeros_like(weights[key])

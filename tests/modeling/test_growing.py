@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reduced, windows": {"draft_token_ids": range(10, 50), "context_window": 4},
     "some windows": {"context_window": 4, "sliding_layers": [0]},
     "biases": {"attention_bias": True},
+    "norms behind": {"backbone_type": "gemma3"},
 }
 
 
@@ -43,6 +44,24 @@ def test_drafts_stay(kind):
     assert torch.equal(after.token_ids, before.token_ids)
     proposable = before.logits.isfinite()
     assert_same_up_to_rounding(after.logits[proposable], before.logits[proposable])
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "gemma3"])
+def test_a_small_step_changes_drafts_little(backbone):
+    """The first step of training, however small, adds as much to the states as a layer that was trained."""
+    target = tiny_target("qwen3", num_hidden_layers=3)
+    drafter = _drafter(target, backbone_type=backbone)
+    grown = grow_drafter(drafter, num_hidden_layers=2)
+    context = torch.randn(1, 6, target.config.hidden_size)
+    adapter = TargetAdapter(target, drafter.target_layer_ids)
+    before = draft_greedily(grown, adapter, context, [6], [12]).logits
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in grown.layers[1].parameters():
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
+    after = draft_greedily(grown, adapter, context, [6], [12]).logits
+    # a layer's output is some hundredths of the states then, and was as large as they are
+    assert 0 < (after - before).norm() / before.norm() < 0.05
 
 
 def test_what_is_there_stays(tmp_path):
