@@ -166,10 +166,12 @@ def train(
     # imported here, so that the help is instant
     from transformers import set_seed
 
+    from dspark_hf.generation.targets.adapter import TargetAdapter
     from dspark_hf.loading import load_drafter, load_target, load_tokenizer, read_drafter_config
+    from dspark_hf.modeling.from_target import check_servable
     from dspark_hf.modeling.growing import grow_drafter
     from dspark_hf.training.adapting import adapt_drafter
-    from dspark_hf.training.checkpoints import RESULT, check_output
+    from dspark_hf.training.checkpoints import RESULT, check_output, check_same_drafter
     from dspark_hf.training.forecast import Forecast
     from dspark_hf.training.recipe import PRESETS, build_drafter, save_trained
     from dspark_hf.training.trainer import DSparkTrainer
@@ -225,7 +227,12 @@ def train(
         if drafter is not None:
             # with it, an open choice is that of the drafter
             start = load_drafter(drafter, dtype="float32")
-            start = grow_drafter(start, num_hidden_layers=layers, target_layer_ids=layer_ids)
+            start = grow_drafter(
+                start,
+                num_hidden_layers=layers,
+                target_layer_ids=layer_ids,
+                num_target_layers=TargetAdapter(check_servable(model)).num_layers,
+            )
             start = adapt_drafter(start, model, training, draft_vocab=draft_vocab)
         else:
             start = build_drafter(
@@ -239,6 +246,7 @@ def train(
                 warm_start=chosen["warm_start"],
                 target_layer_ids=layer_ids,
             )
+        check_same_drafter(output, start.config)
         trainer = DSparkTrainer(start, model, arguments, training, held_out, processing_class=tokenizer)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error

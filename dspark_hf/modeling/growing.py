@@ -19,7 +19,11 @@ _OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def grow_drafter(
-    drafter: Any, *, num_hidden_layers: int | None = None, target_layer_ids: Sequence[int] | None = None
+    drafter: Any,
+    *,
+    num_hidden_layers: int | None = None,
+    target_layer_ids: Sequence[int] | None = None,
+    num_target_layers: int | None = None,
 ) -> Any:
     """Return a drafter with further layers on top and further tapped layers of the target, which drafts as `drafter`.
 
@@ -31,9 +35,12 @@ def grow_drafter(
         drafter: the drafter; left as it is.
         num_hidden_layers: of the grown one; None for as many as there are.
         target_layer_ids: those of the grown one, in ascending order; None for the ones there are.
+        num_target_layers: decoder layers of the target; None for as many as the drafter knows of. Other packagings may
+            not say how many there are, and are then taken to have none behind the last tapped one.
 
     Raises:
-        ValueError: if anything were to be taken away, or the drafter is a module of DeepSeek-V4.
+        ValueError: if anything were to be taken away, or a tap lies behind the target's layers, or the drafter is a
+            module of DeepSeek-V4.
     """
     config = copy.deepcopy(drafter.config)
     count = config.num_hidden_layers if num_hidden_layers is None else num_hidden_layers
@@ -42,6 +49,7 @@ def grow_drafter(
         return drafter
     _check(config, count, layer_ids)
     config.num_hidden_layers, config.target_layer_ids = count, layer_ids
+    config.num_target_layers = max(config.num_target_layers, num_target_layers or 0)
     # what it proposed so far says little about it once it is trained
     config.accept_rates = None
     grown = type(drafter)(type(config)(**config.to_dict())).to(device=drafter.device, dtype=drafter.dtype)

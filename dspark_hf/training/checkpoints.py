@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -26,6 +28,16 @@ _OPTIONAL = {
     "best_model_checkpoint": str,
     "train_batch_size": int,
 }
+# what a run may learn of its drafter, or be told otherwise, and still be the same run
+_OPEN_FIELDS = {
+    "accept_rates",
+    "base_model_name_or_path",
+    "initializer_range",
+    "markov_top_k",
+    "num_target_layers",
+    "sts_temperatures",
+    "target_fingerprint",
+}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -40,6 +52,34 @@ def check_output(output_dir: Path) -> None:
                 f"`--output` must be a folder that only training writes to, got {str(path)!r} in it, which is no "
                 "drafter's. Name another folder, or move that one away."
             )
+
+
+def check_same_drafter(output_dir: Path, config: DSparkConfig) -> None:
+    """Raise a `ValueError` if a run that goes on in this folder would train another drafter than its checkpoints hold.
+
+    Weights of other shapes do not fit, and those of the same shapes may have learned to read other layers.
+    """
+    names = [name for name in inspect.signature(DSparkConfig).parameters if name not in _OPEN_FIELDS]
+    # written and read, as those of the checkpoints are
+    wanted = _fields(json.loads(config.to_json_string()))
+    for folder in sorted(output_dir.glob("checkpoint-*")):
+        try:
+            held = _fields(read_object(folder / _CONFIG))
+        except (ValueError, TypeError):
+            # damaged: nothing goes on from it
+            continue
+        other = [f"`{name}` {held[name]}" for name in names if name in held and held[name] != wanted[name]]
+        if other:
+            raise ValueError(
+                f"`--output` must be a folder in which the same drafter was trained, got one with {', '.join(other)} "
+                f"in {str(folder)!r}. Give the options of that run again, or name another folder for this one."
+            )
+
+
+def _fields(written: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration that was `written` without its defaults."""
+    fields: dict[str, Any] = json.loads(DSparkConfig.from_dict(written).to_json_string(use_diff=False))
+    return fields
 
 
 def is_own(folder: Path) -> bool:

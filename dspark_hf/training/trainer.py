@@ -18,7 +18,7 @@ from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.training.anchors import BlockTargets, sample_blocks, stack_blocks
 from dspark_hf.training.arguments import DSparkTrainingArguments
-from dspark_hf.training.checkpoints import check_output, last_whole_checkpoint
+from dspark_hf.training.checkpoints import check_output, check_same_drafter, last_whole_checkpoint
 from dspark_hf.training.conversations import Conversation, ConversationDataset, collate
 from dspark_hf.training.losses import DraftLosses, Slots, TargetHead, draft_losses, slot_weights
 from dspark_hf.training.metrics import DraftMetrics
@@ -128,11 +128,13 @@ class DSparkTrainer(Trainer):
         """Train; by default continue from the last whole checkpoint in `output_dir`, if there is one.
 
         Raises:
-            ValueError: if `output_dir` holds folders under the names of checkpoints that are none of a drafter.
+            ValueError: if `output_dir` holds folders under the names of checkpoints that are none of a drafter, or of
+                another drafter where training is to go on.
         """
         output_dir = Path(str(self.args.output_dir))
         check_output(output_dir)
         if resume_from_checkpoint is True:
+            check_same_drafter(output_dir, self._drafter.config)
             # one process moves away what is damaged, before the others look
             with self.args.main_process_first(local=False):
                 found = last_whole_checkpoint(output_dir)

@@ -130,6 +130,10 @@ def test_goes_on_from_a_drafter_and_from_an_interruption(folder: Path) -> None:
     assert code == 0, output
     lines = (folder / "longer" / "drafter" / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    # options that make another drafter are told before anything is done
+    code, output = _run(folder, "longer", "--max-steps", "8", "--layers", "2")
+    assert code == 2
+    assert "got one with `num_hidden_layers` 1 in" in output
     drafter = folder / "longer" / "drafter"
     code, output = _run(folder, "further", "--drafter", str(drafter), "--learning-rate", "0", "--max-steps", "2")
     assert code == 0, output

@@ -75,3 +75,15 @@ def test_what_is_there_stays(tmp_path):
         grow_drafter(drafter, target_layer_ids=[0, 2])
     grow_drafter(drafter, num_hidden_layers=3).save_pretrained(tmp_path)
     assert len(DSparkAssistantModel.from_pretrained(tmp_path).layers) == 3
+
+
+def test_a_tap_behind_the_last_one():
+    """A drafter that was not told how many layers its target has cannot read any behind those that it reads."""
+    target = tiny_target("qwen3", num_hidden_layers=3)
+    drafter = _drafter(target, num_target_layers=2)
+    with pytest.raises(ValueError, match=r"`target_layer_ids` must lie in \[-1, 1\]"):
+        grow_drafter(drafter, target_layer_ids=[1, 2])
+    grown = grow_drafter(drafter, target_layer_ids=[1, 2], num_target_layers=3)
+    assert (grown.config.target_layer_ids, grown.config.num_target_layers) == ([1, 2], 3)
+    with pytest.raises(ValueError, match=r"`target_layer_ids` must lie in \[-1, 2\]"):
+        grow_drafter(drafter, target_layer_ids=[1, 3], num_target_layers=3)

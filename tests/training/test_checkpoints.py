@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dspark_hf.training.checkpoints import check_output, last_whole_checkpoint
+from dspark_hf.modeling.configuration_dspark import DSparkConfig
+from dspark_hf.training.checkpoints import check_output, check_same_drafter, last_whole_checkpoint
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
@@ -115,3 +117,20 @@ def test_what_no_run_has_made_is_refused(name: str, kind: str, tmp_path: Path) -
         path.symlink_to(elsewhere if kind == "link" else tmp_path / "nothing")
     with pytest.raises(ValueError, match=f"must be a folder that only training writes to, got '.*{name}'"):
         check_output(path.parent)
+
+
+def test_another_drafter_does_not_go_on(tmp_path: Path) -> None:
+    """Weights of another shape end in PyTorch's error, and those of the same shape go on with other layers."""
+    fields: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_target_layers": 6}
+    config = DSparkConfig(**fields, num_hidden_layers=2, target_layer_ids=[1, 3])
+    check_same_drafter(tmp_path, config)
+    config.save_pretrained(_checkpoint(tmp_path, 2))
+    # what is learned on the way, and defaults that the file leaves out
+    check_same_drafter(tmp_path, DSparkConfig(**{**config.to_dict(), "accept_rates": [0.5] * 7}))
+    for name, value, held in (("num_hidden_layers", 3, "2"), ("target_layer_ids", [1, 4], r"\[1, 3\]")):
+        other = DSparkConfig(**{**config.to_dict(), name: value})
+        with pytest.raises(ValueError, match=f"`--output` must be a folder .* got one with `{name}` {held} in"):
+            check_same_drafter(tmp_path, other)
+    # nothing goes on from what is damaged
+    (tmp_path / "checkpoint-2" / "config.json").write_text("{")
+    check_same_drafter(tmp_path, other)
