@@ -16,7 +16,7 @@ def test_answers_are_learnt_and_questions_are_not(tmp_path, monkeypatch):
     """The fine-tune learns to ask, or changes nothing, or its folder is no target."""
     path, _ = write_tiny_pair(tmp_path)
     monkeypatch.setattr(benchmark, "converted_target", lambda name: path)
-    lines = [{"question": "ba du", "answer": "fo ka ne"}, {"question": "ka", "answer": "ne"}]
+    lines = [{"question": "baba", "answer": "dufo fodu"}, {"question": "duba", "answer": "foba"}]
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     app = typer.Typer()
@@ -28,6 +28,6 @@ def test_answers_are_learnt_and_questions_are_not(tmp_path, monkeypatch):
     tokenizer = benchmark.AutoTokenizer.from_pretrained(tmp_path / "tuned")
     first, second = benchmark.read_answers(answers, tokenizer, 9)
     learnt = [token for token in first["labels"] if token >= 0]
-    assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == "fo ka ne"
+    assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == "dufo fodu"
     assert len(first["labels"]) == len(first["input_ids"])
     assert benchmark.read_answers(answers, tokenizer, 1) == [first] != [second]
