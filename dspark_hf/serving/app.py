@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,10 +18,12 @@ from dspark_hf.serving.errors import ApiError, describe_slips, shorten
 from dspark_hf.serving.gate import Gate
 from dspark_hf.serving.metrics import Metrics
 from dspark_hf.serving.model import ServedModel
-from dspark_hf.serving.schemas import ChatBody, CompletionBody
+from dspark_hf.serving.schemas import ChatBody, CompletionBody, LoadBody
 from dspark_hf.serving.service import Service
 
-_PATHS = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health and GET /metrics"
+_PATHS = (
+    "POST /v1/chat/completions, POST /v1/completions, POST /load_model, GET /v1/models, GET /health and GET /metrics"
+)
 
 
 def create_app(
@@ -74,9 +77,15 @@ def create_app(
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        if name != model.name:
-            raise ApiError(404, f"`model` must be {model.name!r} here, got another. Correct it.", param="model")
+        _check_name(name, model)
         return _card(model)
+
+    @app.post("/load_model")
+    async def load(body: LoadBody) -> Response:
+        # what `transformers chat` waits for before its first question
+        _check_name(body.model, model)
+        event = json.dumps({"status": "ready", "model": model.name, "cached": True})
+        return Response(f"data: {event}\n\n", media_type="text/event-stream")
 
     @app.get("/health")
     async def health() -> Response:
@@ -89,6 +98,11 @@ def create_app(
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def _check_name(name: str, model: ServedModel) -> None:
+    if name != model.name:
+        raise ApiError(404, f"`model` must be {model.name!r} here, got another. Correct it.", param="model")
 
 
 def _card(model: ServedModel) -> dict[str, Any]:

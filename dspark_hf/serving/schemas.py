@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from dspark_hf.damage import is_text
 from dspark_hf.serving.errors import shorten
+from dspark_hf.serving.generation_fields import read_generation_config
 
 # fields of the API that have one value here, and what to do where another was meant
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -51,6 +52,12 @@ class _Body(BaseModel):
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None}
+
+
+class LoadBody(_Body):
+    """A model that a client waits for."""
+
+    model: str
 
 
 class StreamOptions(_Body):
@@ -112,6 +119,7 @@ class GenerationBody(_Body):
     @model_validator(mode="before")
     @classmethod
     def _check_fixed(cls, values: Any) -> Any:
+        values = read_generation_config(values)
         if not isinstance(values, dict):
             return values
         for name in values.keys() & FIXED.keys():

@@ -155,6 +155,9 @@ def _fingerprint(target: TargetAdapter, dtype: torch.dtype) -> str:
     for name, parameter in target.model.named_parameters():
         digest.update(name.encode())
         if not parameter.is_meta:
-            sample = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)]
+            values = parameter.detach()
+            # of what tensor parallelism divided, the part of this process
+            values = values.to_local() if hasattr(values, "to_local") else values
+            sample = values.flatten()[:: max(values.numel() // 64, 1)]
             digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from transformers.cli.chat import Chat, RichInterface
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.noise import KeyedNoise
@@ -287,6 +288,13 @@ def test_the_model_is_named(running):
         ({"chat_template_kwargs": {"thinking": True}}, "`chat_template_kwargs` must name something"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "`chat_template_kwargs` must name something"),
         ({"seed": 2**64}, "`seed` must be less than or equal to"),
+        ({"generation_config": "max_new_tokens"}, "`generation_config` must be a JSON object as text, got 'max_new"),
+        ({"generation_config": '{"num_beams": 4}'}, "`generation_config` must hold do_sample, max_new_tokens, temp"),
+        (
+            {"generation_config": '{"max_new_tokens": 9}'},
+            "`generation_config` must agree with `max_tokens`, got 9 and 4",
+        ),
+        ({"generation_config": '{"do_sample": 1}'}, "`generation_config` must have true or false as do_sample"),
         ({"messages": []}, "`messages` must"),
         ({"messages": [{"role": "tool", "content": "w"}]}, "`messages.0.role` must be 'system', 'developer'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "`messages.0.content.0.type` must be"),
@@ -324,6 +332,26 @@ def test_what_is_no_body_is_refused(running, body):
     """A broken body is an error of the server, or ends it."""
     status, _, text = running.ask("/v1/chat/completions", body, {"Content-Length": str(len(body))})
     assert status == 400 and json.loads(text)["error"]["message"], text
+
+
+def test_transformers_chat_is_answered(running, monkeypatch, tmp_path):
+    """Transformers' own terminal is refused for what it sends, or is answered by other settings than it asks for."""
+    shown = []
+    lines = iter(["w10 w11", "!exit"])
+    # its client asks nobody else
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(RichInterface, "input", lambda self: next(lines))
+    stream_output = RichInterface.stream_output
+
+    async def show(self: RichInterface, stream: Any) -> Any:
+        shown.append(await stream_output(self, stream))
+        return shown[-1]
+
+    monkeypatch.setattr(RichInterface, "stream_output", show)
+    monkeypatch.setattr(RichInterface, "confirm", lambda self, message, default=False: False)
+    Chat(NAME, f"{running.url}/v1", ["do_sample=False", f"max_new_tokens={COUNT}"], save_folder=str(tmp_path))
+    expected = running.text(running.plain(running.ids("w10 w11"), COUNT))
+    assert [text for text, _ in shown] == [expected]
 
 
 def test_null_and_the_only_value_say_nothing(running):

@@ -20,6 +20,7 @@ from dspark_hf.training.arguments import DSparkTrainingArguments
 from dspark_hf.training.conversations import Conversation
 from dspark_hf.training.trainer import DSparkTrainer
 from tests.modeling.deepspec_layout import VOCAB_SIZE, Layout, deepspec_fields, deepspec_weights
+from tests.modeling.formats.gguf_files import write_gguf
 from tests.modeling.formats.layouts import (
     DRAFT_IDS,
     reduced,
@@ -28,7 +29,6 @@ from tests.modeling.formats.layouts import (
     without_vocabulary,
     write,
 )
-from tests.modeling.formats.test_gguf import _write as write_gguf
 from tests.thinning import mostly_slow, slow
 from tests.tiny import tiny_target
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as distributed
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -145,3 +148,16 @@ def test_damaged_states_are_computed_again(
     for name in ("context", "last", "lse"):
         assert torch.equal(getattr(again, name), getattr(before, name))
         assert torch.equal(getattr(last, name), getattr(before, name))
+
+
+def test_a_divided_target_has_states(tmp_path: Path) -> None:
+    """Training beside tensor parallelism ends in an error of NumPy's before its first step."""
+    target = tiny_target("llama")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        weight = target.model.layers[0].mlp.up_proj.weight
+        divided = distribute_tensor(weight.data, init_device_mesh("cpu", (1,)), [Shard(0)])
+        target.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(divided)
+        StateCache(tmp_path, TargetAdapter(target, [0]), dtype=torch.float32, max_bytes=0)
+    finally:
+        distributed.destroy_process_group()

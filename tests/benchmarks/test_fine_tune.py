@@ -1,0 +1,33 @@
+"""The fine-tune that an adapted drafter is shown on."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import benchmarks.fine_tune as benchmark
+from dspark_hf.demo.tiny import write_tiny_pair
+
+
+def test_answers_are_learnt_and_questions_are_not(tmp_path, monkeypatch):
+    """The fine-tune learns to ask, or changes nothing, or its folder is no target."""
+    path, _ = write_tiny_pair(tmp_path)
+    monkeypatch.setattr(benchmark, "converted_target", lambda name: path)
+    lines = [{"question": "baba", "answer": "dufo fodu"}, {"question": "duba", "answer": "foba"}]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    given = ["--answers", str(answers), "--output", str(tmp_path / "tuned"), "--max-steps", "2"]
+    assert CliRunner().invoke(app, [*given, "--learning-rate", "0.01"], catch_exceptions=False).exit_code == 0
+    tuned, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "tuned", path))
+    assert not tuned.lm_head.weight.float().equal(before.lm_head.weight.float())
+    tokenizer = benchmark.AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    first, second = benchmark.read_answers(answers, tokenizer, 9)
+    learnt = [token for token in first["labels"] if token >= 0]
+    assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == "dufo fodu"
+    assert len(first["labels"]) == len(first["input_ids"])
+    assert benchmark.read_answers(answers, tokenizer, 1) == [first] != [second]
