@@ -159,6 +159,11 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
                 `DSparkConfig`, or `warm_start` finds no layer that fits.
         """
         target = from_target.check_servable(target)
+        if overrides.pop("draft_vocab_size", None) is not None:
+            raise ValueError(
+                "`draft_vocab_size` must be left out, since it is the number of `draft_token_ids`, got it. Pass the "
+                "tokens themselves: `training.conversations.most_frequent_tokens` chooses them from text."
+            )
         adapter = TargetAdapter(target)
         config = from_target.config_for_target(
             adapter,
@@ -388,8 +393,14 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         """Make `token_ids` the proposable tokens, in ascending order.
 
         Raises:
-            ValueError: unless they are `draft_vocab_size` different tokens of the vocabulary.
+            ValueError: unless they are `draft_vocab_size` different tokens of the vocabulary, or if the drafter was
+                made to propose all tokens.
         """
+        if self.config.draft_vocab_size is None:
+            raise ValueError(
+                f"`draft_token_ids` must be chosen when a drafter is made, got {len(token_ids)} for one that may "
+                "propose all tokens. Pass them to `from_target`, or train on with `dspark-hf train --draft-vocab`."
+            )
         token_ids = torch.unique(token_ids.to(self.d2t.device))
         size = self.config.draft_vocab_size
         if len(token_ids) != size or token_ids[0] < 0 or token_ids[-1] >= self.config.vocab_size:

@@ -152,3 +152,13 @@ def test_all_tokens_have_no_map() -> None:
     """A drafter of the whole vocabulary would pay for a map it does not need."""
     drafter = DSparkAssistantModel.from_target(tiny_target(), num_hidden_layers=1, markov_rank=4)
     assert drafter.draft_token_ids is None
+
+
+def test_the_tokens_are_named_when_a_drafter_is_made() -> None:
+    """A number without tokens, or tokens too late, end in errors of Python's own."""
+    target = tiny_target()
+    with pytest.raises(ValueError, match=r"`draft_vocab_size` must be left out, .* Pass the tokens themselves"):
+        DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=0, draft_vocab_size=7)
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=0, draft_vocab_size=None)
+    with pytest.raises(ValueError, match="`draft_token_ids` must be chosen when a drafter is made, got 7"):
+        drafter.set_draft_token_ids(torch.tensor(DRAFT_IDS))
