@@ -48,6 +48,7 @@ class LookupAssistant(CustomGenerate):
         min_match: tokens that must have stood before.
 
     Raises:
+        TypeError: if either is no whole number.
         ValueError: if either is less than 1.
 
     Example:
@@ -69,6 +70,8 @@ class LookupAssistant(CustomGenerate):
 
     def __init__(self, *, max_drafts: int = Drafter.longest_lookup, min_match: int = Drafter.min_match):
         for name, value in (("max_drafts", max_drafts), ("min_match", min_match)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be a whole number of at least 1, got {value!r}. Pass an int.")
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}. Generate without `assistant_model`.")
         self.config = _FittingConfig()

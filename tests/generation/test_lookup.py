@@ -358,6 +358,9 @@ def test_what_cannot_be_served_is_refused():
     for name in ("max_drafts", "min_match"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
             LookupAssistant(**{name: 0})
+        for value in (1.5, "2", True):
+            with pytest.raises(TypeError, match=f"`{name}` must be a whole number of at least 1, got {value!r}"):
+                LookupAssistant(**{name: value})
     (finished,) = generate_stream(
         target, [Request(inputs["input_ids"], {"drafts": "lookup"})], drafter=LookupAssistant()
     )

@@ -31,7 +31,15 @@ from dspark_hf.generation.wrappers import unwrap
 # between two looks for requests while none is being decoded
 _IDLE_SECONDS = 0.005
 # these belong to the stream, or would have to be handed back
-_NOT_PER_REQUEST = ("assistant_model", "custom_generate", "scheduler", "drafts", "past_key_values", "cache")
+_NOT_PER_REQUEST = (
+    "assistant_model",
+    "custom_generate",
+    "scheduler",
+    "drafts",
+    "draft_tree",
+    "past_key_values",
+    "cache",
+)
 
 
 def generate_stream(
@@ -235,7 +243,10 @@ class RequestStream(Iterator[FinishedRequest]):
         options = dict(request.options)
         wrong = sorted(set(options) & set(_NOT_PER_REQUEST))
         if wrong:
-            raise ValueError(f"`options` of a request must leave out {wrong}. Arguments of the stream hold for all.")
+            raise ValueError(
+                f"`options` of a request must leave out {wrong}. Arguments of the stream hold for all, and drafts of "
+                "rows that share passes do not branch."
+            )
         streamer, tokenizer = options.pop("streamer", None), options.pop("tokenizer", None)
         sampling, seed = options.pop("sampling", None), _read_seed(options.pop("seed", None))
         if tokenizer is not None and options.get("stop_strings") is not None:

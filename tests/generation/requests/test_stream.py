@@ -278,6 +278,7 @@ BAD = {
     ),
     "another mask": ({"attention_mask": [1, 1]}, ValueError, "must have the shape of its `input_ids`, (1, 6)"),
     "own scheduler": ({"scheduler": "fixed"}, ValueError, "`options` of a request must leave out"),
+    "a tree of drafts": ({"draft_tree": 9}, ValueError, "must leave out ['draft_tree']"),
     "output object": ({"return_dict_in_generate": True}, ValueError, "`return_dict_in_generate` must be False"),
     "no cache": ({"use_cache": False}, ValueError, "`use_cache` must be True"),
 }
