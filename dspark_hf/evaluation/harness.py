@@ -35,9 +35,10 @@ class DSparkLM(HFLM):
         num_assistant_tokens: how many drafts a round at most.
         drafts: who drafts.
         sampling: how samples are accepted.
+        draft_tree: whether drafts may branch.
         others: what the model `hf` takes.
 
-    The four before the last are those of `generate`; None is its default.
+    The five before the last are those of `generate`; None is its default.
 
     Raises:
         ValueError: if there is no such drafter, or it does not fit the target.
@@ -57,6 +58,7 @@ class DSparkLM(HFLM):
         num_assistant_tokens: int | None = None,
         drafts: str | None = None,
         sampling: str | None = None,
+        draft_tree: int | str | None = None,
         **others: Any,
     ):
         super().__init__(pretrained, **others)
@@ -65,6 +67,7 @@ class DSparkLM(HFLM):
             "num_assistant_tokens": num_assistant_tokens,
             "drafts": drafts,
             "sampling": sampling,
+            "draft_tree": draft_tree,
         }
         self._options = {name: value for name, value in options.items() if value is not None}
         self._name = drafter if isinstance(drafter, str) else type(drafter).__name__

@@ -91,13 +91,16 @@ def test_scores_are_those_of_the_harness(folders: tuple[str, str], task: dict[st
     """Somebody publishes scores that the model does not have."""
     target, drafter = folders
     plain = _scores("hf", task, batch_size, f"pretrained={target}")
-    ours = _scores("dspark-hf", task, batch_size, f"pretrained={target},drafter={drafter},scheduler=fixed")
+    ours = _scores(
+        "dspark-hf", task, batch_size, f"pretrained={target},drafter={drafter},scheduler=fixed,draft_tree=5"
+    )
     assert ours[:2] == plain[:2]
     if task is WRITING:
         texts = [answers[0][0] for answers, _ in plain[1]]
         # some stop early and some do not, or nothing is shown
         assert len({len(text) for text in texts}) > 2
         assert ours[2]["tau"] >= 1 and ours[2]["drafter"] == drafter and ours[2]["scheduler"] == "fixed"
+        assert ours[2]["draft_tree"] == 5
 
 
 def test_the_harness_itself_with_a_drafter(folders: tuple[str, str]) -> None:
