@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,8 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.loading import DtypeName, PackagedName, load_packaged
+from benchmarks.loading import DTYPES, DtypeName, PackagedName, load_packaged
+from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.prompts import encode_prompt, user_turn
@@ -74,11 +76,15 @@ def main(
     files: Annotated[list[Path], typer.Argument(help="JSON Lines of `prompt` and `completion_ids`.")],
     model: PackagedName = "smollm2",
     dtype: DtypeName = "bf16",
+    drafter: Annotated[str, typer.Option(help="Another folder than that of the shipped one.")] = "",
     num_texts: Annotated[int, typer.Option(min=1, help="Of each file at most.")] = 80,
     most_tokens: Annotated[int, typer.Option(min=16, help="Of a text.")] = 96,
 ) -> None:
     """Print the rates, and how many blocks they rest on."""
     packaged = load_packaged(model, dtype)
+    if drafter:
+        other = DSparkAssistantModel.from_pretrained(drafter, dtype=DTYPES[dtype])
+        packaged = replace(packaged, drafter=other)
     size = packaged.drafter.block_size
     counts: list[int] = []
     for path in files:
@@ -89,7 +95,7 @@ def main(
             places = range(min(len(text), most_tokens) - size)
             counts += [num_right(blocks[place], text[place + 1 :]) for place in places]
     print(rates_of(counts, size))
-    print(f"{len(counts)} blocks")
+    print(f"{len(counts)} blocks, {1 + sum(counts) / max(len(counts), 1):.3f} tokens each, the bonus token's included")
 
 
 if __name__ == "__main__":
