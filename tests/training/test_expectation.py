@@ -18,8 +18,8 @@ BLOCKS_PER_STEP = 4 * 128
 Point = tuple[float, int, int, float]
 
 
-def _points(name: str, layers: int, num_tokens: int, steps_before: int) -> list[Point]:
-    lines = (REPOSITORY / "drafters" / name / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+def _points(log: str, layers: int, num_tokens: int, steps_before: int) -> list[Point]:
+    lines = (REPOSITORY / "drafters" / log).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [
         (BLOCKS_PER_STEP * (steps_before + one["step"]), layers, num_tokens, one["eval_expected_tau"])
@@ -29,8 +29,8 @@ def _points(name: str, layers: int, num_tokens: int, steps_before: int) -> list[
 
 def _runs() -> dict[str, list[Point]]:
     runs = {
-        "gemma": _points("gemma3-270m", 1, 78_000, 0),
-        "smollm2": _points("smollm2-135m-instruct", 2, 480_000, 1600),
+        "gemma": _points("gemma3-270m/training_log.jsonl", 1, 78_000, 0),
+        "smollm2": _points("smollm2-135m-instruct/training_log_2.jsonl", 2, 480_000, 1600),
     }
     table = (REPOSITORY / "benchmarks" / "drafters.md").read_text(encoding="utf-8")
     for name, tau in re.findall(r"^\| ([\w-]+) \| [\d.]+ M \| ([\d.]+) \|", table, re.MULTILINE):
