@@ -8,13 +8,22 @@ from typer.testing import CliRunner
 
 import benchmarks.recurrent as benchmark
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+
 
 def test_a_page_is_written(tmp_path, monkeypatch):
     """The page misses a width or a dtype, or passes are not those of a target that is rolled back."""
-    small = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_attention_heads": 2, "head_dim": 16}
-    small |= {f"linear_{part}": 8 for part in ("key_head_dim", "value_head_dim")}
-    small |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
-    monkeypatch.setattr(benchmark, "SHAPE", {**benchmark.SHAPE, **small})
+    monkeypatch.setattr(benchmark, "SHAPE", {**benchmark.SHAPE, **SMALL})
     app = typer.Typer()
     app.command()(benchmark.main)
     page = tmp_path / "page.md"
@@ -27,8 +36,7 @@ def test_a_page_is_written(tmp_path, monkeypatch):
 
 def test_half_of_a_pass_is_taken_back(monkeypatch):
     """What is timed keeps everything, which costs nothing."""
-    small = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_attention_heads": 2, "head_dim": 16}
-    adapter = benchmark.build(torch.float32, **small, num_hidden_layers=4)
+    adapter = benchmark.build(torch.float32, **SMALL, num_hidden_layers=4)
     lengths = []
     choose = benchmark.choose_target
     monkeypatch.setattr(

@@ -140,8 +140,10 @@ class TargetAdapter:
 
     def rows_first(self, hidden_states: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
         """Return a model's own hidden states with rows and tokens first, `(B, T, D)` or `(B, T, n, D)`."""
-        if hidden_states is None or not self.has_streams_first:
-            return None if hidden_states is None else tuple(hidden_states)
+        if hidden_states is None:
+            return None
+        if not self.has_streams_first:
+            return tuple(hidden_states)
         return tuple(states if states.ndim < 4 else states.movedim(0, 2) for states in hidden_states)
 
     def pop_context_hidden_states(self, positions: Tensor | None = None) -> Tensor:
