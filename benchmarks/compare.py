@@ -225,11 +225,12 @@ def main(
             records.append({"settings": place, "case": asdict(case), "found": measure_fresh(case, settings)})
             kept.append(records[-1])
     results = Results.of(records, cases)
+    repeated = f"means over {runs} processes ± standard error" if runs > 1 else "one process each"
     lines = [
         "# All ways side by side",
         "",
-        f"Speed relative to plain `generate` in the same process, in turns with it: means over {runs} processes ± "
-        f"standard error, each {num_prompts} prompts x {max_new_tokens} tokens, one row; cold with nothing learnt, "
+        f"Speed relative to plain `generate` in the same process, in turns with it: {repeated}, "
+        f"{num_prompts} prompts x {max_new_tokens} tokens, one row; cold with nothing learnt, "
         f"then warm. Questions from `{prompts.name}`. Tau: tokens of a target pass, prefills left out. Draft, verify "
         "and rest are shares of the rounds' time. Peak memory is the process's, plain included. Sampled texts differ.",
         "",

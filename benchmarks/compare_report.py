@@ -118,12 +118,17 @@ def draw(results: Results) -> bytes:
         for panel in panels[len(keys) :]:
             panel.set_axis_off()
         name_colors(figure, ways)
-        name_figure(figure, "speed of generate, plain = 1; filled: warm, hollow: cold; bars: standard errors of runs")
+        bars = "" if _num_runs(results) == 1 else "; bars: standard errors of runs"
+        name_figure(figure, f"speed of generate, plain = 1; filled: warm, hollow: cold{bars}")
         return to_png(figure)
 
 
 def _ways_of(results: Results) -> list[str]:
     return list(dict.fromkeys(way for sets in results.found.values() for ways in sets.values() for way in ways))
+
+
+def _num_runs(results: Results) -> int:
+    return max(len(runs) for sets in results.found.values() for ways in sets.values() for runs in ways.values())
 
 
 def _draw_panel(panel: Any, key: Key, sets: Measurements, ways: Sequence[str]) -> None:

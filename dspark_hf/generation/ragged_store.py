@@ -71,11 +71,12 @@ class RaggedStore:
             rows = rows.to(self.keys.device)
             self.keys, self.values = _selected(self.keys, rows), _selected(self.values, rows)
 
-    def append_rows(self, other: RaggedStore) -> None:
-        """Append the rows of another store of the same layer."""
+    def append_rows(self, other: RaggedStore, length: int) -> None:
+        """Append the rows of another store of the same layer, of all of which the longest has `length` tokens."""
         assert self.keys is not None and self.values is not None
         assert other.keys is not None and other.values is not None
-        self.keys, self.values = _stacked(self.keys, other.keys), _stacked(self.values, other.values)
+        self.keys = _stacked(self.keys, other.keys, length)
+        self.values = _stacked(self.values, other.values, length)
 
 
 class StaticStore(RaggedStore):
@@ -117,9 +118,13 @@ class StaticStore(RaggedStore):
 
 
 def _reserve(states: Tensor, length: int) -> Tensor:
-    # room to grow; zeros, since a masked slot still enters a product and must not be NaN
-    capacity = 64 * (length // 64 + 2)
-    return states.new_zeros(states.shape[0], states.shape[1], capacity, states.shape[3])
+    # zeros, since a masked slot still enters a product and must not be NaN
+    return states.new_zeros(states.shape[0], states.shape[1], _with_room(length), states.shape[3])
+
+
+def _with_room(length: int) -> int:
+    """Return the capacity of a store that is made for `length` tokens a row."""
+    return 64 * (length // 64 + 2)
 
 
 def _selected(store: Tensor, rows: Tensor) -> Tensor:
@@ -132,10 +137,13 @@ def _selected(store: Tensor, rows: Tensor) -> Tensor:
     return store[:count]
 
 
-def _stacked(store: Tensor, other: Tensor) -> Tensor:
-    capacity = max(store.shape[2], other.shape[2])
-    rows = [torch.nn.functional.pad(states, (0, 0, 0, capacity - states.shape[2])) for states in (store, other)]
-    return torch.cat(rows)
+def _stacked(store: Tensor, other: Tensor, length: int) -> Tensor:
+    # all rows move, so what a longer one left behind that is gone by now need not stay
+    stacked = store.new_zeros(len(store) + len(other), store.shape[1], _with_room(length), store.shape[3])
+    for part, states in ((stacked[: len(store)], store), (stacked[len(store) :], other)):
+        kept = states[:, :, :length]
+        part[:, :, : kept.shape[2]] = kept
+    return stacked
 
 
 def _grow(store: Tensor, length: int) -> Tensor:

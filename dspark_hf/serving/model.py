@@ -113,7 +113,7 @@ class ServedModel:
 
     def _check_template_options(self, options: Mapping[str, Any]) -> None:
         # what the tokenizer's method itself takes would be more than a word to the template: another template, for one
-        taken = {"conversation", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        taken = {"conversation", "messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
         names = (template_names(self.tokenizer) - taken) if options else set()
         for name in options:
             if name not in names:

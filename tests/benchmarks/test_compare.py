@@ -125,6 +125,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     run("--ways", f"{AGAIN},{LOOKUP}")
     assert len(measured) == 2
     text = run()
+    assert "one process each" in text
     assert [case.way for case in measured] == [AGAIN, LOOKUP, PROMPT_LOOKUP, DEFAULT, FIXED]
     assert all(text.count(f"\n| chat | {way} |") == 1 for way in (AGAIN, LOOKUP, PROMPT_LOOKUP, DEFAULT, FIXED))
     assert text.rstrip().splitlines()[-1].startswith("- A target, fp32, greedy, chat: ")

@@ -11,6 +11,7 @@ from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation import decoding
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.context import DeferredContext
+from dspark_hf.generation.ragged_store import RaggedStore
 from tests.generation.drafters import ScriptedDrafter
 from tests.generation.prompts import num_padded, ragged_prompts
 from tests.generation.schedulers import EveryThirdRound
@@ -185,6 +186,27 @@ def test_a_cache_of_the_user_is_filled_in_place():
         **inputs, max_new_tokens=12, do_sample=False, assistant_model=drafter, **{CACHE_KEY: cache}
     )
     assert cache.get_seq_length() == output.shape[1] - 1
+
+
+def _filled(lengths):
+    """Return a store whose row r holds `lengths[r]` random tokens, and these `(1, H, T, E)` by row."""
+    store, states = RaggedStore(), torch.randn(len(lengths), 2, max(lengths), 4)
+    store.write(states, -states, [0] * len(lengths), torch.zeros(len(lengths), dtype=torch.long))
+    return store, [states[row : row + 1, :, :length] for row, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("joining", [[20, 30], [300]])
+def test_rows_that_join_find_room_for_those_that_are_there(joining):
+    """The room of a long row that left stays for good, so that a stream's memory never falls; or a row is cut off."""
+    store, rows = _filled([1000, 40])
+    store.select_rows(torch.tensor([1]))
+    new, new_rows = _filled(joining)
+    store.append_rows(new, max(40, *joining))
+    fresh, _ = _filled([40, *joining])
+    assert store.keys.shape == fresh.keys.shape
+    for row, states in enumerate([rows[1], *new_rows]):
+        assert torch.equal(store.keys[row : row + 1, :, : states.shape[2]], states)
+        assert torch.equal(store.values[row : row + 1, :, : states.shape[2]], -states)
 
 
 def test_finished_rows_leave_the_batch():

@@ -287,6 +287,7 @@ def test_the_model_is_named(running):
         ({"logit_bias": {"64": 1}}, "`logit_bias` must name tokens in [0, 63], got 64."),
         ({"chat_template_kwargs": {"thinking": True}}, "`chat_template_kwargs` must name something"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "`chat_template_kwargs` must name something"),
+        ({"chat_template_kwargs": {"messages": []}}, "`chat_template_kwargs` must name something"),
         ({"seed": 2**64}, "`seed` must be less than or equal to"),
         ({"generation_config": "max_new_tokens"}, "`generation_config` must be a JSON object as text, got 'max_new"),
         ({"generation_config": '{"num_beams": 4}'}, "`generation_config` must hold do_sample, max_new_tokens, temp"),

@@ -196,4 +196,4 @@ class ContextCache:
         """Append the rows of another context of the same drafter."""
         self.lengths.append_rows(other.lengths)
         for store, new in zip(self.stores, other.stores, strict=True):
-            store.append_rows(new)
+            store.append_rows(new, max(self.lengths.host))

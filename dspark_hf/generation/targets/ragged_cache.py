@@ -259,7 +259,7 @@ class RaggedCache(Cache):
             self._columns.append_rows(other._columns)
         for layer, new in zip(self.layers, other.layers, strict=True):
             if isinstance(layer, RaggedLayer) and isinstance(new, RaggedLayer) and layer.is_initialized:
-                layer.store.append_rows(new.store)
+                layer.store.append_rows(new.store, max(self._rows.host))
 
     def returned(self, num_padded: Sequence[int]) -> Any:
         """Return the given cache, filled with every row's tokens in their columns, zeros between them."""
