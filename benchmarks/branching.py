@@ -39,7 +39,7 @@ def make_ways(packaged: Packaged, chains: str, trees: str) -> dict[str, dict[str
     ways: dict[str, dict[str, Any]] = {PLAIN: {}}
     ways |= {f"chain of {size}": {**fixed, "num_assistant_tokens": int(size)} for size in chains.split(",") if size}
     ways |= {f"tree of {size}": {**fixed, "draft_tree": int(size)} for size in trees.split(",") if size}
-    return {**ways, "default": drafter, "default, draft_tree=auto": {**drafter, "draft_tree": "auto"}}
+    return {**ways, "default": drafter, "default, draft_tree=off": {**drafter, "draft_tree": "off"}}
 
 
 def main(

@@ -286,7 +286,7 @@ def test_the_knob_and_its_typos():
     plain = target.generate(**options)
     drafter = ScriptedTreeDrafter(target, plain, [0], 0.7)
     for value in ("of", "on", 1, 64, True, 7.5):
-        with pytest.raises(ValueError, match="`draft_tree` must be one of off, auto, or a number of drafts in"):
+        with pytest.raises(ValueError, match="`draft_tree` must be one of auto, off, or a number of drafts in"):
             target.generate(**options, assistant_model=drafter, draft_tree=value)
     with pytest.raises(ValueError, match="Did you mean 'draft_tree'"):
         target.generate(**options, assistant_model=drafter, generation_config=GenerationConfig(draft_trees=9))

@@ -23,7 +23,7 @@ _SCHEDULING = ("scheduler", "assistant_confidence_threshold")
 # how sampled drafts are accepted: as many as can be, or so that the text does not depend on them
 SAMPLING_RULES = ("block", "invariant")
 # what `draft_tree` may be beside a number of drafts; with the anchor, that makes a pass of 64 tokens at most
-TREE_RULES = ("off", "auto")
+TREE_RULES = ("auto", "off")
 MOST_BRANCHING = 63
 
 
@@ -130,7 +130,8 @@ def read_options(
     _check_source(source, drafter)
     rule = _first(levels, ("sampling",)).get("sampling", SAMPLING_RULES[0])
     _check_rule(rule)
-    tree = _first(levels, ("draft_tree",)).get("draft_tree", TREE_RULES[0])
+    # who says how many drafts a round has at most does not expect the two dozen of a tree
+    tree = _first(levels, ("draft_tree",)).get("draft_tree", "auto" if num_drafts is None else "off")
     _check_tree(tree)
     chosen = choose_scheduler(
         scheduling.get("scheduler"),
@@ -152,7 +153,7 @@ def read_options(
 
 
 def _num_branching(tree: int | str) -> int | None:
-    return tree if isinstance(tree, int) else 0 if tree == TREE_RULES[0] else None
+    return tree if isinstance(tree, int) else 0 if tree == "off" else None
 
 
 def _check_tree(tree: Any) -> None:

@@ -20,6 +20,7 @@ from dspark_hf.generation.scheduling.confidence import OnlineConfidence
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
 from dspark_hf.generation.scheduling.costs.profile import online_costs
 from dspark_hf.generation.scheduling.defaults import (
+    DEAREST_WIDTH,
     DOUBT,
     FEW_BLOCKS,
     FEW_DRAFTS,
@@ -103,7 +104,7 @@ class _Adaptive(Schedule):
             return 0
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
         # trees may pay where chains do not
-        is_unknown = bool(self._tree_size) and self._memory.recent_trees.num_trees < FEW_TREES
+        is_unknown = self._may_try_trees(batch) and self._memory.recent_trees.num_trees < FEW_TREES
         promises = plan.rate > self._required_gain(batch) * plan.plain_rate
         if (promises or is_unknown) and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
@@ -112,10 +113,10 @@ class _Adaptive(Schedule):
             if is_busy and not is_unknown and not self._is_worth_its_time(batch, plan):
                 self._mode = _Mode.plain
             elif is_busy:
-                self._take_turns()
+                self._take_turns(batch)
         elif parking.is_trial_due():
             self._mode = _Mode.trial
-            self._take_turns()
+            self._take_turns(batch)
         else:
             # told once: the numbers hardly change while nothing is drafted
             self.parked_because = self.parked_because or self._explain(batch, plan, has_lost=parking.is_parked)
@@ -128,9 +129,22 @@ class _Adaptive(Schedule):
             return min(batch.max_drafts, self._most_drafts(batch))
         return min(self._plan.num_drafts, self._most_drafts(batch))
 
-    def _take_turns(self) -> None:
+    def _may_try_trees(self, batch: Batch) -> bool:
+        """Return whether trees may be grown to see what they would give: where passes are known to be wide for little.
+
+        Elsewhere the few that are needed to know would cost more than trees could ever bring.
+        """
+        costs, rows, length = self._costs, batch.num_rows, batch.context_length
+        if not self._tree_size or (isinstance(costs, OnlineCosts) and not costs.knows(rows)):
+            return False
+        wide, narrow = (costs.verify_seconds(rows, width, length) for width in (self._tree_size, 1))
+        return wide <= DEAREST_WIDTH * narrow
+
+    def _take_turns(self, batch: Batch) -> None:
         """Draft the kind of drafts that is not in use, chain or tree, if it is its turn to show what it would give."""
-        self._is_trying = bool(self._tree_size) and self._memory.recent_trees.is_turn()
+        # chains are always worth a look
+        may_try = self._branches or self._may_try_trees(batch)
+        self._is_trying = may_try and self._memory.recent_trees.is_turn()
         self._branches = self._branches != self._is_trying
 
     def num_branching(self, batch: Batch) -> int:

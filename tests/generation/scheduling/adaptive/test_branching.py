@@ -67,9 +67,9 @@ def _widths(
     per_token: float,
     chain_accuracy: float,
     accuracy: float,
-    draft_tree: str | None = "auto",
     accept_rates: list[float] | None = None,
     says_chances: bool = True,
+    **how: Any,
 ) -> list[tuple[int, int]]:
     """Return of every round the drafts that were made and verified, of a text that is the target's own."""
     target, inputs = tiny_target(), ragged_prompts(1)
@@ -79,19 +79,20 @@ def _widths(
     drafter.chain_accuracy, drafter.accept_rates = chain_accuracy, accept_rates
     drafter.says_chances = says_chances
     scheduler = AdaptiveScheduler(costs=_Costs(per_token))
-    options |= {"draft_tree": draft_tree, "scheduler": scheduler}
+    options |= {"scheduler": scheduler, **how}
     assert torch.equal(target.generate(**options, assistant_model=drafter), plain)
     return [(one.num_drafted, one.num_verified[0]) for one in drafter.last_statistics.rounds]
 
 
 def test_trees_are_as_wide_as_pays():
     """Trees that give more than chains are not drafted, or all of them are verified in full, whatever that costs."""
-    free, dear = (_widths(cost, chain_accuracy=0.0, accuracy=0.9) for cost in (0.001, 0.15))
+    free, dear = (_widths(cost, chain_accuracy=0.0, accuracy=0.9) for cost in (0.001, 0.08))
     assert [made for made, _ in free[:FEW_TREES]] == [MOST_OF_TREE] * FEW_TREES
     verified = [verified for made, verified in free if made == MOST_OF_TREE][FEW_TREES:]
     assert len(verified) > len(free) / 2
     assert min(verified) == MOST_OF_TREE
-    assert max(verified for _, verified in dear) < MOST_OF_TREE / 2
+    assert MOST_OF_TREE in [made for made, _ in dear]
+    assert max(verified for _, verified in dear) < MOST_OF_TREE
 
 
 def test_trees_are_tried_where_chains_do_not_pay():
@@ -105,7 +106,7 @@ def test_trees_of_a_drafter_that_says_no_chances():
     """Its trees are planned as if they had no drafts, which ends in an error of NumPy's."""
     free = _widths(0.001, chain_accuracy=0.0, accuracy=0.9, says_chances=False)
     assert sum(made == MOST_OF_TREE for made, _ in free) > len(free) / 2
-    chains = _widths(0.15, chain_accuracy=1.0, accuracy=0.0, says_chances=False)
+    chains = _widths(0.08, chain_accuracy=1.0, accuracy=0.0, says_chances=False)
     assert all(made <= 5 for made, _ in chains[-8:])
 
 
@@ -123,9 +124,22 @@ def test_chains_where_they_give_more():
     assert all(made <= 5 for made, _ in rounds[-8:])
 
 
-def test_off_is_the_default():
-    """Trees are drafted although nobody asked for them."""
-    assert max(made for made, _ in _widths(0.001, chain_accuracy=0.3, accuracy=0.9, draft_tree=None)) <= 5
+def test_trees_are_not_tried_where_width_is_dear():
+    """Four trees at the start of every process, and one now and then, cost more than trees can bring there."""
+    assert max(made for made, _ in _widths(0.15, chain_accuracy=0.5, accuracy=0.9)) <= 5
+
+
+def test_who_may_expect_trees():
+    """Trees are off unless asked for, or come although a call says that there are to be none, or few drafts."""
+    cases: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        ({"draft_tree": "off"}, False),
+        ({"num_assistant_tokens": 4}, False),
+        ({"num_assistant_tokens": 4, "draft_tree": "auto"}, True),
+    ]
+    for options, are_there in cases:
+        most = max(made for made, _ in _widths(0.001, chain_accuracy=0.3, accuracy=0.9, **options))
+        assert (most == MOST_OF_TREE) if are_there else (most <= 5), options
 
 
 def test_what_became_of_paths_counts():

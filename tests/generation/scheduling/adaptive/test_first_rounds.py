@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,19 @@ def test_one_disturbed_round_parks_no_good_drafter(disturbed):
     write(schedule, machine, _good, 1, max_drafts=MAX_DRAFTS, seed=1)
     machine.mood = 1.0
     assert write(schedule, machine, _good, 60, max_drafts=MAX_DRAFTS, seed=2).share_drafted() > 0.8
+
+
+@pytest.mark.parametrize(("token_slope", "is_cheap"), [(0.0005, True), (0.004, False)])
+def test_trees_wait_until_width_is_known_to_be_cheap(token_slope, is_cheap):
+    """A text begins with trees, each two plain steps long where width is dear, only to learn that it is."""
+    schedule = AdaptiveScheduler(costs=OnlineCosts()).start(replace(new_call(max_drafts=MAX_DRAFTS), may_branch=True))
+    machine, batch, branches = Machine(token_slope=token_slope), Batch((MAX_DRAFTS,), 1), []
+    while not any(branches) and len(branches) < 40:
+        write(schedule, machine, _good, 1, max_drafts=MAX_DRAFTS)
+        branches.append(schedule.num_branching(batch) > 0)
+    # the first comparison with plain steps comes after four drafted rounds
+    assert len(branches) > 4
+    assert any(branches) == is_cheap
 
 
 def _look_up(schedule: Schedule, machine: Machine) -> Choice:

@@ -78,9 +78,8 @@ def test_generating_teaches_the_memory(scheduler):
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=8)
     call = CallInfo(TargetAdapter(target), drafter, 1, 7)
     before = remembered(call).estimator.bias
-    target.generate(
-        **ragged_prompts(1), max_new_tokens=12, do_sample=False, assistant_model=drafter, scheduler=scheduler
-    )
+    options = {"max_new_tokens": 12, "do_sample": False, "scheduler": scheduler, "draft_tree": "off"}
+    target.generate(**ragged_prompts(1), assistant_model=drafter, **options)
     greedy, sampling = remembered(call), remembered(CallInfo(call.target, drafter, 1, 7, is_sampling=True))
     assert greedy.estimator.bias != before
     assert sampling.estimator.bias == before
