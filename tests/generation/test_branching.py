@@ -122,6 +122,20 @@ def test_the_drafter_reads_what_was_taken(monkeypatch):
     assert_same_up_to_rounding(states, expected[: len(states)])
 
 
+@pytest.mark.parametrize("said_by", ["configuration", "call"])
+def test_a_target_that_gives_its_routers_logits(said_by):
+    """The loss that comes with them takes a tree's mask for one of tokens, which ends in an error of PyTorch's."""
+    is_set = said_by == "configuration"
+    target, inputs = tiny_target("qwen3_moe", output_router_logits=is_set), _prompt()
+    options = {**inputs, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    options |= {} if is_set else {"output_router_logits": True}
+    plain = target.generate(**options)
+    drafter = ScriptedTreeDrafter(target, plain, [0], 0.7)
+    assert torch.equal(target.generate(**options, assistant_model=drafter, draft_tree=12), plain)
+    assert max(drafter.widths) == 12
+    assert drafter.last_statistics.num_accepted > 0
+
+
 PROCESSORS = {
     "repetition": {"repetition_penalty": 1.7},
     "n-grams": {"no_repeat_ngram_size": 2},

@@ -55,8 +55,11 @@ def branched_inputs(
         visible = visible_slots(positions, starts, past_length + width, window=window, tree=tree)
         masks[kind] = shown(visible[..., first : first + num_seen], adapter.model)
     known = inputs.get("position_ids")
+    # routers' losses would take the mask for one of tokens, and nobody asks for them here
+    unread = {"output_router_logits": False} if adapter.accepts("output_router_logits") else {}
     return {
         **inputs,
+        **unread,
         # a model with one kind of layer takes one mask, a hybrid one a mask per kind
         "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
         "position_ids": positions if known is None else known[..., depths],
