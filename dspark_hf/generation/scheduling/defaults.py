@@ -130,7 +130,8 @@ TREE_GAIN = 1.03
 # Plain passes that one over a whole block may cost where trees are tried. Plain choice: trees bring a fifth to a third
 # more tokens than chains, and passes twice as wide as those.
 DEAREST_WIDTH = 1.5
-# Trees that are drafted to see what they would give, before a plan counts. Plain choice: one may be luck.
+# Trees that are drafted to see what they would give, before a plan counts, and chains where trees seem to give more.
+# Plain choice: one may be luck.
 FEW_TREES = 4
 # Drafted rounds from one that shows what the other kind of drafts would give to the next. Plain choice: costs below
 # 1%.

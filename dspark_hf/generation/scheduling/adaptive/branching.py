@@ -69,13 +69,13 @@ class RecentTrees:
         self._num_rounds = 0
 
     @locked
-    def is_turn(self) -> bool:
+    def is_turn(self, num_tried: int) -> bool:
         """Return whether this round is to show what the kind of drafts would give that is not in use.
 
-        A few rounds show trees at first, later every so many one of either kind.
+        A few rounds do until it was tried some times, `num_tried` so far, later every so many one.
         """
         self._num_rounds += 1
-        return self.num_trees < FEW_TREES or self._num_rounds % OTHER_KIND_EVERY == 0
+        return num_tried < FEW_TREES or self._num_rounds % OTHER_KIND_EVERY == 0
 
     @locked
     def chances(self, probabilities: Sequence[float]) -> list[float]:

@@ -144,7 +144,10 @@ class _Adaptive(Schedule):
         """Draft the kind of drafts that is not in use, chain or tree, if it is its turn to show what it would give."""
         # chains are always worth a look
         may_try = self._branches or self._may_try_trees(batch)
-        self._is_trying = may_try and self._memory.recent_trees.is_turn()
+        trees, chains = self._memory.recent_trees, self._memory.recent_margins
+        # one unlucky chain must not keep trees in use
+        num_tried = chains.num_blocks if self._branches else trees.num_trees
+        self._is_trying = may_try and trees.is_turn(num_tried)
         self._branches = self._branches != self._is_trying
 
     def num_branching(self, batch: Batch) -> int:

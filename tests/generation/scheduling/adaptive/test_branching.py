@@ -34,6 +34,8 @@ class _Drafter(ScriptedTreeDrafter):
     """Its chains are right as often as `chain_accuracy` says, its trees have the text among two children or more."""
 
     chain_accuracy = 0.0
+    # how many chains at the start are wrong
+    unlucky_chains = 0
     says_chances = True
 
     def start(self, target: Any, batch_size: int) -> Any:
@@ -41,7 +43,8 @@ class _Drafter(ScriptedTreeDrafter):
         draft, draft_tree, accuracy = context.draft, context.draft_tree, self.accuracy
 
         def chain(*arguments: Any) -> Any:
-            self.accuracy = self.chain_accuracy
+            self.accuracy = 0.0 if self.unlucky_chains else self.chain_accuracy
+            self.unlucky_chains = max(self.unlucky_chains - 1, 0)
             block = draft(*arguments)
             self.accuracy = accuracy
             return block
@@ -69,6 +72,7 @@ def _widths(
     accuracy: float,
     accept_rates: list[float] | None = None,
     says_chances: bool = True,
+    unlucky_chains: int = 0,
     **how: Any,
 ) -> list[tuple[int, int]]:
     """Return of every round the drafts that were made and verified, of a text that is the target's own."""
@@ -77,7 +81,7 @@ def _widths(
     plain = target.generate(**options)
     drafter = _Drafter(target, plain, [0], accuracy)
     drafter.chain_accuracy, drafter.accept_rates = chain_accuracy, accept_rates
-    drafter.says_chances = says_chances
+    drafter.says_chances, drafter.unlucky_chains = says_chances, unlucky_chains
     scheduler = AdaptiveScheduler(costs=_Costs(per_token))
     options |= {"scheduler": scheduler, **how}
     assert torch.equal(target.generate(**options, assistant_model=drafter), plain)
@@ -122,6 +126,13 @@ def test_chains_where_they_give_more():
     rounds = _widths(0.001, chain_accuracy=1.0, accuracy=0.2)
     assert rounds[0][0] == MOST_OF_TREE
     assert all(made <= 5 for made, _ in rounds[-8:])
+
+
+def test_an_unlucky_chain_does_not_keep_trees_in_use():
+    """Trees are tried some times, and then win for good over the one chain that there was, none of it accepted."""
+    rounds = _widths(0.09, chain_accuracy=1.0, accuracy=0.5, unlucky_chains=1)
+    assert rounds[-1][0] <= 5
+    assert sum(made <= 5 for made, _ in rounds) > len(rounds) / 2
 
 
 def test_trees_are_not_tried_where_width_is_dear():
