@@ -38,8 +38,9 @@ def main(
     folder = converted_target("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoints = output / "checkpoints"
     arguments = TrainingArguments(
-        str(output / "checkpoints"),
+        str(checkpoints),
         max_steps=max_steps,
         # in two halves: a batch of eight needs a dozen gigabytes
         per_device_train_batch_size=4,
@@ -61,8 +62,7 @@ def main(
         train_dataset=read_answers(answers, tokenizer, num_answers),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED),
     )
-    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     target.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
