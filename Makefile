@@ -20,7 +20,7 @@ PIP := $(RUN)python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo         SmolLM2 answers questions, plain and with DSpark        (MODEL=gemma, ARGS='--repeats 1')"
-	@echo "make test         the tests, in four to five minutes on two cores       (ARGS='tests/generation -x')"
+	@echo "make test         the tests, in three to five minutes on two cores      (ARGS='tests/generation -x')"
 	@echo "make test-all     the slow ones too, in half an hour more"
 	@echo "make test-oldest  the tests on the oldest supported Transformers"
 	@echo "make bench        overhead of a round and speed                           (ARGS='--prompts FILE.jsonl')"

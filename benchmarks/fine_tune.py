@@ -4,7 +4,8 @@ python -m benchmarks.fine_tune --answers gsm8k_train.jsonl --output runs/tuned -
 
 Every weight learns, as in a usual fine-tune, so that the text becomes another one: with the worked solutions of GSM8K
 (`question` and `answer` in each line, as their authors publish them) SmolLM2 gives up its headings and sentences for
-short lines of arithmetic. `dspark-hf data`, `train` and `eval` take the folder as any target.
+short lines of arithmetic. `dspark-hf data`, `train` and `eval` take the folder as any target. The same command goes on
+where it was interrupted.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from dspark_hf.demo.packaged import converted_target
 from dspark_hf.training.conversations import encode
 
 _MAX_LENGTH = 512
+_SAVE_EVERY = 20
 _IGNORED = -100
 
 
@@ -35,16 +38,20 @@ def main(
     folder = converted_target("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoints = output / "checkpoints"
     arguments = TrainingArguments(
-        str(output / "checkpoints"),
+        str(checkpoints),
         max_steps=max_steps,
-        per_device_train_batch_size=8,
+        # in two halves: a batch of eight needs a dozen gigabytes
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
         learning_rate=learning_rate,
         warmup_steps=20,
         lr_scheduler_type="cosine",
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
+        save_steps=_SAVE_EVERY,
+        save_total_limit=1,
         logging_steps=10,
         report_to="none",
         seed=0,
@@ -55,7 +62,7 @@ def main(
         train_dataset=read_answers(answers, tokenizer, num_answers),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     target.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
 

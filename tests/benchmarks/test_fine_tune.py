@@ -31,3 +31,28 @@ def test_answers_are_learnt_and_questions_are_not(tmp_path, monkeypatch):
     assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == "dufo fodu"
     assert len(first["labels"]) == len(first["input_ids"])
     assert benchmark.read_answers(answers, tokenizer, 1) == [first] != [second]
+
+
+def test_an_interrupted_fine_tune_goes_on(tmp_path, monkeypatch):
+    """An hour of steps is lost when the machine runs out of memory at the last one."""
+    path, _ = write_tiny_pair(tmp_path)
+    monkeypatch.setattr(benchmark, "converted_target", lambda name: path)
+    monkeypatch.setattr(benchmark, "_SAVE_EVERY", 1)
+    (tmp_path / "answers.jsonl").write_text('{"question": "baba", "answer": "dufo fodu"}\n', encoding="utf-8")
+    original, steps = benchmark.Trainer.training_step, []
+
+    def step(self, *arguments, **options):
+        if self.state.global_step == 2 and not steps.count("stopped"):
+            steps.append("stopped")
+            raise KeyboardInterrupt
+        steps.append(self.state.global_step)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(benchmark.Trainer, "training_step", step)
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    given = ["--answers", str(tmp_path / "answers.jsonl"), "--output", str(tmp_path / "tuned"), "--max-steps", "3"]
+    assert CliRunner().invoke(app, given).exit_code
+    CliRunner().invoke(app, given, catch_exceptions=False)
+    assert steps == [0, 1, "stopped", 2]
+    assert (tmp_path / "tuned" / "config.json").is_file()
