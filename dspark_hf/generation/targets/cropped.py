@@ -19,8 +19,9 @@ from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.branching import branched_inputs, can_branch, close_up
 from dspark_hf.generation.targets.interface import TargetPass, joined
+from dspark_hf.generation.targets.masks import shows_past_windows
 from dspark_hf.generation.targets.prompts import check_chunks, foreign_preparation
-from dspark_hf.generation.targets.trees import Tree, check_kept, is_front, read_tree, refuse_tree
+from dspark_hf.generation.targets.trees import Tree, chain_of, check_kept, is_front, read_tree, refuse_tree
 
 _PER_TOKEN_KWARGS = ("token_type_ids", "mm_token_type_ids")
 
@@ -62,6 +63,19 @@ class SingleRowTarget:
     def takes_trees(self) -> bool:
         """Whether a verify pass may hold several drafts for one position."""
         return can_branch(self._adapter, self._generation_config, self._kwargs)
+
+    @cached_property
+    def _must_mask(self) -> bool:
+        """Whether the tokens of a pass have to be told by a mask how far back they see."""
+        if not shows_past_windows(self._model):
+            return False
+        if not self.takes_trees:
+            raise ValueError(
+                f"`target` must be served plainly here, got {type(self._model).__name__}, whose windows only its cache "
+                "knows: text alone, in a cache that `generate` makes, under 'eager' or 'sdpa'. Change that, or generate "
+                "without `assistant_model`."
+            )
+        return True
 
     def _held(self) -> int:
         """Return how many tokens the cache holds when the call starts."""
@@ -165,6 +179,8 @@ class SingleRowTarget:
         if parents is not None and not self.takes_trees:
             refuse_tree(parents, width, f"one unpadded row of {type(self._model).__name__}")
         tree = read_tree(parents, width)
+        if tree is None and width > 1 and self._must_mask:
+            tree = chain_of(width)
         inputs = self._model.prepare_inputs_for_generation(
             token_ids, next_sequence_length=width, is_first_iteration=False, **self._lengthened(width, past_length)
         )

@@ -5,6 +5,8 @@ B batch, W tokens of a pass, S slots.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,6 +46,20 @@ def visible_slots(
     if chunk:
         visible = visible & (held // chunk == query // chunk)
     return visible
+
+
+def shows_past_windows(model: PreTrainedModel) -> bool:
+    """Return whether the model's own mask leaves sliding windows to the cache, as Moshi's does.
+
+    One token then sees its window, since the cache holds no more, and several tokens of a pass see more than that.
+    """
+    config = model.config.get_text_config(decoder=True)
+    made_by = vars(sys.modules[type(model).__module__])
+    return (
+        getattr(config, "sliding_window", None) is not None
+        and "create_causal_mask" in made_by
+        and not made_by.keys() & {"create_sliding_window_causal_mask", "create_masks_for_generate"}
+    )
 
 
 def shown(visible: Tensor, model: PreTrainedModel) -> Tensor:

@@ -17,6 +17,7 @@ from dspark_hf.generation.compat import CACHE_KEY, mask_length
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.aligned_cache import AlignedCache, counts_columns
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass
+from dspark_hf.generation.targets.masks import shows_past_windows
 from dspark_hf.generation.targets.padding import full_mask, pack_order, run_packed
 from dspark_hf.generation.targets.prompts import (
     check_chunks,
@@ -75,6 +76,11 @@ class RaggedTarget:
         self._wants_hidden_states = bool(generation_config.output_hidden_states)
         self._chunk_size = generation_config.prefill_chunk_size
         check_preparation(adapter.model)
+        if shows_past_windows(adapter.model):
+            raise ValueError(
+                "`assistant_model` must be left out for several rows, or padded ones, of a target whose windows only "
+                f"its cache knows, as {type(adapter.model).__name__}'s are. Generate the rows one by one, unpadded."
+            )
         given, attention_mask = model_kwargs[CACHE_KEY], model_kwargs.get("attention_mask")
         embeds, given_ids = model_kwargs.get("inputs_embeds"), input_ids
         if embeds is not None:

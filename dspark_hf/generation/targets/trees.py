@@ -49,6 +49,11 @@ def read_tree(parents: Tensor | None, width: int) -> Tree | None:
     return Tree(given, depths, ancestry)
 
 
+def chain_of(width: int) -> Tree:
+    """Return the tree of `width` tokens of which each continues the one before."""
+    return Tree(list(range(-1, width - 1)), list(range(width)), torch.ones(width, width, dtype=torch.bool).tril())
+
+
 def refuse_tree(parents: Tensor | None, width: int, name: str) -> None:
     """Raise a `ValueError` if `parents` `(W,)` describe no chain, for a target that takes nothing else."""
     if read_tree(parents, width) is not None:
