@@ -71,9 +71,9 @@ class SingleRowTarget:
             return False
         if not self.takes_trees:
             raise ValueError(
-                f"`target` must be served plainly here, got {type(self._model).__name__}, whose windows only its cache "
-                "knows: text alone, in a cache that `generate` makes, under 'eager' or 'sdpa'. Change that, or generate "
-                "without `assistant_model`."
+                f"`assistant_model` must be left out for {type(self._model).__name__}, whose windows only its cache "
+                "knows, unless a call has text alone, under 'eager' or 'sdpa', no cache of its own kind, and no "
+                "`output_attentions`. Leave those out, or the drafter."
             )
         return True
 

@@ -34,6 +34,16 @@ def test_drafts_see_the_window_alone(draft_tree, prompt_length):
     assert drafter.last_statistics.num_accepted > 5
 
 
+def test_where_no_mask_goes_the_call_is_refused():
+    """Attentions of drafts that look too far back are given out."""
+    target, ids = _target(), torch.randint(1, 64, (1, 5))
+    drafter = ScriptedTreeDrafter(target, ids.repeat(1, 3), [0], 0.8)
+    options = {"attention_mask": torch.ones_like(ids), "output_attentions": True, "return_dict_in_generate": True}
+    target.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="must be left out for MoshiForCausalLM, whose windows only its cache knows"):
+        target.generate(ids, **options, max_new_tokens=4, assistant_model=drafter)
+
+
 def test_several_rows_are_refused():
     """Prompts of a batch are read through windows that plain `generate` does not give them."""
     target, ids = _target(), torch.randint(1, 64, (2, 12))
