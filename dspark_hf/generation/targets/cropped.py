@@ -53,6 +53,7 @@ class SingleRowTarget:
             output_attentions=generation_config.output_attentions or None,
         )
         self._ids = input_ids
+        self._must_mask = self._check_windows()
         self._tree: Tree | None = None
         self._prompt_length = 0
         # tokens that are kept, and those of a pass behind them of which nothing is known yet
@@ -64,9 +65,8 @@ class SingleRowTarget:
         """Whether a verify pass may hold several drafts for one position."""
         return can_branch(self._adapter, self._generation_config, self._kwargs)
 
-    @cached_property
-    def _must_mask(self) -> bool:
-        """Whether the tokens of a pass have to be told by a mask how far back they see."""
+    def _check_windows(self) -> bool:
+        """Return whether the tokens of a pass have to be told by a mask how far back they see."""
         if not shows_past_windows(self._model):
             return False
         if not self.takes_trees:
