@@ -104,7 +104,7 @@ class _Adaptive(Schedule):
             return 0
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
         # trees may pay where chains do not
-        is_unknown = self._may_try_trees(batch) and self._memory.recent_trees.num_trees < FEW_TREES
+        is_unknown = self._may_branch(batch) and self._memory.recent_trees.num_trees < FEW_TREES
         promises = plan.rate > self._required_gain(batch) * plan.plain_rate
         if (promises or is_unknown) and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
@@ -129,10 +129,10 @@ class _Adaptive(Schedule):
             return min(batch.max_drafts, self._most_drafts(batch))
         return min(self._plan.num_drafts, self._most_drafts(batch))
 
-    def _may_try_trees(self, batch: Batch) -> bool:
-        """Return whether trees may be grown to see what they would give: where passes are known to be wide for little.
+    def _may_branch(self, batch: Batch) -> bool:
+        """Return whether trees are worth a thought: where passes are known to be wide for little.
 
-        Elsewhere the few that are needed to know would cost more than trees could ever bring.
+        Elsewhere the few that show what trees would give cost more than trees could ever bring.
         """
         costs, rows, length = self._costs, batch.num_rows, batch.context_length
         if not self._tree_size or (isinstance(costs, OnlineCosts) and not costs.knows(rows)):
@@ -143,7 +143,7 @@ class _Adaptive(Schedule):
     def _take_turns(self, batch: Batch) -> None:
         """Draft the kind of drafts that is not in use, chain or tree, if it is its turn to show what it would give."""
         # chains are always worth a look
-        may_try = self._branches or self._may_try_trees(batch)
+        may_try = self._branches or self._may_branch(batch)
         trees, chains = self._memory.recent_trees, self._memory.recent_margins
         # one unlucky chain must not keep trees in use
         num_tried = chains.num_blocks if self._branches else trees.num_trees
@@ -258,7 +258,7 @@ class _Adaptive(Schedule):
             gains = recent_margins.gains(batch.max_drafts, self._memory.estimator, self._memory.shown)
             chain = self._plan_for(batch, gains, range(1, batch.max_drafts + 1))
             self._better = False, *chain
-            if self._tree_size and recent_trees.num_trees >= FEW_TREES:
+            if recent_trees.num_trees >= FEW_TREES and self._may_branch(batch):
                 gains = recent_trees.gains()
                 tree = self._plan_for(batch, gains, [self._tree_size] * gains.shape[1])
                 if tree[0].rate >= TREE_GAIN * chain[0].rate:

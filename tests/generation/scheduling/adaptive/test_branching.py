@@ -90,7 +90,7 @@ def _widths(
 
 def test_trees_are_as_wide_as_pays():
     """Trees that give more than chains are not drafted, or all of them are verified in full, whatever that costs."""
-    free, dear = (_widths(cost, chain_accuracy=0.0, accuracy=0.9) for cost in (0.001, 0.08))
+    free, dear = (_widths(cost, chain_accuracy=0.0, accuracy=0.9) for cost in (0.001, 0.045))
     assert [made for made, _ in free[:FEW_TREES]] == [MOST_OF_TREE] * FEW_TREES
     verified = [verified for made, verified in free if made == MOST_OF_TREE][FEW_TREES:]
     assert len(verified) > len(free) / 2
@@ -110,7 +110,7 @@ def test_trees_of_a_drafter_that_says_no_chances():
     """Its trees are planned as if they had no drafts, which ends in an error of NumPy's."""
     free = _widths(0.001, chain_accuracy=0.0, accuracy=0.9, says_chances=False)
     assert sum(made == MOST_OF_TREE for made, _ in free) > len(free) / 2
-    chains = _widths(0.08, chain_accuracy=1.0, accuracy=0.0, says_chances=False)
+    chains = _widths(0.045, chain_accuracy=1.0, accuracy=0.0, says_chances=False)
     assert all(made <= 5 for made, _ in chains[-8:])
 
 
@@ -130,7 +130,7 @@ def test_chains_where_they_give_more():
 
 def test_an_unlucky_chain_does_not_keep_trees_in_use():
     """Trees are tried some times, and then win for good over the one chain that there was, none of it accepted."""
-    rounds = _widths(0.09, chain_accuracy=1.0, accuracy=0.5, unlucky_chains=1)
+    rounds = _widths(0.045, chain_accuracy=1.0, accuracy=0.5, unlucky_chains=1)
     assert rounds[-1][0] <= 5
     assert sum(made <= 5 for made, _ in rounds) > len(rounds) / 2
 
