@@ -127,9 +127,9 @@ MOST_OF_TREE = 23
 TREE_LEVELS = (0, 1, 2, 3, 5, 7, 11, 15, 23)
 # A tree must promise this many times the speed of a chain. Plain choice: about the error of both promises.
 TREE_GAIN = 1.03
-# Plain passes that one over a whole block may cost where drafts branch. Plain choice: a tree's pass is up to three times
-# as wide, and where a block costs half a plain pass more (SmolLM2 in fp32) trees lost a quarter on texts that are hard
-# to draft.
+# Plain passes that one over a whole block may cost where drafts branch. Plain choice: a tree's pass is up to three
+# times as wide, and where a block costs half a plain pass more (SmolLM2 in fp32) trees lost a quarter on texts that
+# are hard to draft.
 DEAREST_WIDTH = 1.25
 # Trees that are drafted to see what they would give, before a plan counts, and chains where trees seem to give more.
 # Plain choice: one may be luck.
