@@ -8,6 +8,7 @@ of them. Tokens per pass do not depend on the machine.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,12 +35,13 @@ from dspark_hf.generation.scheduling import reset_learned_state
 
 def make_ways(packaged: Packaged, chains: str, trees: str) -> dict[str, dict[str, Any]]:
     """Return what `generate` is told, by way: chains and trees of these sizes, and the default with and without."""
-    drafter = {"assistant_model": packaged.drafter}
+    # what is learned belongs to a drafter, and what one way has learned must not serve the other
+    drafter, other = ({"assistant_model": copy.deepcopy(packaged.drafter)} for _ in range(2))
     fixed = {**drafter, "scheduler": "fixed", "drafts": "model"}
     ways: dict[str, dict[str, Any]] = {PLAIN: {}}
     ways |= {f"chain of {size}": {**fixed, "num_assistant_tokens": int(size)} for size in chains.split(",") if size}
     ways |= {f"tree of {size}": {**fixed, "draft_tree": int(size)} for size in trees.split(",") if size}
-    return {**ways, "default": drafter, "default, draft_tree=off": {**drafter, "draft_tree": "off"}}
+    return {**ways, "default": drafter, "default, draft_tree=off": {**other, "draft_tree": "off"}}
 
 
 def main(
