@@ -81,6 +81,8 @@ class _Adaptive(Schedule):
         self._tree_size = call.max_drafts + 1 if call.may_branch else 0
         # whether this round's drafts branch, and whether only to see what they, or a chain, would give
         self._branches = False
+        # as of the last plan
+        self._width_is_cheap = False
         self._is_trying = False
         self._tree: list[float] = []
         self._source = OnlineConfidence(memory.estimator)
@@ -104,7 +106,7 @@ class _Adaptive(Schedule):
             return 0
         plan, parking = self._current_plan(batch), self._memory.parking(batch.num_rows)
         # trees may pay where chains do not
-        is_unknown = self._may_branch(batch) and self._memory.recent_trees.num_trees < FEW_TREES
+        is_unknown = self._width_is_cheap and self._memory.recent_trees.num_trees < FEW_TREES
         promises = plan.rate > self._required_gain(batch) * plan.plain_rate
         if (promises or is_unknown) and not parking.is_parked:
             is_busy = not parking.is_plain_step_due()
@@ -113,10 +115,10 @@ class _Adaptive(Schedule):
             if is_busy and not is_unknown and not self._is_worth_its_time(batch, plan):
                 self._mode = _Mode.plain
             elif is_busy:
-                self._take_turns(batch)
+                self._take_turns()
         elif parking.is_trial_due():
             self._mode = _Mode.trial
-            self._take_turns(batch)
+            self._take_turns()
         else:
             # told once: the numbers hardly change while nothing is drafted
             self.parked_because = self.parked_because or self._explain(batch, plan, has_lost=parking.is_parked)
@@ -140,10 +142,10 @@ class _Adaptive(Schedule):
         wide, narrow = (costs.verify_seconds(rows, width, length) for width in (self._tree_size, 1))
         return wide <= DEAREST_WIDTH * narrow
 
-    def _take_turns(self, batch: Batch) -> None:
+    def _take_turns(self) -> None:
         """Draft the kind of drafts that is not in use, chain or tree, if it is its turn to show what it would give."""
         # chains are always worth a look
-        may_try = self._branches or self._may_branch(batch)
+        may_try = self._branches or self._width_is_cheap
         trees, chains = self._memory.recent_trees, self._memory.recent_margins
         # one unlucky chain must not keep trees in use
         num_tried = chains.num_blocks if self._branches else trees.num_trees
@@ -258,7 +260,8 @@ class _Adaptive(Schedule):
             gains = recent_margins.gains(batch.max_drafts, self._memory.estimator, self._memory.shown)
             chain = self._plan_for(batch, gains, range(1, batch.max_drafts + 1))
             self._better = False, *chain
-            if recent_trees.num_trees >= FEW_TREES and self._may_branch(batch):
+            self._width_is_cheap = self._may_branch(batch)
+            if recent_trees.num_trees >= FEW_TREES and self._width_is_cheap:
                 gains = recent_trees.gains()
                 tree = self._plan_for(batch, gains, [self._tree_size] * gains.shape[1])
                 if tree[0].rate >= TREE_GAIN * chain[0].rate:
