@@ -131,7 +131,7 @@ class _Adaptive(Schedule):
             return min(batch.max_drafts, self._most_drafts(batch))
         return min(self._plan.num_drafts, self._most_drafts(batch))
 
-    def _may_branch(self, batch: Batch) -> bool:
+    def _knows_cheap_width(self, batch: Batch) -> bool:
         """Return whether trees are worth a thought: where passes are known to be wide for little.
 
         Elsewhere the few that show what trees would give cost more than trees could ever bring.
@@ -260,7 +260,7 @@ class _Adaptive(Schedule):
             gains = recent_margins.gains(batch.max_drafts, self._memory.estimator, self._memory.shown)
             chain = self._plan_for(batch, gains, range(1, batch.max_drafts + 1))
             self._better = False, *chain
-            self._width_is_cheap = self._may_branch(batch)
+            self._width_is_cheap = self._knows_cheap_width(batch)
             if recent_trees.num_trees >= FEW_TREES and self._width_is_cheap:
                 gains = recent_trees.gains()
                 tree = self._plan_for(batch, gains, [self._tree_size] * gains.shape[1])
