@@ -36,3 +36,6 @@ def check_rollback(model: PreTrainedModel) -> None:
             "`target` must take several tokens a pass where its cache holds some already, got "
             f"{type(model).__name__}. {remedy}"
         )
+    # a cache for it keeps all tokens, not none: a single one sees them all, several of a pass only themselves
+    if getattr(model.config.get_text_config(decoder=True), "sliding_window", None) == 1:
+        raise ValueError(f"`sliding_window` of `target` must be at least 2, got 1. {remedy}")

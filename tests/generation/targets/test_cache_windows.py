@@ -56,3 +56,10 @@ def test_several_rows_are_refused():
 def test_masks_that_know_their_windows_stay(family):
     """Targets that need no mask of ours, and several of their rows, are taken for ones that do."""
     assert not shows_past_windows(tiny_target(family))
+
+
+def test_a_window_of_one_token_is_refused():
+    """Caches for it keep every token, so passes over several tokens write another text."""
+    target, ids = tiny_target("mistral", sliding_window=1), torch.randint(1, 64, (1, 5))
+    with pytest.raises(ValueError, match="`sliding_window` of `target` must be at least 2, got 1"):
+        target.generate(ids, max_new_tokens=4, assistant_model=ScriptedTreeDrafter(target, ids, [0], 0.8))
