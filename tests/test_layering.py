@@ -22,6 +22,7 @@ SHARED = {
     "lazy",
     "moved",
     "pieces",
+    "places",
     "prompts",
     "provenance",
     "version",

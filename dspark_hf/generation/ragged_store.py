@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dspark_hf.places import put_at, take_at
+
 
 class RaggedStore:
     """Keys and values of one layer, `(B, H, C, E)`; row r's token j lies in slot j.
@@ -21,6 +23,8 @@ class RaggedStore:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        # what keys and values are the first rows of, since rows left
+        self._larger: tuple[Tensor, Tensor] | None = None
 
     def write(self, keys: Tensor, values: Tensor, starts: Sequence[int], starts_tensor: Tensor) -> None:
         """Write keys and values `(B, H, T, E)` into the slots from `starts[r]` on."""
@@ -29,15 +33,14 @@ class RaggedStore:
         if self.keys is None or self.values is None:
             self.keys, self.values = _reserve(keys, end), _reserve(values, end)
         elif end > self.keys.shape[2]:
-            self.keys, self.values = _grow(self.keys, end), _grow(self.values, end)
+            self.keys, self.values, self._larger = _grow(self.keys, end), _grow(self.values, end), None
         if min(starts) == max(starts):
             self.keys[:, :, starts[0] : end] = keys
             self.values[:, :, starts[0] : end] = values
             return
         slots = starts_tensor[:, None] + torch.arange(num_tokens, device=keys.device)
-        index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        self.keys.scatter_(2, index, keys)
-        self.values.scatter_(2, index[..., :1].expand(-1, -1, -1, values.shape[3]), values)
+        _put(self.keys, slots, keys)
+        _put(self.values, slots, values)
 
     def read(self, length: int) -> tuple[Tensor, Tensor]:
         """Return keys and values `(B, H, length, E)`."""
@@ -47,11 +50,8 @@ class RaggedStore:
     def keep_from(self, starts: Tensor, length: int) -> None:
         """Move the `length` slots from `starts` `(B)` on to the front, and drop the others."""
         if self.keys is not None and self.values is not None:
-            slots = (starts[:, None] + torch.arange(length, device=starts.device))[:, None, :, None]
-            self.keys, self.values = (
-                store.gather(2, slots.expand(-1, store.shape[1], -1, store.shape[3])).contiguous()
-                for store in (self.keys, self.values)
-            )
+            slots = starts[:, None] + torch.arange(length, device=starts.device)
+            self.keys, self.values, self._larger = _taken(self.keys, slots), _taken(self.values, slots), None
 
     def close_up(self, starts: Tensor, tokens: Tensor) -> None:
         """Move what lies `tokens[r]` slots behind `starts[r]`, `(B, N)` and `(B)`, to the N slots from there on."""
@@ -59,24 +59,24 @@ class RaggedStore:
             starts, tokens = starts.to(self.keys.device)[:, None], tokens.to(self.keys.device)
             slots = starts + torch.arange(tokens.shape[1], device=starts.device)
             for store in (self.keys, self.values):
-                source, target = (
-                    index[:, None, :, None].expand(-1, store.shape[1], -1, store.shape[3])
-                    for index in (starts + tokens, slots)
-                )
-                store.scatter_(2, target, store.gather(2, source))
+                _put(store, slots, _taken(store, starts + tokens))
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
         if self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
-            self.keys, self.values = _selected(self.keys, rows), _selected(self.values, rows)
+            before = self.keys, self.values
+            if self._larger is None or not _begins(self._larger[0], self.keys):
+                self._larger = before
+            self.keys, self.values = (_selected(store, rows) for store in before)
 
     def append_rows(self, other: RaggedStore, length: int) -> None:
         """Append the rows of another store of the same layer, of all of which the longest has `length` tokens."""
         assert self.keys is not None and self.values is not None
         assert other.keys is not None and other.values is not None
-        self.keys = _stacked(self.keys, other.keys, length)
-        self.values = _stacked(self.values, other.values, length)
+        larger = self._larger or (self.keys, self.values)
+        self.keys = _appended(self.keys, larger[0], other.keys, length)
+        self.values = _appended(self.values, larger[1], other.values, length)
 
 
 class StaticStore(RaggedStore):
@@ -96,8 +96,8 @@ class StaticStore(RaggedStore):
             self.make(keys, values)
         assert self.keys is not None and self.values is not None
         slots = starts_tensor.to(keys.device)[:, None] + torch.arange(keys.shape[2], device=keys.device)
-        for stored, states in ((self.keys, keys), (self.values, values)):
-            stored.scatter_(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]), states)
+        _put(self.keys, slots, keys)
+        _put(self.values, slots, values)
 
     def make(self, keys: Tensor, values: Tensor) -> None:
         """Make room for all slots, like `keys` and `values` `(B, H, T, E)`."""
@@ -115,6 +115,16 @@ class StaticStore(RaggedStore):
             # the very tensors, whose place is known
             return self.keys, self.values
         return super().read(length)
+
+
+def _put(store: Tensor, slots: Tensor, states: Tensor) -> None:
+    """Write states `(B, H, T, E)` into the slots `(B, T)` of a store."""
+    put_at(store.transpose(1, 2), slots, states.transpose(1, 2))
+
+
+def _taken(store: Tensor, slots: Tensor) -> Tensor:
+    """Return the states `(B, H, T, E)` in the slots `(B, T)` of a store."""
+    return take_at(store.transpose(1, 2), slots).transpose(1, 2).contiguous()
 
 
 def _reserve(states: Tensor, length: int) -> Tensor:
@@ -137,8 +147,24 @@ def _selected(store: Tensor, rows: Tensor) -> Tensor:
     return store[:count]
 
 
+def _begins(larger: Tensor, store: Tensor) -> bool:
+    """Return whether a store is the first rows of a larger one, in the same memory."""
+    return larger.data_ptr() == store.data_ptr() and larger.shape[1:] == store.shape[1:] and len(larger) >= len(store)
+
+
+def _appended(store: Tensor, larger: Tensor, other: Tensor, length: int) -> Tensor:
+    """Return the rows of a store and of another: where others left, in their place, else in a new one."""
+    count = len(store) + len(other)
+    # what a longer row left behind that is gone by now need not stay
+    is_large_enough = count <= len(larger) and length <= larger.shape[2] <= 2 * _with_room(length)
+    if not is_large_enough or not _begins(larger, store):
+        return _stacked(store, other, length)
+    kept = other[:, :, :length]
+    larger[len(store) : count, :, : kept.shape[2]] = kept
+    return larger[:count]
+
+
 def _stacked(store: Tensor, other: Tensor, length: int) -> Tensor:
-    # all rows move, so what a longer one left behind that is gone by now need not stay
     stacked = store.new_zeros(len(store) + len(other), store.shape[1], _with_room(length), store.shape[3])
     for part, states in ((stacked[: len(store)], store), (stacked[len(store) :], other)):
         kept = states[:, :, :length]

@@ -46,6 +46,7 @@ from dspark_hf.modeling.rotary import RotaryEmbedding
 from dspark_hf.modeling.saved_folder import complete_folder, upload_card
 from dspark_hf.modeling.vocabulary import resize_vocabulary
 from dspark_hf.modeling.warm_start import copy_last_layers
+from dspark_hf.places import take_at
 
 _LOGGER = logging.get_logger(__name__)
 
@@ -713,5 +714,5 @@ def _latest(
     """Return the last `window` real tokens of every row: `(B, window, *)`, `(B, window)` and how many are real."""
     starts = torch.tensor([max(count - window, 0) for count in num_tokens], device=positions.device)
     index = starts[:, None] + torch.arange(window, device=positions.device)
-    states = hidden_states.gather(1, index.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2]))
+    states = take_at(hidden_states, index.to(hidden_states.device))
     return states, positions.gather(1, index), [min(count, window) for count in num_tokens]

@@ -209,6 +209,21 @@ def test_rows_that_join_find_room_for_those_that_are_there(joining):
         assert torch.equal(store.values[row : row + 1, :, : states.shape[2]], -states)
 
 
+@pytest.mark.parametrize("joining", [[30], [25, 60], [30, 20, 10]])
+def test_rows_that_join_take_the_place_of_those_that_left(joining):
+    """Every row that joins a stream moves all others, which costs more than the pass it joins for."""
+    store, rows = _filled([40, 50, 45])
+    place = store.keys.data_ptr()
+    store.select_rows(torch.tensor([0, 2]))
+    store.select_rows(torch.tensor([1]))
+    new, new_rows = _filled(joining)
+    store.append_rows(new, max(45, *joining))
+    for row, states in enumerate([rows[2], *new_rows]):
+        assert torch.equal(store.keys[row : row + 1, :, : states.shape[2]], states)
+        assert torch.equal(store.values[row : row + 1, :, : states.shape[2]], -states)
+    assert (store.keys.data_ptr() == place) == (len(joining) < 3)
+
+
 def test_finished_rows_leave_the_batch():
     """Rows that are done go on costing the target."""
     target = tiny_target("llama")

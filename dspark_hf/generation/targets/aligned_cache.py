@@ -22,6 +22,7 @@ from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.generation.targets.padding import known_positions
 from dspark_hf.generation.targets.recurrent import RecurrentStates
 from dspark_hf.generation.targets.trees import Tree
+from dspark_hf.places import take_at
 
 # kinds of attention that count columns, and families that always have a bias
 _KINDS = {"alibi", "local"}
@@ -157,8 +158,8 @@ class AlignedCache(DynamicCache):
 
 def _moved(states: Tensor, sources: Tensor) -> Tensor:
     """Return `states` `(B, H, *, E)` from the columns `sources` `(B, S)`, whatever where these are negative."""
-    index = sources.to(states.device).clamp_min(0)[:, None, :, None]
-    return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+    sources = sources.to(states.device).clamp_min(0)
+    return take_at(states.transpose(1, 2), sources).transpose(1, 2).contiguous()
 
 
 def _widened(states: Tensor, width: int) -> Tensor:

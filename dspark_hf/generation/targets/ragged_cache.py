@@ -37,6 +37,7 @@ from dspark_hf.generation.targets.padding import known_positions, pack_order
 from dspark_hf.generation.targets.recurrent import RecurrentStates
 from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 from dspark_hf.generation.targets.trees import Tree, is_front
+from dspark_hf.places import take_at
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _STATE_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
@@ -184,8 +185,7 @@ class RaggedCache(Cache):
             # a sliding layer kept its window only; earlier slots are never looked at again
             missing = mask.shape[1] - source.keys.shape[2]
             states = [torch.nn.functional.pad(x, (0, 0, missing, 0)) for x in (source.keys, source.values)]
-            index = order[:, None, :, None].expand(-1, states[0].shape[1], -1, -1)
-            keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in states)
+            keys, values = (take_at(x.transpose(1, 2), order).transpose(1, 2) for x in states)
             layer.store.write(keys, values, self._rows.host, self._rows.device)
             layer.is_initialized = True
         self._rows.set(counts)

@@ -15,6 +15,7 @@ from dspark_hf.modeling.deepseek_v4.cache import CompressedStore
 from dspark_hf.modeling.deepseek_v4.configuration import DeepseekV4DSparkConfig
 from dspark_hf.modeling.deepseek_v4.rotary import rotary_tables, rotate
 from dspark_hf.modeling.deepseek_v4.storage import Span
+from dspark_hf.places import put_at, take_at
 
 
 class EntriesSoFar:
@@ -34,9 +35,9 @@ class EntriesSoFar:
         self._held = new
         self.num_entries = num_entries
         if store is not None and new.shape[1] > 0 and new.requires_grad:
-            slots = (first[:, None] + torch.arange(new.shape[1], device=new.device))[..., None]
-            copies = store.entries.read(0, num_entries).to(new.dtype)
-            self._held = copies.scatter(1, slots.expand(-1, -1, new.shape[2]), new)
+            slots = first[:, None] + torch.arange(new.shape[1], device=new.device)
+            self._held = store.entries.read(0, num_entries).to(new.dtype, copy=True)
+            put_at(self._held, slots, new)
             self._store = None
 
     def all(self) -> Tensor:
@@ -143,7 +144,7 @@ def _tokens_at(positions: Tensor, tokens: Tensor, span: Span, store: CompressedS
     # a row that completes fewer entries, and the window before the first, look outside
     inside = offset.clamp(0, span.num_tokens - 1)
     if remembered is None or max(span.num_before) == 0:
-        return tokens.gather(1, inside[..., None].expand(-1, -1, tokens.shape[2]))
+        return take_at(tokens, inside)
     assert store is not None
     index = torch.where(offset < 0, positions % store.tail.capacity, store.tail.capacity + inside)
-    return torch.cat([remembered, tokens], dim=1).gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+    return take_at(torch.cat([remembered, tokens], dim=1), index)

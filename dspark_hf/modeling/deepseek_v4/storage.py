@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf.modeling.deepseek_v4.formats import FP4_GROUP, decode_fp4, encode_fp4
+from dspark_hf.places import put_at, take_at
 
 _GROUP = 64
 _LARGEST = 448.0
@@ -142,7 +143,7 @@ class _Slots:
     def _scatter(self, slots: Tensor, parts: tuple[Tensor, ...]) -> None:
         assert self._stored is not None
         for store, part in zip(self._stored, parts, strict=True):
-            store.scatter_(1, slots[..., None].expand(-1, -1, part.shape[2]), part)
+            put_at(store, slots, part)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch, in that order."""
@@ -177,7 +178,7 @@ class Ring(_Slots):
             latest, slots = vectors[:, -width:], span.positions[:, -width:] % self.capacity
         else:
             index = span.counts[:, None] - width + torch.arange(width, device=vectors.device)
-            latest = vectors.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, vectors.shape[2]))
+            latest = take_at(vectors, index.clamp_min(0))
             # what is no real token goes to a slot that nobody reads
             slots = torch.where(index >= 0, (span.starts[:, None] + index) % self.capacity, self.capacity)
         parts = self._codec.encode(latest.detach())
