@@ -1,0 +1,68 @@
+"""Kernels that take PyTorch's CPU hundreds of times as long in bf16 as others that do the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspark_hf import DSparkAssistantModel, generate_stream
+from dspark_hf.generation.requests.request import Request
+from tests.generation.prompts import ragged_prompts
+from tests.thinning import mostly_slow
+from tests.tiny import tiny_target
+
+
+class _SlowKernels(TorchDispatchMode):
+    """Collect the names of the slow ones: `scatter` in bf16, and products that read their weights once per row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.num_products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.num_products += name in ("aten::mm", "aten::addmm")
+        if name.startswith("aten::scatter") and args[0].dtype is torch.bfloat16:
+            self.found.add(name)
+        if name == "aten::bmm" and len(args[1]) > 1 and args[1].stride(0) == 0:
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _drafter(target, *, sample_from_anchor=True):
+    # a block with more slots than drafts are asked for, and a copy of some of the head's rows
+    drafter = DSparkAssistantModel.from_target(
+        target,
+        num_hidden_layers=1,
+        markov_rank=8,
+        block_size=5,
+        sample_from_anchor=sample_from_anchor,
+        draft_token_ids=list(range(2, 50)),
+    )
+    return drafter.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("sample_from_anchor", [True, False])
+@pytest.mark.parametrize("family", mostly_slow(("llama", "gemma3_text", "qwen3"), ("llama",)))
+def test_rows_of_a_batch(family, sample_from_anchor, do_sample):
+    """A batch in bf16 waits for its keys and values to be written, or for the logits of its drafts."""
+    target = tiny_target(family).to(torch.bfloat16)
+    drafter = _drafter(target, sample_from_anchor=sample_from_anchor)
+    options = {"max_new_tokens": 10, "do_sample": do_sample, "num_assistant_tokens": 3, "scheduler": "fixed"}
+    with _SlowKernels() as slow:
+        target.generate(**ragged_prompts(4), **options, assistant_model=drafter)
+    assert slow.num_products > 50
+    assert not slow.found
+
+
+def test_rows_of_a_stream():
+    """So does a stream."""
+    target = tiny_target("llama").to(torch.bfloat16)
+    requests = [Request(torch.arange(5, 9 + length), {"max_new_tokens": 8}) for length in range(5)]
+    with _SlowKernels() as slow:
+        finished = list(generate_stream(target, requests, drafter=_drafter(target), max_rows=3))
+    assert len(finished) == 5 and slow.num_products > 50
+    assert not slow.found
