@@ -123,7 +123,7 @@ LEAST_SHARE = 0.1
 # Drafts of a tree that the drafter grows; with the anchor, a pass of 24. Plain choice: no larger tree has gained more
 # (benchmarks/results/trees.md).
 MOST_OF_TREE = 23
-# How many of them are verified, rounded up to one of these. Plain choice: costs of few widths are soon known.
+# How many of them are verified, rounded to one of these. Plain choice: costs of few widths are soon known.
 TREE_LEVELS = (0, 1, 2, 3, 5, 7, 11, 15, 23)
 # A tree must promise this many times the speed of a chain. Plain choice: about the error of both promises.
 TREE_GAIN = 1.03

@@ -305,7 +305,8 @@ class _Adaptive(Schedule):
         if self._is_trying or self._mode is not _Mode.drafting or self._plan is None:
             return most
         level = self._plan.admit(self._memory.recent_trees.chances(self._tree))
-        return min(next(one for one in TREE_LEVELS if one >= level), most)
+        # a plan may end between two of them
+        return next((one for one in TREE_LEVELS if level <= one <= most), _level_below(most))
 
     def observe(self, outcome: RoundOutcome) -> None:
         self._num_rounds += 1
@@ -362,6 +363,10 @@ class _Adaptive(Schedule):
             parking.count_trial(has_paid=_gain(outcome, self._costs) > 0)
             self._memory.recent_margins.forget_old()
             self._plan = None
+
+
+def _level_below(count: int) -> int:
+    return max(one for one in TREE_LEVELS if one <= count)
 
 
 def _gain(outcome: RoundOutcome, costs: Costs) -> float:

@@ -11,7 +11,7 @@ import torch
 from dspark_hf.generation.scheduling import reset_learned_state
 from dspark_hf.generation.scheduling.adaptive.branching import PathChances, RecentTrees
 from dspark_hf.generation.scheduling.adaptive.scheduler import AdaptiveScheduler
-from dspark_hf.generation.scheduling.defaults import FEW_TREES, MOST_OF_TREE
+from dspark_hf.generation.scheduling.defaults import FEW_TREES, MOST_OF_TREE, TREE_LEVELS
 from tests.generation.drafters import ScriptedTreeDrafter
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
@@ -97,6 +97,14 @@ def test_trees_are_as_wide_as_pays():
     assert min(verified) == MOST_OF_TREE
     assert MOST_OF_TREE in [made for made, _ in dear]
     assert max(verified for _, verified in dear) < MOST_OF_TREE
+
+
+@pytest.mark.parametrize("per_token", [0.02, 0.03, 0.045])
+def test_trees_are_verified_to_few_widths(per_token):
+    """Passes have as many widths as plans have ends, and none of them was timed often enough to be known."""
+    rounds = _widths(per_token, chain_accuracy=0.0, accuracy=0.9)
+    verified = {verified for made, verified in rounds[FEW_TREES:-FEW_TREES] if made == MOST_OF_TREE}
+    assert verified and verified <= set(TREE_LEVELS)
 
 
 def test_trees_are_tried_where_chains_do_not_pay():
