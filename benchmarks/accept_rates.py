@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.loading import DTYPES, DtypeName, PackagedName, load_packaged
 from dspark_hf import DSparkAssistantModel
@@ -77,6 +78,7 @@ def main(
     model: PackagedName = "smollm2",
     dtype: DtypeName = "bf16",
     drafter: Annotated[str, typer.Option(help="Another folder than that of the shipped one.")] = "",
+    target: Annotated[str, typer.Option(help="Folder of a fine-tune of the packaged target, in its place.")] = "",
     num_texts: Annotated[int, typer.Option(min=1, help="Of each file at most.")] = 80,
     most_tokens: Annotated[int, typer.Option(min=16, help="Of a text.")] = 96,
 ) -> None:
@@ -85,6 +87,9 @@ def main(
     if drafter:
         other = DSparkAssistantModel.from_pretrained(drafter, dtype=DTYPES[dtype])
         packaged = replace(packaged, drafter=other)
+    if target:
+        tuned = AutoModelForCausalLM.from_pretrained(target, dtype=DTYPES[dtype])
+        packaged = replace(packaged, target=tuned, tokenizer=AutoTokenizer.from_pretrained(target))
     size = packaged.drafter.block_size
     counts: list[int] = []
     for path in files:
