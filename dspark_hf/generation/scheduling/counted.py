@@ -5,36 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.drafting.lookup import Offer
 from dspark_hf.generation.scheduling.defaults import (
     ASSUMED_COST_OF_A_BLOCK,
     ASSUMED_COST_OF_A_TOKEN,
+    ASSUMED_COST_OF_A_TOKEN_IN_FP32,
     COUNT_MEMORY,
     COUNT_TRUST,
     FIRST_TRIAL_GAP,
+    LEAST_CHANCE,
     LONGEST_TRIAL_GAP,
     PRIOR_CHANCE,
     REQUIRED_GAIN,
 )
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Choice, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
 class CountedScheduler(Scheduler):
     """Decide how far to draft from counts alone: how many drafts of each place in a block this call has accepted.
 
     Nothing is measured and nothing remembered from call to call, so that a seed gives the same sampled text on every
-    run. What passes cost is assumed to be usual.
+    run. What passes cost is assumed to be usual for the kind of device and the dtype; a call starts from the
+    `accept_rates` that are stored with the drafter.
     """
 
     name = "counted"
 
     def start(self, call: CallInfo) -> Schedule:
-        return _Counted()
+        return _Counted(call.drafter.accept_rates or [PRIOR_CHANCE], _assumed_cost_of_a_token(call.target))
+
+
+def _assumed_cost_of_a_token(target: TargetAdapter) -> float:
+    is_dear = target.model.device.type == "cpu" and target.model.dtype is torch.float32
+    return ASSUMED_COST_OF_A_TOKEN_IN_FP32 if is_dear else ASSUMED_COST_OF_A_TOKEN
 
 
 class _Counted(Schedule):
-    def __init__(self) -> None:
+    def __init__(self, rates: Sequence[float], cost_of_a_token: float) -> None:
+        self._rates = rates
+        self._cost_of_a_token = cost_of_a_token
         # of each place in a block: drafts whose prefix was accepted, and how many of them were
         self._seen: list[float] = []
         self._accepted: list[float] = []
@@ -65,15 +78,20 @@ class _Counted(Schedule):
         for count in range(1, most + 1):
             survival *= self._chance(count - 1)
             tokens += survival
-            rate = tokens / (1 + ASSUMED_COST_OF_A_BLOCK + ASSUMED_COST_OF_A_TOKEN * count)
+            rate = tokens / (1 + ASSUMED_COST_OF_A_BLOCK + self._cost_of_a_token * count)
             best = max(best, (count, rate), key=lambda pair: pair[1])
         return best
 
     def _chance(self, place: int) -> float:
-        if place >= len(self._seen):
-            # of what was never verified: as the last place that was
-            return self._chance(len(self._seen) - 1) if self._seen else PRIOR_CHANCE
-        return (self._accepted[place] + COUNT_TRUST * PRIOR_CHANCE) / (self._seen[place] + COUNT_TRUST)
+        usual = self._usual(place)
+        if place < len(self._seen):
+            return (self._accepted[place] + COUNT_TRUST * usual) / (self._seen[place] + COUNT_TRUST)
+        last = len(self._seen) - 1
+        # what was never verified is as much better or worse than usual as the last place that was
+        return min(self._chance(last) * usual / self._usual(last), 1.0) if self._seen else usual
+
+    def _usual(self, place: int) -> float:
+        return max(self._rates[min(place, len(self._rates) - 1)], LEAST_CHANCE)
 
     def admit(self, drafted: DraftedBlock, batch: Batch) -> list[int]:
         return batch.cut(drafted.num_drafts)

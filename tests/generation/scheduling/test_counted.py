@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +22,13 @@ from tests.tiny import tiny_target
 
 NUM_SAMPLES = 2000
 NEW_TOKENS = 5
-NO_CALL: Any = None
+
+
+def _call(rates: list[float] | None = None, dtype: torch.dtype = torch.bfloat16) -> CallInfo:
+    fields = dict.fromkeys(CallInfo.__dataclass_fields__)
+    drafter = SimpleNamespace(accept_rates=rates)
+    target = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"), dtype=dtype))
+    return CallInfo(**fields | {"drafter": drafter, "target": target})  # type: ignore[arg-type]
 
 
 def _default(drafter: DSparkAssistantModel) -> DSparkAssistantModel:
@@ -70,9 +77,9 @@ def test_the_text_follows_the_target() -> None:
     assert smallest_p_value(samples, text_probabilities(target, PROMPT, NEW_TOKENS)) > SMALLEST_P_VALUE
 
 
-def _drafts_of(accepts: Any, num_rounds: int, most: int = 7) -> list[int]:
+def _drafts_of(accepts: Any, num_rounds: int, most: int = 7, call: CallInfo | None = None) -> list[int]:
     """Return how many drafts each round makes if `accepts(round)` of them are accepted."""
-    schedule = SCHEDULERS["counted"]().start(NO_CALL)
+    schedule = SCHEDULERS["counted"]().start(call or _call())
     batch, made = Batch(limits=(most,), num_live=1), []
     for number in range(num_rounds):
         num_drafts = schedule.num_drafts(batch)
@@ -92,7 +99,17 @@ def test_counts_decide_how_far_is_drafted() -> None:
     assert _drafts_of(lambda number: 0 if number < 100 else 7, 400)[-1] > 1
 
 
-def test_calls_do_not_need_a_target() -> None:
-    """A schedule by counts looks at the machine or at earlier calls."""
-    fields = dict.fromkeys(CallInfo.__dataclass_fields__)
-    assert SCHEDULERS["counted"]().start(CallInfo(**fields)).num_drafts(Batch(limits=(5,), num_live=1)) > 0  # type: ignore[arg-type]
+def test_a_call_starts_from_what_the_drafter_has_shown() -> None:
+    """Every call drafts too far until it has counted anew what is known of the drafter."""
+    modest = _drafts_of(lambda number: 0, 1, call=_call([0.4, 0.3, 0.3]))
+    assert modest < _drafts_of(lambda number: 0, 1) <= _drafts_of(lambda number: 0, 1, call=_call([0.9]))
+    # a drafter that was never right is tried for all that, and believed once it is
+    assert _drafts_of(lambda number: 7, 400, call=_call([0.0] * 7))[-1] > 4
+
+
+def test_wide_passes_are_dear_in_fp32() -> None:
+    """On a CPU, sampled calls in fp32 pay for drafts that are not worth their passes there."""
+    in_fp32 = _call(dtype=torch.float32)
+    assert _drafts_of(lambda number: 0, 1, call=in_fp32) < _drafts_of(lambda number: 0, 1)
+    hopeful, plain = (_drafts_of(lambda number: number % 3 == 0, 100, call=call) for call in (_call(), in_fp32))
+    assert sum(plain) < sum(hopeful)
