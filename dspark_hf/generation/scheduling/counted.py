@@ -11,6 +11,7 @@ from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.drafting.lookup import Offer
 from dspark_hf.generation.scheduling.defaults import (
     ASSUMED_COST_OF_A_BLOCK,
+    ASSUMED_COST_OF_A_BLOCK_ON_CPUS,
     ASSUMED_COST_OF_A_TOKEN,
     ASSUMED_COST_OF_A_TOKEN_IN_FP32,
     COUNT_MEMORY,
@@ -36,17 +37,21 @@ class CountedScheduler(Scheduler):
     name = "counted"
 
     def start(self, call: CallInfo) -> Schedule:
-        return _Counted(call.drafter.accept_rates or [PRIOR_CHANCE], _assumed_cost_of_a_token(call.target))
+        return _Counted(call.drafter.accept_rates or [PRIOR_CHANCE], *_assumed_costs(call.target))
 
 
-def _assumed_cost_of_a_token(target: TargetAdapter) -> float:
-    is_dear = target.model.device.type == "cpu" and target.model.dtype is torch.float32
-    return ASSUMED_COST_OF_A_TOKEN_IN_FP32 if is_dear else ASSUMED_COST_OF_A_TOKEN
+def _assumed_costs(target: TargetAdapter) -> tuple[float, float]:
+    """Return what a block and a further token of a pass cost, as shares of a plain pass."""
+    if target.model.device.type != "cpu":
+        return ASSUMED_COST_OF_A_BLOCK, ASSUMED_COST_OF_A_TOKEN
+    is_dear = target.model.dtype is torch.float32
+    return ASSUMED_COST_OF_A_BLOCK_ON_CPUS, ASSUMED_COST_OF_A_TOKEN_IN_FP32 if is_dear else ASSUMED_COST_OF_A_TOKEN
 
 
 class _Counted(Schedule):
-    def __init__(self, rates: Sequence[float], cost_of_a_token: float) -> None:
+    def __init__(self, rates: Sequence[float], cost_of_a_block: float, cost_of_a_token: float) -> None:
         self._rates = rates
+        self._cost_of_a_block = cost_of_a_block
         self._cost_of_a_token = cost_of_a_token
         # of each place in a block: drafts whose prefix was accepted, and how many of them were
         self._seen: list[float] = []
@@ -78,7 +83,7 @@ class _Counted(Schedule):
         for count in range(1, most + 1):
             survival *= self._chance(count - 1)
             tokens += survival
-            rate = tokens / (1 + ASSUMED_COST_OF_A_BLOCK + self._cost_of_a_token * count)
+            rate = tokens / (1 + self._cost_of_a_block + self._cost_of_a_token * count)
             best = max(best, (count, rate), key=lambda pair: pair[1])
         return best
 

@@ -69,11 +69,14 @@ LEAST_GAIN = 1e-9
 LEAST_SURVIVAL = 0.25
 
 # --- what is assumed where the clock must not decide (counted.py)
-# A token more in a pass costs this share of a plain pass, on CPUs in fp32 that one, and a drafted block the third.
-# Plain choice: small targets showed 0.02, 0.05 to 0.11 and 0.27 on CPUs; for larger ones, and on GPUs, all are less.
+# A token more in a pass costs this share of a plain pass, on CPUs in fp32 the other one. Plain choice: small targets
+# showed 0.02, and 0.05 to 0.11 in fp32.
 ASSUMED_COST_OF_A_TOKEN = 0.03
-ASSUMED_COST_OF_A_TOKEN_IN_FP32 = 0.08
+ASSUMED_COST_OF_A_TOKEN_IN_FP32 = 0.1
+# A drafted block does so, on CPUs the other one. Plain choice: small targets showed 0.27 on CPUs, and 0.4 with all
+# that sampling adds; larger ones and GPUs take less.
 ASSUMED_COST_OF_A_BLOCK = 0.2
+ASSUMED_COST_OF_A_BLOCK_ON_CPUS = 0.3
 # The least chance that a draft is believed to have. Plain choice: any small number, so that none is hopeless for good.
 LEAST_CHANCE = 0.01
 # Drafts of a place that weigh as much as the prior. Plain choice: a handful of blocks decide.
