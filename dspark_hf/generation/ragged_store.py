@@ -69,6 +69,7 @@ class RaggedStore:
             if self._larger is None or not _begins(self._larger[0], self.keys):
                 self._larger = before
             self.keys, self.values = (_selected(store, rows) for store in before)
+            self._let_go()
 
     def append_rows(self, other: RaggedStore, length: int) -> None:
         """Append the rows of another store of the same layer, of all of which the longest has `length` tokens."""
@@ -77,6 +78,12 @@ class RaggedStore:
         larger = self._larger or (self.keys, self.values)
         self.keys = _appended(self.keys, larger[0], other.keys, length)
         self.values = _appended(self.values, larger[1], other.values, length)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Free a larger store that rows were copied out of."""
+        if self._larger is not None and self.keys is not None and not _begins(self._larger[0], self.keys):
+            self._larger = None
 
 
 class StaticStore(RaggedStore):

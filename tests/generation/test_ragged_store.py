@@ -222,6 +222,8 @@ def test_rows_that_join_take_the_place_of_those_that_left(joining):
         assert torch.equal(store.keys[row : row + 1, :, : states.shape[2]], states)
         assert torch.equal(store.values[row : row + 1, :, : states.shape[2]], -states)
     assert (store.keys.data_ptr() == place) == (len(joining) < 3)
+    # nothing that was copied stays in memory besides
+    assert store._larger is None or store._larger[0].data_ptr() == store.keys.data_ptr()
 
 
 def test_finished_rows_leave_the_batch():
