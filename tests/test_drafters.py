@@ -17,7 +17,7 @@ from dspark_hf import DSparkAssistantModel
 from dspark_hf.modeling.formats.remote_code import write_custom_generate
 
 DRAFTERS = Path(__file__).parent.parent / "drafters"
-# a clone has to stay below 60 MB
+# a clone of the newest commit has to stay below 60 MB; every replacement adds two thirds of its size to a full one
 MAX_BYTES = {"smollm2-135m-instruct": 28_000_000, "gemma3-270m": 15_000_000}
 
 
