@@ -51,7 +51,7 @@ class RaggedStore:
         """Move the `length` slots from `starts` `(B)` on to the front, and drop the others."""
         if self.keys is not None and self.values is not None:
             slots = starts[:, None] + torch.arange(length, device=starts.device)
-            self.keys, self.values, self._larger = _taken(self.keys, slots), _taken(self.values, slots), None
+            self.keys, self.values, self._larger = states_at(self.keys, slots), states_at(self.values, slots), None
 
     def close_up(self, starts: Tensor, tokens: Tensor) -> None:
         """Move what lies `tokens[r]` slots behind `starts[r]`, `(B, N)` and `(B)`, to the N slots from there on."""
@@ -59,7 +59,7 @@ class RaggedStore:
             starts, tokens = starts.to(self.keys.device)[:, None], tokens.to(self.keys.device)
             slots = starts + torch.arange(tokens.shape[1], device=starts.device)
             for store in (self.keys, self.values):
-                _put(store, slots, _taken(store, starts + tokens))
+                _put(store, slots, states_at(store, starts + tokens))
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only `rows` of the batch."""
@@ -129,7 +129,7 @@ def _put(store: Tensor, slots: Tensor, states: Tensor) -> None:
     put_at(store.transpose(1, 2), slots, states.transpose(1, 2))
 
 
-def _taken(store: Tensor, slots: Tensor) -> Tensor:
+def states_at(store: Tensor, slots: Tensor) -> Tensor:
     """Return the states `(B, H, T, E)` in the slots `(B, T)` of a store."""
     return take_at(store.transpose(1, 2), slots).transpose(1, 2).contiguous()
 

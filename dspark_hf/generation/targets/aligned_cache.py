@@ -18,11 +18,11 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dspark_hf.generation.compat import empty_cache_like
+from dspark_hf.generation.ragged_store import states_at
 from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.generation.targets.padding import known_positions
 from dspark_hf.generation.targets.recurrent import RecurrentStates
 from dspark_hf.generation.targets.trees import Tree
-from dspark_hf.places import take_at
 
 # kinds of attention that count columns, and families that always have a bias
 _KINDS = {"alibi", "local"}
@@ -158,8 +158,7 @@ class AlignedCache(DynamicCache):
 
 def _moved(states: Tensor, sources: Tensor) -> Tensor:
     """Return `states` `(B, H, *, E)` from the columns `sources` `(B, S)`, whatever where these are negative."""
-    sources = sources.to(states.device).clamp_min(0)
-    return take_at(states.transpose(1, 2), sources).transpose(1, 2).contiguous()
+    return states_at(states, sources.to(states.device).clamp_min(0))
 
 
 def _widened(states: Tensor, width: int) -> Tensor:

@@ -28,7 +28,7 @@ from dspark_hf.generation.compat import (
     empty_cache_like,
     is_placeholder_layer,
 )
-from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore
+from dspark_hf.generation.ragged_store import RaggedLengths, RaggedStore, states_at
 from dspark_hf.generation.targets.adapter import input_device
 from dspark_hf.generation.targets.aligned_cache import counted_columns
 from dspark_hf.generation.targets.columns import SlotColumns
@@ -37,7 +37,6 @@ from dspark_hf.generation.targets.padding import known_positions, pack_order
 from dspark_hf.generation.targets.recurrent import RecurrentStates
 from dspark_hf.generation.targets.recurrent_support import can_recompute_rows
 from dspark_hf.generation.targets.trees import Tree, is_front
-from dspark_hf.places import take_at
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _STATE_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
@@ -185,7 +184,7 @@ class RaggedCache(Cache):
             # a sliding layer kept its window only; earlier slots are never looked at again
             missing = mask.shape[1] - source.keys.shape[2]
             states = [torch.nn.functional.pad(x, (0, 0, missing, 0)) for x in (source.keys, source.values)]
-            keys, values = (take_at(x.transpose(1, 2), order).transpose(1, 2) for x in states)
+            keys, values = (states_at(x, order) for x in states)
             layer.store.write(keys, values, self._rows.host, self._rows.device)
             layer.is_initialized = True
         self._rows.set(counts)
