@@ -90,8 +90,43 @@ class BlockAttention(nn.Module):
         )
         query = rotate(query, rotary, self.is_interleaved).view(shape).permute(0, 3, 1, 4, 2, 5)  # [B, H, N, G, K, E]
         key, value = (x.permute(0, 3, 1, 2, 4) for x in self.keys_and_values(hidden_states, rotary))  # [B, H, N, K, E]
-        query = query.reshape(batch, self.num_key_value_heads, blocks, groups * size, self.head_dim) * self.scaling
+        query = query.reshape(batch, self.num_key_value_heads, blocks, groups * size, self.head_dim)
+        attend = self._attend_once if blocks == 1 else self._attend_apart
+        output = attend(query, key, value, context, context_mask)
+        output = output.view(batch, self.num_key_value_heads, blocks, groups, size, self.head_dim)
+        return project(self.o_proj, output.permute(0, 2, 4, 1, 3, 5).reshape(batch, blocks, size, -1))
 
+    def _attend_once(
+        self, query: Tensor, key: Tensor, value: Tensor, context: tuple[Tensor, Tensor], context_mask: Tensor | None
+    ) -> Tensor:
+        """Return what `_attend_apart` does for rows of one block: context and block together, in PyTorch's own kernel.
+
+        A context grows from round to round, and for a bf16 product of every new length oneDNN makes a kernel, which
+        takes longer than the product.
+        """
+        keys, values = (torch.cat([old, new[:, :, 0]], dim=2) for old, new in zip(context, (key, value), strict=True))
+        mask = None
+        if context_mask is not None or self.is_causal:
+            batch, num_queries, length = len(query), query.shape[3], context[0].shape[2]
+            mask = torch.ones(batch, num_queries, keys.shape[2], dtype=torch.bool, device=query.device)
+            if context_mask is not None:
+                mask[..., :length] = context_mask
+            if self.is_causal:
+                mask[..., length:] = _slots_before(key.shape[3], num_queries, query.device)
+            mask = mask[:, None]
+        output = nn.functional.scaled_dot_product_attention(
+            query[:, :, 0], keys, values, attn_mask=mask, scale=self.scaling
+        )
+        return output[:, :, None]
+
+    def _attend_apart(
+        self, query: Tensor, key: Tensor, value: Tensor, context: tuple[Tensor, Tensor], context_mask: Tensor | None
+    ) -> Tensor:
+        """Return `(B, H, N, G * K, E)`: every block's attention to the context, which they share, and to itself.
+
+        Takes queries `(B, H, N, G * K, E)`, and keys and values `(B, H, N, K, E)` of the blocks.
+        """
+        query = query * self.scaling
         context_key, context_value = context
         context_scores = query.flatten(2, 3) @ context_key.transpose(-1, -2)
         context_scores = context_scores.view(*query.shape[:-1], context_key.shape[2])
@@ -99,14 +134,18 @@ class BlockAttention(nn.Module):
             context_scores = context_scores.masked_fill(~context_mask[:, None, :, None], float("-inf"))
         block_scores = query @ key.transpose(-1, -2)
         if self.is_causal:
-            slots = torch.arange(size, device=query.device)
-            block_scores = block_scores.masked_fill(slots > slots.repeat(groups)[:, None], float("-inf"))
+            before = _slots_before(key.shape[3], query.shape[3], query.device)
+            block_scores = block_scores.masked_fill(~before, float("-inf"))
         weights = torch.cat([context_scores, block_scores], dim=-1).softmax(-1, dtype=torch.float32)
         weights = weights.to(value.dtype)
-        context_weights, block_weights = weights.split([context_key.shape[2], size], dim=-1)
-        output = (context_weights.flatten(2, 3) @ context_value).view(query.shape) + block_weights @ value
-        output = output.view(batch, self.num_key_value_heads, blocks, groups, size, self.head_dim)
-        return project(self.o_proj, output.permute(0, 2, 4, 1, 3, 5).reshape(batch, blocks, size, -1))
+        context_weights, block_weights = weights.split([context_key.shape[2], key.shape[3]], dim=-1)
+        return (context_weights.flatten(2, 3) @ context_value).view(query.shape) + block_weights @ value
+
+
+def _slots_before(size: int, num_queries: int, device: torch.device) -> Tensor:
+    """Return `(G * K, K)`: which slots of its block a query sees that looks only backwards."""
+    slots = torch.arange(size, device=device)
+    return slots <= slots.repeat(num_queries // size)[:, None]
 
 
 class GatedMLP(nn.Module):

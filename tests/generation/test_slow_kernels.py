@@ -14,11 +14,15 @@ from tests.tiny import tiny_target
 
 
 class _SlowKernels(TorchDispatchMode):
-    """Collect the names of the slow ones: `scatter` in bf16, and products that read their weights once per row."""
+    """Collect the names of the slow ones: `scatter` in bf16, and products that read their weights once per row.
+
+    Shapes of other products by batches, for each of which oneDNN makes a kernel, are collected as well.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self.batched_shapes: set[tuple[torch.Size, torch.Size]] = set()
         self.num_products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -28,6 +32,8 @@ class _SlowKernels(TorchDispatchMode):
             self.found.add(name)
         if name == "aten::bmm" and len(args[1]) > 1 and args[1].stride(0) == 0:
             self.found.add(name)
+        elif name == "aten::bmm" and args[0].dtype is torch.bfloat16:
+            self.batched_shapes.add((args[0].shape, args[1].shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -56,6 +62,19 @@ def test_rows_of_a_batch(family, sample_from_anchor, do_sample):
         target.generate(**ragged_prompts(4), **options, assistant_model=drafter)
     assert slow.num_products > 50
     assert not slow.found
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_a_context_that_grows(num_rows):
+    """A new kernel for every new length of what the drafter has read takes longer than the product that it is for."""
+    target = tiny_target("llama").to(torch.bfloat16)
+    shapes = []
+    for max_new_tokens in (8, 40):
+        options = {"max_new_tokens": max_new_tokens, "eos_token_id": None, "drafts": "model", "scheduler": "fixed"}
+        with _SlowKernels() as slow:
+            target.generate(**ragged_prompts(num_rows), **options, assistant_model=_drafter(target))
+        shapes.append(slow.batched_shapes)
+    assert len(shapes[1]) <= len(shapes[0]) + 2
 
 
 def test_rows_of_a_stream():

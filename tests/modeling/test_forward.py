@@ -11,6 +11,7 @@ import torch
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.modeling.backbone import BlockAttention
 from tests.closeness import assert_same_up_to_rounding
 from tests.modeling.drafting import draft_greedily
 from tests.thinning import slow
@@ -81,6 +82,25 @@ def test_training_equals_drafting_block_by_block(head: str, backbone: str) -> No
         torch.testing.assert_close(logits[row, block], drafted.logits[0], atol=1e-4, rtol=0)
         confidence = output.confidence_logits[row, block].sigmoid()
         torch.testing.assert_close(confidence, drafted.confidence[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_a_single_block_sees_what_several_see(is_ragged: bool, is_causal: bool) -> None:
+    """A row's one block, which goes through another kernel, would be drafted from other places of its context."""
+    drafter, _ = _pair("dflash", num_attention_heads=4, num_key_value_heads=2)
+    attention = BlockAttention(drafter.config, is_causal)
+    for weight in attention.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    batch, size, length = 3, BLOCK_SIZE, 9
+    states = torch.randn(batch, 2, size, drafter.config.hidden_size)
+    rotary = drafter.rotary_emb(torch.arange(length, length + size).expand(batch, 2, -1), torch.float32)
+    context = tuple(torch.randn(batch, 2, length, drafter.config.head_dim) for _ in range(2))
+    mask = torch.arange(length) < torch.tensor([[[9]], [[4]], [[0]]]) if is_ragged else None
+    with torch.no_grad():
+        both = attention(states, rotary, context, None if mask is None else mask.expand(-1, 2, -1))
+        first = attention(states[:, :1], tuple(part[:, :1] for part in rotary), context, mask)
+    torch.testing.assert_close(first, both[:, :1], atol=1e-5, rtol=1e-4)
 
 
 def test_blocks_do_not_see_each_other() -> None:
