@@ -32,9 +32,12 @@ class DraftHead:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return logits `(*, V_draft)` on the drafter's device for hidden states `(*, D)`."""
-        # of several rows whose slots are but some of their block, PyTorch's CPU kernels make one product each, with a
-        # copy of the weights: in bf16 a hundred times as long
-        hidden_states = hidden_states.contiguous()
+        # of slots that are but some of their block, one row's too, PyTorch's CPU kernels make a product for each row
+        # with a copy of the weights: in bf16 ten to a hundred times as long
+        logits = self._logits(hidden_states.flatten(0, -2))
+        return logits.unflatten(0, hidden_states.shape[:-1])
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
         if self._own_head is not None:
             return cap_logits(self._own_head(hidden_states), self._cap)
         if self.rows is not None:
