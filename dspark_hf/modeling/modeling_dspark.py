@@ -43,7 +43,7 @@ from dspark_hf.modeling.formats.tensors import HUB_OPTIONS, read_shapes
 from dspark_hf.modeling.heads import DEFAULT_MARKOV_TOP_K, LARGE_HEAD, ConfidenceHead, build_markov_head
 from dspark_hf.modeling.provenance import Acquaintance
 from dspark_hf.modeling.rotary import RotaryEmbedding
-from dspark_hf.modeling.saved_folder import complete_folder, upload_card
+from dspark_hf.modeling.saved_folder import complete_folder, copy_mapped_weights, upload_card
 from dspark_hf.modeling.vocabulary import resize_vocabulary
 from dspark_hf.modeling.warm_start import copy_last_layers
 from dspark_hf.places import take_at
@@ -255,6 +255,7 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
         # a GGUF file stands alone
         folder = pretrained_model_name_or_path if file is None else None
         drafter.generation_config = read_recommendation(folder, hub_options)
+        copy_mapped_weights(drafter)
         return (drafter, info) if wants_info else drafter
 
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from dspark_hf.modeling.card import EVALUATION, GENERATED, TRAINING_LOG, describe, read_measured
@@ -39,6 +40,19 @@ def complete_folder(folder: str | os.PathLike, config: DSparkConfig, origin: str
         (path / _CARD).write_text(describe(config, measured=read_measured(path)), encoding="utf-8")
     if config.base_model_name_or_path and not any((path / name).exists() for name in _TOKENIZER_FILES):
         _copy_tokenizer(config.base_model_name_or_path, path)
+
+
+def copy_mapped_weights(model: nn.Module) -> None:
+    """Copy weights on the CPU out of the file that they were mapped from, into memory of their own.
+
+    A drafter is read every round, between passes over all of the target's weights. Mapped pages may be slow to come
+    back each time, after a machine was restored or while memory is short, and a file that is written over or cut
+    while it is in use would change the drafter or end the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        # weights in fewer bits are classes of their own, which know how they lie
+        if tensor.device.type == "cpu" and type(tensor.data) is Tensor:
+            tensor.data = tensor.data.clone()
 
 
 def _copy_tokenizer(target: str, folder: Path) -> None:

@@ -62,6 +62,20 @@ def test_round_trip(loader: type, dtype: torch.dtype, drafter: DSparkAssistantMo
     assert written == ["README.md", "config.json", "custom_generate", "dspark_hf_shim.py", "model.safetensors"]
 
 
+@pytest.mark.parametrize("loader", [DSparkAssistantModel, AutoModelForCausalLM])
+def test_a_file_that_is_written_over_while_it_is_in_use(
+    loader: type, drafter: DSparkAssistantModel, tmp_path: Path
+) -> None:
+    """A drafter that is saved anew, by a training run say, would change in the hands of whoever has loaded it."""
+    drafter.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    for name, tensor in drafter.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=0, rtol=0)
+
+
 def test_options_of_from_pretrained(drafter: DSparkAssistantModel, tmp_path: Path) -> None:
     """What Transformers offers while loading would not be offered for drafters."""
     drafter.save_pretrained(tmp_path / "there", max_shard_size="5KB")
