@@ -25,7 +25,7 @@ from dspark_hf.generation.compat import CACHE_KEY, is_static, was_given_by_user
 from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Lookups
-from dspark_hf.generation.drawing import draw
+from dspark_hf.generation.drawing import draw_or_best, most_likely
 from dspark_hf.generation.proposing import outcome_of, propose
 from dspark_hf.generation.rows import NewTokens, Rows
 from dspark_hf.generation.scheduling.interface import Batch, Schedule, Scheduler
@@ -266,12 +266,12 @@ class Rounds:
         num_drafts = scores.shape[1] - 1
         noisy = self._rows.with_noise(scores, 0)
         if drafted is None or num_drafts == 0:
-            return scores, [0] * len(num_verified), _draw(noisy[:, 0], self._rows.probabilities(noisy[:, 0]))
+            return scores, [0] * len(num_verified), draw_or_best(noisy[:, 0], self._rows.probabilities(noisy[:, 0]))
         limits = _sent(num_verified, scores.device)
         draft_ids = drafted.token_ids[:, :num_drafts].to(scores.device)
         target_probs = self._rows.probabilities(noisy)
         if target_probs is None:
-            num_accepted, bonus = verify_greedy(draft_ids, noisy.argmax(-1), limits)
+            num_accepted, bonus = verify_greedy(draft_ids, most_likely(noisy), limits)
         else:
             draft_probs, is_certain = (
                 None if values is None else values[:, :num_drafts].to(scores.device)
@@ -318,11 +318,6 @@ def _may_branch(target: TargetState, context: DraftContext, rows: Rows, num_rows
 def _cut(limits: tuple[int, ...], room: list[int]) -> tuple[int, ...]:
     # a text that is longer already goes on as it does without drafts
     return tuple(limit if left < 0 else min(limit, left) for limit, left in zip(limits, room, strict=True))
-
-
-def _draw(scores: Tensor, probs: Tensor | None) -> Tensor:
-    """Return one token per row of `scores` `(b, V)`."""
-    return scores.argmax(-1) if probs is None else draw(probs)
 
 
 def _parents(drafted: DraftedBlock | None, tokens: Tensor) -> Tensor | None:

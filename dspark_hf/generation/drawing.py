@@ -15,6 +15,21 @@ NO_DISTRIBUTION = (
 )
 
 
+def most_likely(scores: Tensor) -> Tensor:
+    """Return the index `(*)` of the highest of the scores `(*, n)`, the first one where several are."""
+    # on CPUs the kernel that finds maxima along with their places takes a third of the time: 11 ms less of Gemma's
+    # verify pass of 8 tokens in bf16
+    return scores.max(dim=-1).indices if scores.device.type == "cpu" else scores.argmax(-1)
+
+
+def draw_or_best(scores: Tensor, probs: Tensor | None, *, checks: bool = True) -> Tensor:
+    """Return one token `(B,)` for each row of `scores` `(B, n)`: drawn from `probs` `(B, n)`, or the best if None.
+
+    `checks` is that of `draw`.
+    """
+    return most_likely(scores) if probs is None else draw(probs, checks=checks)
+
+
 def draw(weights: Tensor, *, checks: bool = True) -> Tensor:
     """Return the index `(B,)` of one token for each row of `weights` `(B, n)`, with chances in proportion to them.
 

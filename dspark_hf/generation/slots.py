@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import CandidateSampler
-from dspark_hf.generation.drawing import draw
+from dspark_hf.generation.drawing import draw_or_best
 from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.scheduling.estimator import top_margin
 
@@ -70,7 +70,7 @@ class SlotSampler(CandidateSampler):
         scores = self._rows.draft_scores(logits, drafted, are_all=are_all)
         scores = self._rows.with_noise(scores[:, None], slot, ids)[:, 0]
         probs = self._rows.probabilities(scores)
-        return (scores.argmax(-1) if probs is None else draw(probs, checks=False)), probs
+        return draw_or_best(scores, probs, checks=False), probs
 
 
 def _ids_at(candidates: Tensor, places: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
-from dspark_hf.generation.drawing import draw
+from dspark_hf.generation.drawing import draw_or_best, most_likely
 from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.targets.interface import TargetPass
 from dspark_hf.generation.verification import verify, verify_greedy
@@ -57,12 +57,12 @@ def _judge(
     scores = rows.with_noise(scores[:, None], position)[:, 0]
     probs = rows.probabilities(scores)
     if position == drafts.shape[1]:
-        tokens = scores.argmax(-1) if probs is None else draw(probs)
+        tokens = draw_or_best(scores, probs)
         return [False] * len(scores), tokens
     draft_ids = drafts[:, position : position + 1].to(scores.device)
     is_verified = (limits > position).long().to(scores.device)
     if probs is None or drafted is None:
-        num_accepted, tokens = verify_greedy(draft_ids, scores.argmax(-1)[:, None].expand(-1, 2), is_verified)
+        num_accepted, tokens = verify_greedy(draft_ids, most_likely(scores)[:, None].expand(-1, 2), is_verified)
     else:
         draft_probs, is_certain = (_at(values, position, scores) for values in (drafted.probs, drafted.is_certain))
         # what stands behind the draft is not known yet, nor used

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dspark_hf.generation.drawing import draw
+from dspark_hf.generation.drawing import draw_or_best
 from dspark_hf.generation.rows import Rows
 from dspark_hf.generation.targets.interface import TargetPass
 
@@ -47,7 +47,7 @@ def walk(rows: Rows, target_pass: TargetPass, token_ids: Tensor, parents: Tensor
         steps.append(scores)
         noisy = rows.with_noise(scores, len(path) - 1)[:, 0]
         probs = rows.probabilities(noisy)
-        bonus = noisy.argmax(-1) if probs is None else draw(probs)
+        bonus = draw_or_best(noisy, probs)
         place = places.get((path[-1], int(bonus)))
         if place is None:
             return Walk(path, torch.cat(steps, dim=1), bonus, len(path) - (path[-1] not in links))

@@ -18,6 +18,7 @@ from dspark_hf.generation.call.processors import ProcessorChain, fill_empty
 from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.call.streamers import OrderedStream
 from dspark_hf.generation.compat import pad_token_id
+from dspark_hf.generation.drawing import most_likely
 from dspark_hf.generation.noise import KeyedNoise
 from dspark_hf.generation.ragged_store import fill_gaps
 from dspark_hf.generation.requests.request import Request
@@ -284,7 +285,7 @@ class RequestRows:
         are_sampling = torch.tensor([not row.takes_the_best for row in self.rows], device=scores.device)
         # a greedy row draws from its best token alone; so does one without a distribution, which fails afterwards
         is_drawn = are_sampling.view(-1, *[1] * (scores.ndim - 2)) & _can_be_drawn(scores)
-        best = torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+        best = torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, most_likely(scores)[..., None], 1.0)
         return torch.where(is_drawn[..., None], torch.softmax(scores.float(), dim=-1), best)
 
     def commit(

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, is_placeholder_layer
 from dspark_hf.generation.drafting.interface import DraftContext, Drafter
+from dspark_hf.generation.drawing import most_likely
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.aligned_cache import AlignedCache
 from dspark_hf.generation.targets.cropped import SingleRowTarget
@@ -131,7 +132,7 @@ class StepTimer:
         target = self._target_at(num_rows, context_length)
         token_ids = self._tokens(num_rows, width)
         # the result is fetched, as in a round, which waits for all devices
-        seconds = timed(lambda: target.verify(token_ids).logits.argmax(-1).tolist(), self._wait)
+        seconds = timed(lambda: most_likely(target.verify(token_ids).logits).tolist(), self._wait)
         target.keep([range(0)] * num_rows)
         return seconds
 
@@ -255,4 +256,4 @@ def _pieces(length: int, num_rows: int) -> Iterator[int]:
 
 
 def _choose_best(slot: int, logits: Tensor, drafted: Tensor) -> tuple[Tensor, None]:
-    return logits.argmax(-1), None
+    return most_likely(logits), None
