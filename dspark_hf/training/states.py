@@ -75,7 +75,7 @@ class StateSource:
             last = output.last_hidden_state.to(torch.bfloat16)
             # the whole vocabulary only ever exists for one chunk of positions
             parts = last.reshape(-1, width).split(chunk_size)
-            lse = torch.cat([self._target.head(part).float().logsumexp(-1) for part in parts]).view(last.shape[:2])
+            lse = torch.cat([logsumexp(self._target.head(part)) for part in parts]).view(last.shape[:2])
         return [
             (context[row, : len(ids)], last[row, : len(ids)], lse[row, : len(ids)])
             for row, ids in enumerate(sequences)
@@ -145,6 +145,15 @@ class StateCache:
     def _path(self, input_ids: Tensor) -> Path:
         digest = hashlib.sha256(input_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
         return self._folder / f"{digest[:32]}.safetensors"
+
+
+def logsumexp(logits: Tensor, size: int = 4096) -> Tensor:
+    """Return the fp32 logarithm of the sum of the exponentials of logits `(T, V)`, `(T,)`."""
+    if logits.device.type != "cpu":
+        return logits.float().logsumexp(-1)
+    # parts that stay in a processor's cache: gigabytes of fp32 copies went in and out of memory otherwise
+    parts = [part.float().logsumexp(-1) for part in logits.split(size, dim=-1)]
+    return torch.stack(parts, dim=-1).logsumexp(-1)
 
 
 def _fingerprint(target: TargetAdapter, dtype: torch.dtype) -> str:

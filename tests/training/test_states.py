@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from dspark_hf.generation.targets.adapter import TargetAdapter
-from dspark_hf.training.states import StateCache, StateSource
+from dspark_hf.training.states import StateCache, StateSource, logsumexp
 from tests.tiny import tiny_target
 
 
@@ -27,6 +27,14 @@ def _sequences(*lengths: int) -> list[torch.Tensor]:
 def _cache(folder: Path, target: PreTrainedModel, layers: list[int] | None = None, **options: Any) -> StateCache:
     adapter = TargetAdapter(target, layers or [0])
     return StateCache(folder, adapter, **{"dtype": torch.float32, "max_bytes": 10**9, **options})
+
+
+@pytest.mark.parametrize("size", [4, 7, 64, 100])
+def test_logsumexp_of_parts_of_a_vocabulary(size: int) -> None:
+    """Probabilities would not sum to one."""
+    logits = (torch.randn(5, 64) * 40).to(torch.bfloat16)
+    logits[:, 20:40] = float("-inf")
+    torch.testing.assert_close(logsumexp(logits, size), logits.double().logsumexp(-1).float(), atol=1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
