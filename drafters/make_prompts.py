@@ -6,6 +6,8 @@
 Drafters fail first where an answer repeats what it was given, so most prompts ask for that: code to complete, mend,
 change or copy, text to rewrite, shorten, correct or copy. Code are functions of this Python's standard library (PSF
 licence version 2, Copyright Python Software Foundation: keep that note with the text), text are passages of the chats.
+With `--base-model`, for a target that continues texts and answers nobody: questions in the forms that invite an
+answer, and beginnings of functions and passages.
 The same files, Python version and seed give the same prompts. `kind` says what a line is; readers ignore it.
 """
 
@@ -42,6 +44,8 @@ SHARES = {
     "copy text": 350,
     "copy a part": 150,
 }
+# of 4,200, for base models
+BASE_SHARES = {"question": 2600, "continue code": 700, "continue text": 900}
 # not what users write
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo", "site-packages"}
 SKIPPED |= {"ensurepip", "tkinter", "distutils", "_pydecimal.py", "__pycache__"}
@@ -117,6 +121,15 @@ COPY_PART = (
     "List the nouns in this text.",
     "Copy this text, one sentence on each line.",
 )
+# what a base model continues with an answer
+ANSWERABLE = (
+    "Question: {question}\nAnswer:",
+    "Question: {question}\nAnswer:",
+    "Q: {question}\nA:",
+    "Problem: {question}\nSolution:",
+    "{question}\n",
+    "{question}",
+)
 # one of them makes a bug
 SWAPS = (
     ("==", "!="),
@@ -151,12 +164,14 @@ def main() -> None:
     parser.add_argument("--chats", required=True, type=Path, action="append", help="`user` and `assistant`; repeat")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--left-out", type=Path, help="where the last 500 questions go, to calibrate on")
-    parser.add_argument("--count", type=int, default=sum(SHARES.values()))
+    parser.add_argument("--count", type=int, help="default: 8,000, or for base models 4,200")
+    parser.add_argument("--base-model", action="store_true", help="the target has no chat template")
     parser.add_argument("--seed", type=int, default=20261129)
     arguments = parser.parse_args()
     chats = list(chain.from_iterable(map(read, arguments.chats)))
     questions = [record["turns"][0] for record in read(arguments.questions)]
-    prompts, left = compose(questions, chats, arguments.count, random.Random(arguments.seed))
+    rng = random.Random(arguments.seed)
+    prompts, left = compose(questions, chats, arguments.count, rng, for_base_model=arguments.base_model)
     write(arguments.output, ({"turns": [text], "kind": kind} for kind, text in prompts))
     if arguments.left_out is not None:
         write(arguments.left_out, ({"turns": [question]} for question in left))
@@ -164,10 +179,16 @@ def main() -> None:
 
 
 def compose(
-    questions: Sequence[str], chats: Sequence[dict[str, Any]], count: int, rng: random.Random
+    questions: Sequence[str],
+    chats: Sequence[dict[str, Any]],
+    count: int | None,
+    rng: random.Random,
+    *,
+    for_base_model: bool = False,
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Return about `count` prompts as kind and text, in random order and without repetition, and unused questions.
 
+    None for `count` is the number that the shares are of.
     Questions that `chats` answer are left out altogether.
     """
     answered = {bare(chat["user"]) for chat in chats}
@@ -179,10 +200,12 @@ def compose(
         raise SystemExit("Nothing to make prompts of: give chats with paragraphs, and more than 500 new questions.")
     rng.shuffle(functions)
     rng.shuffle(passages)
-    makers = _makers(functions, passages, free, rng)
+    shares, make = (BASE_SHARES, _beginnings) if for_base_model else (SHARES, _makers)
+    makers, all_shares = make(functions, passages, free, rng), sum(shares.values())
+    count = all_shares if count is None else count
     prompts: dict[str, str] = {}
-    for kind, share in SHARES.items():
-        wanted, found = round(share * count / sum(SHARES.values())), 0
+    for kind, share in shares.items():
+        wanted, found = round(share * count / all_shares), 0
         # some bugs cannot be put in, and some texts come twice; questions may be few
         for _ in range(4 * wanted):
             text = next(makers[kind], None) if found < wanted else None
@@ -221,6 +244,17 @@ def _makers(
         "correct": with_text(CORRECT, lambda passage: misspell(passage, rng)),
         "copy text": with_text(COPY),
         "copy a part": with_text(COPY_PART),
+    }
+
+
+def _beginnings(
+    functions: Sequence[PythonFunction], passages: Sequence[str], questions: Sequence[str], rng: random.Random
+) -> dict[str, Iterator[str | None]]:
+    """Return the same for what a base model continues."""
+    return {
+        "question": (rng.choice(ANSWERABLE).format(question=one) for one in questions),
+        "continue code": (cut(one.code, rng) + "\n" for one in cycle(functions)),
+        "continue text": (" ".join(re.findall(r"[^.!?]+[.!?]", one)[: rng.randint(1, 3)]) for one in cycle(passages)),
     }
 
 
