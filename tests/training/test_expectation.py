@@ -29,7 +29,7 @@ def _points(log: str, layers: int, num_tokens: int, steps_before: int) -> list[P
 
 def _runs() -> dict[str, list[Point]]:
     runs = {
-        "gemma": _points("gemma3-270m/training_log.jsonl", 1, 78_000, 0),
+        "gemma": _points("gemma3-270m/training_log_1.jsonl", 1, 78_000, 0),
         "smollm2": _points("smollm2-135m-instruct/training_log_2.jsonl", 2, 480_000, 1600),
     }
     table = (REPOSITORY / "benchmarks" / "drafters.md").read_text(encoding="utf-8")
