@@ -5,7 +5,7 @@
 b are the blocks trained on, of which those that read a position of the text again count less and less; r, h and p are
 fitted to the held-out tau of the runs that this repository keeps, each of which weighs as one:
 
-- `drafters/gemma3-270m/training_log.jsonl`: 1 layer, 78 thousand tokens of text, 51 to 358 thousand blocks;
+- `drafters/gemma3-270m/training_log_1.jsonl`: 1 layer, 78 thousand tokens of text, 51 to 358 thousand blocks;
 - `drafters/smollm2-135m-instruct/training_log_2.jsonl`, a second round after 819 thousand blocks: 2 layers, 480
   thousand tokens, 0.9 to 1.6 million blocks;
 - `benchmarks/drafters.md`, all trained with Muon: 1 to 3 layers, the same text, 61 thousand blocks.
