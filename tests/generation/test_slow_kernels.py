@@ -30,11 +30,11 @@ class _SlowKernels(TorchDispatchMode):
         self.num_products += name in ("aten::mm", "aten::addmm")
         if name.startswith("aten::scatter") and args[0].dtype is torch.bfloat16:
             self.found.add(name)
-        # heads of attention are several, and no two of them are the same
-        if name == "aten::bmm" and (len(args[1]) == 1 or args[1].stride(0) == 0):
-            self.found.add(name)
-        elif name == "aten::bmm" and args[0].dtype is torch.bfloat16:
+        if name == "aten::bmm" and args[0].dtype is torch.bfloat16:
             self.batched_shapes.add((args[0].shape, args[1].shape))
+            # heads of attention are several, and no two of them are the same
+            if len(args[1]) == 1 or args[1].stride(0) == 0:
+                self.found.add(name)
         return func(*args, **(kwargs or {}))
 
 
