@@ -254,7 +254,7 @@ def _beginnings(
     return {
         "question": (rng.choice(ANSWERABLE).format(question=one) for one in questions),
         "continue code": (cut(one.code, rng) + "\n" for one in cycle(functions)),
-        "continue text": (" ".join(re.findall(r"[^.!?]+[.!?]", one)[: rng.randint(1, 3)]) for one in cycle(passages)),
+        "continue text": ("".join(sentences_of(one)[: rng.randint(1, 3)]) for one in cycle(passages)),
     }
 
 
@@ -334,11 +334,15 @@ def find_passages(chats: Iterable[dict[str, Any]], rng: random.Random) -> list[s
         part for chat in chats for text in (chat["assistant"], chat["user"]) for part in re.split(r"\n\s*\n", text)
     )
     for paragraph in paragraphs:
-        sentences = re.findall(r"[^.!?]+[.!?]", paragraph.strip())
-        passage = "".join(sentences[: rng.randint(2, 6)]).strip()
+        passage = "".join(sentences_of(paragraph.strip())[: rng.randint(2, 6)]).strip()
         if len(passage) in PASSAGE_LENGTHS and "```" not in passage:
             found[passage] = None
     return list(found)
+
+
+def sentences_of(text: str) -> list[str]:
+    """Return the sentences of a text, each with the space before it."""
+    return re.findall(r"[^.!?]+[.!?]", text)
 
 
 def bare(text: str) -> str:

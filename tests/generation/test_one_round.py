@@ -16,9 +16,9 @@ from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
 PACKAGE = Path(dspark_hf.__file__).parent
-# the drafter: model, configuration, layers, rotation, heads, output head, its chain and the draw of a slot; what
-# it has read and the store of that; the target and its cache; the rows with their text, processors and stop rules; the
-# schedule, and who drafts by it; lookups; acceptance; the record; and the interfaces between them
+# the drafter: model, configuration, layers, rotation, heads, output head, its chain, and the draws of a slot and of a
+# token; what it has read and the store of that; the target and its cache; the rows with their text, processors and
+# stop rules; the schedule, and who drafts by it; lookups; acceptance; the record; and the interfaces between them
 MOST_FILES = 26
 
 

@@ -30,11 +30,13 @@ class _SlowKernels(TorchDispatchMode):
         self.num_products += name in ("aten::mm", "aten::addmm")
         if name.startswith("aten::scatter") and args[0].dtype is torch.bfloat16:
             self.found.add(name)
-        if name == "aten::bmm" and args[0].dtype is torch.bfloat16:
-            self.batched_shapes.add((args[0].shape, args[1].shape))
-            # heads of attention are several, and no two of them are the same
-            if len(args[1]) == 1 or args[1].stride(0) == 0:
+        if name == "aten::bmm":
+            is_bf16 = args[0].dtype is torch.bfloat16
+            # heads of attention are several, and no two of them are the same; one product in fp32 may turn positions
+            if (len(args[1]) == 1 and is_bf16) or (len(args[1]) > 1 and args[1].stride(0) == 0):
                 self.found.add(name)
+            if is_bf16:
+                self.batched_shapes.add((args[0].shape, args[1].shape))
         return func(*args, **(kwargs or {}))
 
 
