@@ -3,14 +3,17 @@
     python -m benchmarks.accept_rates answers.jsonl --model smollm2
 
 Takes lines of `prompt` and `completion_ids`, as `dspark-hf data` writes them, and drafts behind every position of the
-given texts: one pass over each of them tells all. Counted, not timed. What it prints is a drafter's `accept_rates`.
+given texts: one pass over each of them tells all. Counted, not timed. What it prints first is a drafter's
+`accept_rates`; then, for every file, how many tokens a block brings and how far the confidence is off.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,26 +22,33 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.loading import DTYPES, DtypeName, PackagedName, load_packaged
+from benchmarks.loading import DTYPES, DtypeName, Packaged, PackagedName, load_packaged
 from dspark_hf import DSparkAssistantModel
+from dspark_hf.calibration.observations import Observations, join_observations
+from dspark_hf.calibration.report import score
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.prompts import encode_prompt, user_turn
 
 
 @torch.no_grad()
-def blocks_behind(target: Any, drafter: Any, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Return the greedy blocks `(tokens, block_size)` behind every token of a text."""
+def blocks_behind(
+    target: Any, drafter: Any, prompt: Sequence[int], text: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the greedy blocks `(tokens, block_size)` behind every token of a text, and their confidence's logits.
+
+    The logits are `(tokens, block_size)`, fp32, at temperature 1; None without a confidence head.
+    """
     ids = torch.tensor([[*prompt, *text]])
     places = torch.arange(len(prompt), ids.shape[1])
     anchors = ids[0, places]
     with TargetAdapter(target, drafter.target_layer_ids) as adapter:
         adapter.model(ids)
         states = adapter.pop_context_hidden_states()
-        # what the Markov head is told here is not used: the chain tells it its own drafts
+        # what the heads are told here is not used: the chain tells the Markov head its own drafts
         previous = anchors[None, :, None].expand(-1, -1, drafter.block_size)
         out = drafter(states, anchors[None], places[None], previous, adapter)
-        drafts, _, _ = sample_block(
+        drafts, _, previous = sample_block(
             drafter.draft_head(adapter)(out.hidden_states)[0],
             out.hidden_states[0],
             anchors,
@@ -48,7 +58,9 @@ def blocks_behind(target: Any, drafter: Any, prompt: Sequence[int], text: Sequen
             proposable_ids=drafter.draft_token_ids,
             markov_top_k=drafter.markov_top_k,
         )
-    return drafts
+        # once more, for a confidence that knows the drafts
+        logits = drafter(states, anchors[None], places[None], previous[None], adapter).confidence_logits
+    return drafts, None if logits is None else logits[0]
 
 
 def num_right(block: Sequence[int], text: Sequence[int]) -> int:
@@ -82,7 +94,7 @@ def main(
     num_texts: Annotated[int, typer.Option(min=1, help="Of each file at most.")] = 80,
     most_tokens: Annotated[int, typer.Option(min=16, help="Of a text.")] = 96,
 ) -> None:
-    """Print the rates, and how many blocks they rest on."""
+    """Print the rates, what blocks bring and how far their confidence is off."""
     packaged = load_packaged(model, dtype)
     if drafter:
         other = DSparkAssistantModel.from_pretrained(drafter, dtype=DTYPES[dtype])
@@ -90,17 +102,47 @@ def main(
     if target:
         tuned = AutoModelForCausalLM.from_pretrained(target, dtype=DTYPES[dtype])
         packaged = replace(packaged, target=tuned, tokenizer=AutoTokenizer.from_pretrained(target))
+    files_blocks = [_blocks_of(path, packaged, num_texts, most_tokens) for path in files]
+    blocks = join_observations(files_blocks)
+    print(rates_of(blocks.num_accepted.tolist(), packaged.drafter.block_size))
+    for name, part in [*zip([path.name for path in files], files_blocks, strict=True), ("all", blocks)]:
+        print(f"{name}: {_described(part)}")
+
+
+def _blocks_of(path: Path, packaged: Packaged, num_texts: int, most_tokens: int) -> Observations:
+    """Return the blocks behind the texts of a file."""
     size = packaged.drafter.block_size
-    counts: list[int] = []
-    for path in files:
-        texts = list(read_texts(path, packaged.tokenizer, size))[:num_texts]
-        for prompt, text in texts:
-            blocks = blocks_behind(packaged.target, packaged.drafter, prompt, text[:most_tokens]).tolist()
-            # behind the last tokens there is nothing to compare whole blocks with
-            places = range(min(len(text), most_tokens) - size)
-            counts += [num_right(blocks[place], text[place + 1 :]) for place in places]
-    print(rates_of(counts, size))
-    print(f"{len(counts)} blocks, {1 + sum(counts) / max(len(counts), 1):.3f} tokens each, the bonus token's included")
+    parts = [Observations(torch.empty(0, size, dtype=torch.float64), *(torch.empty(0, dtype=torch.long),) * 3)]
+    for number, (prompt, text) in enumerate(islice(read_texts(path, packaged.tokenizer, size), num_texts)):
+        drafts, logits = blocks_behind(packaged.target, packaged.drafter, prompt, text[:most_tokens])
+        # behind the last tokens there is nothing to compare whole blocks with
+        places = range(min(len(text), most_tokens) - size)
+        counts = torch.tensor(
+            [num_right(drafts[place].tolist(), text[place + 1 :]) for place in places], dtype=torch.long
+        )
+        known = torch.full_like(drafts, math.nan, dtype=torch.float64) if logits is None else logits
+        parts.append(
+            Observations(
+                known[: len(counts)].double(), counts, torch.full_like(counts, size), torch.full_like(counts, number)
+            )
+        )
+    return join_observations(parts)
+
+
+def _described(blocks: Observations) -> str:
+    """Return how many tokens blocks bring, and how far their confidence is off."""
+    told = (
+        f"{len(blocks)} blocks, {1 + blocks.num_accepted.double().mean():.3f} tokens each, the bonus token's included"
+    )
+    if not len(blocks) or blocks.confidence_logits.isnan().any():
+        return told
+    scores = score(blocks, [1.0] * blocks.block_size)
+    first = scores.survival[0]
+    errors = " ".join(f"{slot.ece:.3f}" for slot in scores.survival)
+    return (
+        f"{told}; ECE of the survival {scores.mean_ece:.3f} ({errors}); of first drafts {first.mean_prediction:.3f} "
+        f"are believed to be accepted, {first.mean_outcome:.3f} are"
+    )
 
 
 if __name__ == "__main__":
