@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from dspark_hf.generation.scheduling.defaults import (
     ASSUMED_COST_OF_A_BLOCK_ON_CPUS,
     ASSUMED_COST_OF_A_TOKEN,
     ASSUMED_COST_OF_A_TOKEN_IN_FP32,
+    ASSUMED_COST_OF_WIDTH_IN_FP32,
     COUNT_MEMORY,
     COUNT_TRUST,
     FIRST_TRIAL_GAP,
@@ -23,6 +24,7 @@ from dspark_hf.generation.scheduling.defaults import (
     REQUIRED_GAIN,
 )
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Choice, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.sources import choose_sources
 from dspark_hf.generation.targets.adapter import TargetAdapter
 
 
@@ -37,22 +39,43 @@ class CountedScheduler(Scheduler):
     name = "counted"
 
     def start(self, call: CallInfo) -> Schedule:
-        return _Counted(call.drafter.accept_rates or [PRIOR_CHANCE], *_assumed_costs(call.target))
+        return _Counted(call.drafter.accept_rates or [PRIOR_CHANCE], _assumed_costs(call.target))
 
 
-def _assumed_costs(target: TargetAdapter) -> tuple[float, float]:
-    """Return what a block and a further token of a pass cost, as shares of a plain pass."""
+@dataclass(frozen=True)
+class _AssumedCosts:
+    """What is taken for granted of a machine, as shares of a plain pass: no clock may decide.
+
+    Args:
+        block: a block of drafts.
+        width: what a pass over several tokens costs more than one over one, however many they are.
+        token: a further token of a pass.
+    """
+
+    block: float
+    width: float
+    token: float
+
+    def passes(self, most: int) -> list[float]:
+        """Return what a pass costs that verifies 0 drafts, 1 draft and so on up to `most`."""
+        return [1.0, *(1 + self.width + self.token * level for level in range(1, most + 1))]
+
+
+def _assumed_costs(target: TargetAdapter) -> _AssumedCosts:
+    """Return what passes and blocks usually cost on such a device, in such a dtype."""
     if target.model.device.type != "cpu":
-        return ASSUMED_COST_OF_A_BLOCK, ASSUMED_COST_OF_A_TOKEN
-    is_dear = target.model.dtype is torch.float32
-    return ASSUMED_COST_OF_A_BLOCK_ON_CPUS, ASSUMED_COST_OF_A_TOKEN_IN_FP32 if is_dear else ASSUMED_COST_OF_A_TOKEN
+        return _AssumedCosts(ASSUMED_COST_OF_A_BLOCK, 0.0, ASSUMED_COST_OF_A_TOKEN)
+    if target.model.dtype is not torch.float32:
+        return _AssumedCosts(ASSUMED_COST_OF_A_BLOCK_ON_CPUS, 0.0, ASSUMED_COST_OF_A_TOKEN)
+    return _AssumedCosts(
+        ASSUMED_COST_OF_A_BLOCK_ON_CPUS, ASSUMED_COST_OF_WIDTH_IN_FP32, ASSUMED_COST_OF_A_TOKEN_IN_FP32
+    )
 
 
 class _Counted(Schedule):
-    def __init__(self, rates: Sequence[float], cost_of_a_block: float, cost_of_a_token: float) -> None:
+    def __init__(self, rates: Sequence[float], costs: _AssumedCosts) -> None:
         self._rates = rates
-        self._cost_of_a_block = cost_of_a_block
-        self._cost_of_a_token = cost_of_a_token
+        self._costs = costs
         # of each place in a block: drafts whose prefix was accepted, and how many of them were
         self._seen: list[float] = []
         self._accepted: list[float] = []
@@ -72,19 +95,27 @@ class _Counted(Schedule):
         return 0
 
     def choose(self, batch: Batch, offers: Sequence[Offer]) -> Choice:
-        if batch.max_drafts and not self.num_drafts(batch):
+        num_drafts = self.num_drafts(batch)
+        if not self._are_worth_a_pass(batch, offers):
+            return Choice(num_drafts)
+        if batch.max_drafts and not num_drafts:
             # as without a drafter: what stood before may still go on
             return super().choose(replace(batch, limits=(0,) * batch.num_rows), offers)
         return super().choose(batch, offers)
 
+    def _are_worth_a_pass(self, batch: Batch, offers: Sequence[Offer]) -> bool:
+        """Return whether looking these up would bring more than plain steps in the same time."""
+        passes = self._costs.passes(max(len(offer.token_ids) for offer in offers))
+        are_live = [True] * batch.num_rows
+        return choose_sources(offers, None, are_live, passes, REQUIRED_GAIN * batch.num_live) is not None
+
     def _best(self, most: int) -> tuple[int, float]:
         """Return how many drafts promise most, and how many times the speed of plain decoding that would be."""
         survival, tokens, best = 1.0, 1.0, (1, 0.0)
-        for count in range(1, most + 1):
+        for count, cost in enumerate(self._costs.passes(most)[1:], start=1):
             survival *= self._chance(count - 1)
             tokens += survival
-            rate = tokens / (1 + self._cost_of_a_block + self._cost_of_a_token * count)
-            best = max(best, (count, rate), key=lambda pair: pair[1])
+            best = max(best, (count, tokens / (cost + self._costs.block)), key=lambda pair: pair[1])
         return best
 
     def _chance(self, place: int) -> float:

@@ -69,10 +69,13 @@ LEAST_GAIN = 1e-9
 LEAST_SURVIVAL = 0.25
 
 # --- what is assumed where the clock must not decide (counted.py)
-# A token more in a pass costs this share of a plain pass, on CPUs in fp32 the other one. Plain choice: small targets
-# showed 0.02, and 0.05 to 0.11 in fp32.
+# A token more in a pass costs this share of a plain pass, on CPUs in fp32 the other one. There a pass over several
+# tokens costs so much more besides: vectors take other kernels than matrices. Plain choice: small targets showed 0.02
+# to 0.03, and in fp32 passes over 2, 4 and 8 tokens took 1.1, 1.7 and 2.1 plain ones on one processor, 1.6, 1.5 and
+# 1.6 on another.
 ASSUMED_COST_OF_A_TOKEN = 0.03
-ASSUMED_COST_OF_A_TOKEN_IN_FP32 = 0.1
+ASSUMED_COST_OF_A_TOKEN_IN_FP32 = 0.07
+ASSUMED_COST_OF_WIDTH_IN_FP32 = 0.3
 # A drafted block does so, on CPUs the other one. Plain choice: small targets showed 0.27 on CPUs, and 0.4 with all
 # that sampling adds; larger ones and GPUs take less.
 ASSUMED_COST_OF_A_BLOCK = 0.2

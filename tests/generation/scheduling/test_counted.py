@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation import decoding
+from dspark_hf.generation.drafting.lookup import Offer
 from dspark_hf.generation.scheduling import Batch, RoundOutcome
 from dspark_hf.generation.scheduling.choosing import SCHEDULERS
-from dspark_hf.generation.scheduling.interface import CallInfo
+from dspark_hf.generation.scheduling.interface import CallInfo, Choice
 from tests.generation.frequencies import PROMPT, small_target, smallest_p_value, untrained_drafter
 from tests.reference.sampling import SMALLEST_P_VALUE, text_probabilities
 from tests.tiny import tiny_target
@@ -105,6 +106,30 @@ def test_a_call_starts_from_what_the_drafter_has_shown() -> None:
     assert modest < _drafts_of(lambda number: 0, 1) <= _drafts_of(lambda number: 0, 1, call=_call([0.9]))
     # a drafter that was never right is tried for all that, and believed once it is
     assert _drafts_of(lambda number: 7, 400, call=_call([0.0] * 7))[-1] > 4
+
+
+def _choice(offer: Offer, call: CallInfo, *, most: int = 7) -> Choice:
+    """Return what one row's first round chooses, where a drafter may make `most` drafts and 15 may be looked up."""
+    return SCHEDULERS["counted"]().start(call).choose(Batch(limits=(most,), num_live=1, rooms=(15,)), [offer])
+
+
+def _offer(*chances: float) -> Offer:
+    return Offer(tuple(range(len(chances))), chances)
+
+
+def test_lookups_are_weighed_against_what_passes_cost() -> None:
+    """Sampled calls in fp32 on a CPU look up whatever has a fair chance, and lose time by it."""
+    hopeless, in_fp32 = _call([0.1]), _call([0.1], dtype=torch.float32)
+    assert _choice(_offer(0.3, 0.3), in_fp32) == Choice(0)
+    assert _choice(_offer(0.3, 0.3), hopeless) == Choice(0, (1,))
+    assert _choice(_offer(0.9, 0.9), in_fp32) == Choice(0, (2,))
+    # no drafter at all
+    assert _choice(_offer(0.35), in_fp32, most=0) == Choice(0)
+    assert _choice(_offer(0.9, 0.9), in_fp32, most=0) == Choice(0, (2,))
+    # a pass is as wide for rows that have no offer
+    pair = Batch(limits=(7,) * 2, num_live=2, rooms=(15,) * 2)
+    for offers, looked_up in (([_offer(0.5), _offer()], ()), ([_offer(0.5)] * 2, (1, 1))):
+        assert SCHEDULERS["counted"]().start(in_fp32).choose(pair, offers) == Choice(0, looked_up)
 
 
 def test_wide_passes_are_dear_in_fp32() -> None:

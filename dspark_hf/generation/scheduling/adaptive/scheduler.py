@@ -13,7 +13,6 @@ from transformers.utils import logging
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.drafting.lookup import Offer
-from dspark_hf.generation.scheduling.adaptive.choosing import DrafterPlan, Rate, Trials, choose_sources
 from dspark_hf.generation.scheduling.adaptive.memory import DrafterState, remembered, remembered_matches
 from dspark_hf.generation.scheduling.adaptive.planning import Plan, make_plan
 from dspark_hf.generation.scheduling.confidence import OnlineConfidence
@@ -35,6 +34,7 @@ from dspark_hf.generation.scheduling.defaults import (
     UNKNOWN_CHANCE,
 )
 from dspark_hf.generation.scheduling.interface import Batch, CallInfo, Choice, RoundOutcome, Schedule, Scheduler
+from dspark_hf.generation.scheduling.sources import DrafterPlan, Rate, Trials, choose_sources
 from dspark_hf.generation.scheduling.survival import possible_survival
 
 logger = logging.get_logger(__name__)

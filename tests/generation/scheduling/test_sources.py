@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from dspark_hf.generation.drafting.lookup import Offer
-from dspark_hf.generation.scheduling.adaptive.choosing import DrafterPlan, Rate, Trials, choose_sources
 from dspark_hf.generation.scheduling.interface import Choice
+from dspark_hf.generation.scheduling.sources import DrafterPlan, Rate, Trials, choose_sources
 
 
 def _offer(*chances: float) -> Offer:
