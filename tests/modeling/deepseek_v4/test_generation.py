@@ -107,12 +107,14 @@ def test_sampling_with_a_drafter_follows_the_target():
     token_ids = torch.tensor([[5, 9, 12]]).expand(num_draws, -1)
     options = {"do_sample": True, "max_new_tokens": 3, "top_k": 4, "temperature": 1.5}
     counts = []
-    for extra in ({}, {"assistant_model": drafter}):
+    for extra in ({}, {"assistant_model": drafter, "scheduler": "fixed", "drafts": "model"}):
         sampled = _generate(model, token_ids, torch.ones_like(token_ids), **options, **extra)[:, 3:]
         counts.append(torch.stack([torch.bincount(column, minlength=VOCAB) for column in sampled.T]) / num_draws)
-    # both are samples: five standard deviations of their difference
-    deviation = (counts[0] * (1 - counts[0]) * 2 / num_draws).sqrt()
+    # both are samples, of one share if all is well: five standard deviations of their difference
+    share = (counts[0] + counts[1]) / 2
+    deviation = (share * (1 - share) * 2 / num_draws).sqrt()
     assert ((counts[0] - counts[1]).abs() <= 5 * deviation + 3 / num_draws).all()
+    assert drafter.last_statistics is not None and drafter.last_statistics.num_verified > 0
 
 
 def test_a_cache_too_short_for_the_drafts_is_refused_first():
