@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import re
 
@@ -10,6 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspark_hf.serving.errors import ApiError
+from dspark_hf.serving.patience import TimeOverError, finish_in_time
 
 # whoever watches the server needs no key for this
 _OPEN_PATHS = ("/health",)
@@ -75,8 +75,8 @@ class Gate:
         if said.isdigit() and int(said) > self._max_body_bytes:
             raise self._too_large()
         try:
-            return await asyncio.wait_for(self._collect(receive), _BODY_SECONDS)
-        except asyncio.TimeoutError:
+            return await finish_in_time(self._collect(receive), _BODY_SECONDS)
+        except TimeOverError:
             message = f"the body must come within {_BODY_SECONDS:.0f} seconds, got less of it. Send it again."
             raise ApiError(408, message) from None
 

@@ -21,7 +21,7 @@ from dspark_hf.serving.errors import ApiError, shorten
 from dspark_hf.serving.held_text import Delta
 from dspark_hf.serving.metrics import Metrics
 from dspark_hf.serving.model import ServedModel
-from dspark_hf.serving.patience import ClientLeftError, EventStream, TimeOverError, work_for_client
+from dspark_hf.serving.patience import ClientLeftError, EventStream, TimeOverError, finish_in_time, work_for_client
 from dspark_hf.serving.processors import LogprobRecorder
 from dspark_hf.serving.responses import ChatForm, TextForm, Usage
 from dspark_hf.serving.sampling import read_options
@@ -179,14 +179,14 @@ class Service:
                 yield _event(opening)
             while delta is not None:
                 yield _event(call.form.chunk(delta))
-                delta = await asyncio.wait_for(self._next(call), max(self._left(call), 0.0))
+                delta = await finish_in_time(self._next(call), self._left(call))
             reason = _reason(call.answer.ending)
             end = reason
             yield _event(call.form.chunk(None, reason))
             if call.wants_usage:
                 yield _event(call.form.usage_chunk(call.usage))
             yield b"data: [DONE]\n\n"
-        except asyncio.TimeoutError:
+        except TimeOverError:
             end = "timeout"
             yield _event(self._time_over().body())
         except ApiError as error:

@@ -14,6 +14,7 @@ from dspark_hf.modeling.from_target import config_for_target
 from tests.closeness import assert_same_up_to_rounding
 from tests.generation.prompts import ragged_prompts
 from tests.modeling.drafting import draft_greedily
+from tests.recurrent import available
 from tests.thinning import mostly_slow
 from tests.tiny import FAMILIES, tiny_target
 
@@ -333,10 +334,18 @@ def test_layers_left_out_for_text_are_not_read() -> None:
     assert config_for_target(adapter, **fields).target_layer_ids == [1, 2, 4, 5]
 
 
-@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+@pytest.mark.parametrize("family", available("mamba", "falcon_mamba"))
 def test_a_target_without_attention_has_a_drafter(family: str) -> None:
     """No drafter can be made for a target of states alone: an error speaks of heads that its configuration lacks."""
     config = AutoConfig.for_model(family, vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
     target = AutoModelForCausalLM.from_config(config).eval()
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
     assert drafter.config.num_attention_heads * drafter.config.head_dim == 32
+
+
+def test_a_cache_by_another_name_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets of states alone have a cache in every version, and who has an older one reads that they have none."""
+    target = tiny_target("qwen3")
+    monkeypatch.setattr(target, "forward", lambda input_ids, cache_params=None: None)
+    with pytest.raises(ValueError, match="takes it as `cache_params` before Transformers 5.24. Upgrade"):
+        DSparkAssistantModel.from_target(target)

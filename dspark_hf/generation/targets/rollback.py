@@ -26,7 +26,13 @@ def check_rollback(model: PreTrainedModel) -> None:
             f"`target` must have a cache that can be rolled back, got {type(model).__name__}, whose layers keep a "
             f"state: {obstacle(model)}. {remedy}"
         )
-    if makes_own_cache(model) or CACHE_KEY not in inspect.signature(model.forward).parameters:
+    inputs = inspect.signature(model.forward).parameters
+    if CACHE_KEY not in inputs and "cache_params" in inputs:
+        raise ValueError(
+            f"`target` must take its cache as `{CACHE_KEY}`, got {type(model).__name__}, which takes it as "
+            "`cache_params` before Transformers 5.24. Upgrade Transformers, or generate without `assistant_model`."
+        )
+    if makes_own_cache(model) or CACHE_KEY not in inputs:
         raise ValueError(
             "`target` must have a cache of Transformers, which can be rolled back, got "
             f"{type(model).__name__}, which has {'one of its own' if makes_own_cache(model) else 'none'}. {remedy}"
