@@ -26,6 +26,7 @@ from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.drawing import draw_or_best, most_likely
+from dspark_hf.generation.packing import pack_weights, packed_weights
 from dspark_hf.generation.proposing import outcome_of, propose
 from dspark_hf.generation.rows import NewTokens, Rows
 from dspark_hf.generation.scheduling.interface import Batch, Schedule, Scheduler
@@ -102,7 +103,7 @@ def decode(
         widest = options.most_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
         context = options.start_context(drafter, adapter, len(input_ids))
-        if isinstance(target, StaticTarget) and target.size.compile_options is not None:
+        if isinstance(target, StaticTarget) and _is_compiled(target):
             context.fix_size(target.size)
         num_branching = options.num_branching
         if num_branching != 0 and not _may_branch(target, context, rows, len(input_ids)):
@@ -114,10 +115,14 @@ def decode(
             prompts = prompt_tokens(input_ids, model_kwargs.get("attention_mask"))
             lookups = Lookups(prompts, schedule.match_chances, min_match=drafter.min_match)
         rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups, num_branching)
+        # compiled passes have products of their own
+        models = () if _is_compiled(target) else (adapter.model, drafter)
         try:
-            rounds.prefill()
-            while not rows.are_done:
-                rounds.round()
+            pack_weights(*models)
+            with packed_weights(*models):
+                rounds.prefill()
+                while not rows.are_done:
+                    rounds.round()
             drafter.review(adapter, rows.statistics)
             return rows.finish(target)
         finally:
@@ -308,6 +313,10 @@ class Rounds:
         learn(outcome)
         if self._lookups is not None:
             self._schedule.compare(outcome)
+
+
+def _is_compiled(target: TargetState) -> bool:
+    return isinstance(target, StaticTarget) and target.size.compile_options is not None
 
 
 def _may_branch(target: TargetState, context: DraftContext, rows: Rows, num_rows: int) -> bool:

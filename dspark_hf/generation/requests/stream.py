@@ -17,6 +17,7 @@ from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.drafting.lookup import Lookups, NoDrafter
+from dspark_hf.generation.packing import pack_weights, packed_weights
 from dspark_hf.generation.requests.batch import RequestBatch
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
 from dspark_hf.generation.requests.rows import RequestRow
@@ -120,6 +121,7 @@ class RequestStream(Iterator[FinishedRequest]):
             if not _has_own_rows(target):
                 raise _unfit(target) from error
         self._drafter = drafter
+        self._models = (target, drafter)
         self._options = options
         self.statistics.scheduler = options.scheduler.name
         self._max_rows = max_rows
@@ -170,7 +172,7 @@ class RequestStream(Iterator[FinishedRequest]):
         self._batch.drop_cancelled()
         if self._batch.rows:
             # hooks are there while the target runs only: between rounds it is the caller's
-            with self._adapter:
+            with self._adapter, packed_weights(*self._models):
                 self._batch.round()
         self._collect()
 
@@ -214,7 +216,9 @@ class RequestStream(Iterator[FinishedRequest]):
     def _prefilled(self, request: Request) -> RequestBatch:
         """Return a batch of this request alone, with its first token."""
         row, target = self._prepared(request)
-        with self._adapter:
+        # a target may be trained, or given other adapters, between two requests
+        pack_weights(*self._models)
+        with self._adapter, packed_weights(*self._models):
             context = self._options.start_context(self._drafter, self._adapter, 1)
             schedule = self._schedule = self._schedule or self._options.scheduler.start(self._call(row))
             lookups = self._lookups(row, schedule)

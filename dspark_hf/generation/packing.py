@@ -1,0 +1,223 @@
+"""Linear layers whose weights lie as the CPU's fast products read them.
+
+Passes over few tokens are bound by reading weights, and PyTorch's products of few rows with weights as they were
+loaded reach a third of the memory's bandwidth. oneDNN's products with packed weights, which a frozen `torch.compile`
+uses as well, take half as long. The packed copy lies beside the weights, and is made again when they change.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from dspark_hf.generation.scheduling.locking import locked
+
+NO_PACKING_VARIABLE = "DSPARK_HF_NO_PACKING"
+# Smaller models stay in the processor's caches, where packing brings little. Plain choice.
+LEAST_BYTES = 16 * 2**20
+# Weights above this share of the memory are not copied. Plain choice: there is room for as much again several times.
+SHARE_OF_MEMORY = 1 / 8
+# Rows for which oneDNN lays the weights out. Plain choice: a block of drafts; one row takes no longer.
+_ROWS = 8
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+class _PackedLayer:
+    """A linear layer that can be made to multiply with a packed copy of its weight."""
+
+    def __init__(self, layer: nn.Linear, threads: set[int]):
+        self._layer, self._threads = layer, threads
+        self._state: Any = None
+        self._packed: Tensor | None = None
+
+    def refresh(self) -> None:
+        """Pack the weight unless it is the one that is packed already."""
+        weight = self._layer.weight.detach()
+        state = (weight.shape, weight.dtype, _checksum(weight))
+        if state != self._state:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+            self._state = state
+
+    def drop(self) -> None:
+        """Let go of the packed weight, in the middle of a pass too."""
+        self._packed = self._state = None
+        self.remove()
+
+    def install(self) -> None:
+        """Let the layer multiply with it."""
+        # past `Module.__setattr__`, which takes longer
+        vars(self._layer)["forward"] = self._forward
+
+    def remove(self) -> None:
+        """Let the layer multiply as ever; a forward pass that somebody gave it meanwhile stays."""
+        if self.is_installed(self._layer):
+            del vars(self._layer)["forward"]
+
+    @classmethod
+    def is_installed(cls, layer: nn.Module) -> bool:
+        """Return whether a layer multiplies by way of this class."""
+        return isinstance(getattr(vars(layer).get("forward"), "__self__", None), cls)
+
+    def _forward(self, states: Tensor) -> Tensor:
+        layer, packed = self._layer, self._packed
+        if packed is None or not self._fits(states, layer.weight):
+            return nn.Linear.forward(layer, states)
+        return _multiply(states, packed, None if layer.bias is None else layer.bias.detach())
+
+    def _fits(self, states: Tensor, weight: Tensor) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            # the layer is the model's, and other threads may run it
+            and threading.get_ident() in self._threads
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and type(states) is Tensor
+            and states.dtype is weight.dtype
+            and states.ndim > 1
+            and states.numel() > 0
+        )
+
+
+def _multiply(states: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(states, packed, bias, "none", [], "")
+    return product
+
+
+class _PackedModel:
+    """The packed layers of a model, and the threads that use them."""
+
+    def __init__(self) -> None:
+        self._layers: dict[nn.Linear, _PackedLayer] = {}
+        self._threads: set[int] = set()
+
+    @locked
+    def refresh(self, layers: list[nn.Linear]) -> None:
+        """Pack the weights of these layers where that is not done yet, and let go of all others."""
+        for layer in self._layers.keys() - set(layers):
+            # whoever is inside multiplies as ever
+            self._layers.pop(layer).drop()
+        for layer in layers:
+            self._layers.setdefault(layer, _PackedLayer(layer, self._threads)).refresh()
+
+    @locked
+    def enter(self) -> bool:
+        """Let this thread use packed weights; return whether it did not before."""
+        if threading.get_ident() in self._threads:
+            return False
+        if not self._threads:
+            for packed in self._layers.values():
+                packed.install()
+        self._threads.add(threading.get_ident())
+        return True
+
+    @locked
+    def leave(self) -> None:
+        """Let this thread use the weights as they are."""
+        self._threads.discard(threading.get_ident())
+        if not self._threads:
+            for packed in self._layers.values():
+                packed.remove()
+
+
+_MODELS: WeakKeyDictionary[nn.Module, _PackedModel] = WeakKeyDictionary()
+
+
+@locked
+def pack_weights(*models: Any) -> None:
+    """Pack the weights of models, or what has changed of them, for `packed_weights`.
+
+    That is done on x86 CPUs, in fp32 and, where the processor has products for it, in bf16. Layers with a forward pass
+    of their own, quantised or sharded ones, are left as they are, as are small models and those that take more than
+    an eighth of the memory. No weight is changed. What is no model is passed over.
+    """
+    for model in models:
+        layers = _packable(model) if isinstance(model, nn.Module) else []
+        if layers:
+            _MODELS.setdefault(model, _PackedModel()).refresh(layers)
+        elif isinstance(model, nn.Module):
+            _MODELS.pop(model, None)
+
+
+@contextmanager
+def packed_weights(*models: Any) -> Iterator[None]:
+    """Let this thread's passes multiply with what `pack_weights` has packed of `models`."""
+    entered = [packed for model in models if (packed := _packed(model)) is not None and packed.enter()]
+    try:
+        yield
+    finally:
+        for packed in entered:
+            packed.leave()
+
+
+def _packed(model: Any) -> _PackedModel | None:
+    return _MODELS.get(model) if isinstance(model, nn.Module) else None
+
+
+def forget_packed() -> None:
+    """Let go of all packed weights."""
+    _MODELS.clear()
+
+
+def _packable(model: nn.Module) -> list[nn.Linear]:
+    """Return the layers whose weights are to be packed: all that can be, or none if that is too little or too much."""
+    if not can_pack() or os.environ.get(NO_PACKING_VARIABLE):
+        return []
+    layers = [module for module in model.modules() if type(module) is nn.Linear and _is_packable(module)]
+    size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
+    return layers if LEAST_BYTES <= size <= SHARE_OF_MEMORY * _memory_bytes() else []
+
+
+def can_pack() -> bool:
+    """Return whether this machine has products with packed weights."""
+    has_products = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return has_products and platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _is_packable(layer: nn.Linear) -> bool:
+    weight = layer._parameters.get("weight")
+    # accelerate and others set a forward pass of their own; weights of tensor parallelism are of another class
+    if "forward" in vars(layer) and not _PackedLayer.is_installed(layer):
+        return False
+    return (
+        type(weight) is nn.Parameter
+        and type(weight.data) is Tensor
+        and weight.device.type == "cpu"
+        and weight.numel() > 0
+        and weight.is_contiguous()
+        and _has_products(weight.dtype)
+    )
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _memory_bytes() -> int:
+    """Return how much memory there is, of the container if it has a limit."""
+    total: int = psutil.virtual_memory().total
+    for limit in _LIMITS:
+        # without a limit it says "max", or is not there
+        with suppress(OSError, ValueError):
+            total = min(total, int(limit.read_text()))
+    return total
+
+
+def _checksum(weight: Tensor) -> int:
+    """Return a number that changes with any element of a contiguous matrix, and with the order of its rows.
+
+    Neither a tensor's version nor its address tells of what was written through `.data`, as LoRA is merged.
+    """
+    bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
+    wide = bits.view(torch.int64) if bits.shape[1] * bits.element_size() % 8 == 0 else bits
+    rows = wide.sum(1)
+    return int((rows * torch.arange(1, 2 * len(rows), 2, device=rows.device)).sum())
