@@ -5,7 +5,8 @@
 
 Every way has a fresh process for every set and run, where it takes turns with plain: first over the prompts once with
 nothing learnt (cold), then once more (warm). What is measured is kept, and an interrupted comparison goes on where it
-was. `plain again` is the control: how far from 1 it lies is the machine's doing.
+was. `plain again` is the control: how far from 1 it lies is the machine's doing. `no drafts` is our loop without any
+draft: on CPUs, what its packed weights bring by themselves.
 
 Left out, and why: Transformers' own DFlash takes drafters without a Markov head that propose any token, and the
 shipped ones have a head and propose some tokens only; its assisted generation needs a small model of the same
@@ -45,7 +46,9 @@ from dspark_hf.journal import Journal
 from dspark_hf.prompts import encode_prompt, user_turn
 
 PROMPT_LOOKUP, ASSISTED = "prompt lookup", "assisted generation"
-FIXED, LOOKUP = "fixed 7", "lookup only"
+FIXED, LOOKUP, UNDRAFTED = "fixed 7", "lookup only", "no drafts"
+# no text repeats so much
+ENDLESS = 10**6
 WRITING = "writing code"
 SETS = ("questions", WRITING, "chat", "code completion", "copying")
 TASKS = (
@@ -84,6 +87,7 @@ def make_ways(packaged: Packaged, draft_model: str) -> dict[str, dict[str, Any]]
             "num_assistant_tokens": min(7, packaged.drafter.block_size),
         },
         LOOKUP: {"assistant_model": LookupAssistant()},
+        UNDRAFTED: {"assistant_model": LookupAssistant(min_match=ENDLESS)},
     }
     if draft_model:
         small = AutoModelForCausalLM.from_pretrained(draft_model, dtype=packaged.target.dtype)
@@ -201,7 +205,7 @@ def main(
         print(json.dumps(measure_case(Case(**given["case"]), Settings(**given["settings"]))))
         return
     check_plotting()
-    all_ways = [AGAIN, PROMPT_LOOKUP, *([ASSISTED] if draft_model else []), DEFAULT, FIXED, LOOKUP]
+    all_ways = [AGAIN, PROMPT_LOOKUP, *([ASSISTED] if draft_model else []), DEFAULT, FIXED, LOOKUP, UNDRAFTED]
     targets = _split(models, list(PACKAGED_MODELS), "--models")
     of_dtypes, of_sets = _split(dtypes, list(DTYPES), "--dtypes"), _split(sets, SETS, "--sets")
     chosen = _split(ways, all_ways, "--ways") or all_ways

@@ -75,7 +75,7 @@ def profile(
             _check_sizes(workload, grid)
             with progress_bar(console) as progress:
                 table, notes = _measure(workload, grid, repeats, progress)
-        key, drafter_name = profile_key(adapter), None if assistant is None else drafter_key(assistant)
+            key, drafter_name = profile_key(adapter), None if assistant is None else drafter_key(assistant)
         path = save_profile(key, drafter_name, table, describe_costs(adapter), output)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -102,32 +102,32 @@ def decode(
         rows.statistics.scheduler = options.scheduler.name
         widest = options.most_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
-        context = options.start_context(drafter, adapter, len(input_ids))
-        if isinstance(target, StaticTarget) and _is_compiled(target):
-            context.fix_size(target.size)
-        num_branching = options.num_branching
-        if num_branching != 0 and not _may_branch(target, context, rows, len(input_ids)):
-            num_branching = 0
-        call = replace(rows.describe(adapter, drafter), may_branch=num_branching is None)
-        schedule = options.scheduler.start(call)
-        lookups = None
-        if options.num_looked_up:
-            prompts = prompt_tokens(input_ids, model_kwargs.get("attention_mask"))
-            lookups = Lookups(prompts, schedule.match_chances, min_match=drafter.min_match)
-        rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups, num_branching)
         # compiled passes have products of their own
         models = () if _is_compiled(target) else (adapter.model, drafter)
-        try:
-            pack_weights(*models)
-            with packed_weights(*models):
+        pack_weights(*models)
+        with packed_weights(*models):
+            context = options.start_context(drafter, adapter, len(input_ids))
+            if isinstance(target, StaticTarget) and _is_compiled(target):
+                context.fix_size(target.size)
+            num_branching = options.num_branching
+            if num_branching != 0 and not _may_branch(target, context, rows, len(input_ids)):
+                num_branching = 0
+            call = replace(rows.describe(adapter, drafter), may_branch=num_branching is None)
+            schedule = options.scheduler.start(call)
+            lookups = None
+            if options.num_looked_up:
+                prompts = prompt_tokens(input_ids, model_kwargs.get("attention_mask"))
+                lookups = Lookups(prompts, schedule.match_chances, min_match=drafter.min_match)
+            rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups, num_branching)
+            try:
                 rounds.prefill()
                 while not rows.are_done:
                     rounds.round()
-            drafter.review(adapter, rows.statistics)
-            return rows.finish(target)
-        finally:
-            # a round that a user's code or Ctrl-C ended leaves no drafts in the user's cache
-            target.release()
+                drafter.review(adapter, rows.statistics)
+                return rows.finish(target)
+            finally:
+                # a round that a user's code or Ctrl-C ended leaves no drafts in the user's cache
+                target.release()
 
 
 class Rounds:

@@ -100,6 +100,11 @@ class _PackedModel:
         self._layers: dict[nn.Linear, _PackedLayer] = {}
         self._threads: set[int] = set()
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread uses packed weights."""
+        return threading.get_ident() in self._threads
+
     @locked
     def refresh(self, layers: list[nn.Linear]) -> None:
         """Pack the weights of these layers where that is not done yet, and let go of all others."""
@@ -112,7 +117,7 @@ class _PackedModel:
     @locked
     def enter(self) -> bool:
         """Let this thread use packed weights; return whether it did not before."""
-        if threading.get_ident() in self._threads:
+        if self.is_inside:
             return False
         if not self._threads:
             for packed in self._layers.values():
@@ -161,6 +166,12 @@ def packed_weights(*models: Any) -> Iterator[None]:
 
 def _packed(model: Any) -> _PackedModel | None:
     return _MODELS.get(model) if isinstance(model, nn.Module) else None
+
+
+def multiplies_packed(model: Any) -> bool:
+    """Return whether passes of `model` in this thread multiply with packed weights, as far as it has such layers."""
+    packed = _packed(model)
+    return packed is not None and packed.is_inside
 
 
 def forget_packed() -> None:

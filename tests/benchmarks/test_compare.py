@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import compare as benchmark
-from benchmarks.compare import ASSISTED, FIXED, LOOKUP, PROMPT_LOOKUP, Settings, measure_case
+from benchmarks.compare import ASSISTED, FIXED, LOOKUP, PROMPT_LOOKUP, UNDRAFTED, Settings, measure_case
 from benchmarks.compare_report import AGAIN, Case, Results, draw, spread
 from benchmarks.loading import Packaged
 from benchmarks.loads import DEFAULT, random_prompts
@@ -53,7 +53,7 @@ def test_a_pass_of_plain_gives_a_token(temperature):
     assert temperature or found["identical"][0] == 2 * NUM_PROMPTS
 
 
-@pytest.mark.parametrize("way", [PROMPT_LOOKUP, slow(DEFAULT), FIXED, slow(LOOKUP)])
+@pytest.mark.parametrize("way", [PROMPT_LOOKUP, slow(DEFAULT), FIXED, slow(LOOKUP), UNDRAFTED])
 def test_ways_are_counted_over_cold_and_warm_runs(way, packaged):
     """A way's passes are another's, or its text is not compared with plain's."""
     found = measure_case(Case("smollm2", "fp32", 0.0, "chat", way, 0), SETTINGS)
@@ -126,13 +126,14 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(measured) == 2
     text = run()
     assert "one process each" in text
-    assert [case.way for case in measured] == [AGAIN, LOOKUP, PROMPT_LOOKUP, DEFAULT, FIXED]
-    assert all(text.count(f"\n| chat | {way} |") == 1 for way in (AGAIN, LOOKUP, PROMPT_LOOKUP, DEFAULT, FIXED))
+    ways = [case.way for case in measured]
+    assert ways == [AGAIN, LOOKUP, PROMPT_LOOKUP, DEFAULT, FIXED, UNDRAFTED]
+    assert all(text.count(f"\n| chat | {way} |") == 1 for way in ways)
     assert text.rstrip().splitlines()[-1].startswith("- A target, fp32, greedy, chat: ")
     assert page.with_suffix(".png").read_bytes() == b"a figure"
     run("--num-prompts", "3", "--ways", AGAIN)
-    assert len(measured) == 6
-    assert len([json.loads(line) for line in Path(journal).read_text(encoding="utf-8").splitlines()]) == 6
+    assert len(measured) == 7
+    assert len([json.loads(line) for line in Path(journal).read_text(encoding="utf-8").splitlines()]) == 7
 
 
 def test_the_command_of_a_page_can_be_pasted(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from dspark_hf.generation.drafting.interface import DraftedBlock
 from dspark_hf.generation.drafting.lookup import Offer
+from dspark_hf.generation.packing import multiplies_packed
 from dspark_hf.generation.scheduling.defaults import (
     ASSUMED_COST_OF_A_BLOCK,
     ASSUMED_COST_OF_A_BLOCK_ON_CPUS,
@@ -65,7 +66,7 @@ def _assumed_costs(target: TargetAdapter) -> _AssumedCosts:
     """Return what passes and blocks usually cost on such a device, in such a dtype."""
     if target.model.device.type != "cpu":
         return _AssumedCosts(ASSUMED_COST_OF_A_BLOCK, 0.0, ASSUMED_COST_OF_A_TOKEN)
-    if target.model.dtype is not torch.float32:
+    if target.model.dtype is not torch.float32 or multiplies_packed(target.model):
         return _AssumedCosts(ASSUMED_COST_OF_A_BLOCK_ON_CPUS, 0.0, ASSUMED_COST_OF_A_TOKEN)
     return _AssumedCosts(
         ASSUMED_COST_OF_A_BLOCK_ON_CPUS, ASSUMED_COST_OF_WIDTH_IN_FP32, ASSUMED_COST_OF_A_TOKEN_IN_FP32

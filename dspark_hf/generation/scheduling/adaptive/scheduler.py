@@ -252,10 +252,9 @@ class _Adaptive(Schedule):
     def _current_plan(self, batch: Batch) -> Plan:
         recent_margins, recent_trees = self._memory.recent_margins, self._memory.recent_trees
         num_blocks = recent_margins.num_blocks + (recent_trees.num_trees if self._tree_size else 0)
-        # the first blocks change the plan most
-        age = num_blocks if num_blocks < FEW_BLOCKS else num_blocks // PLAN_EVERY + FEW_BLOCKS
-        # costs are learned in rounds without drafts too
-        is_for = (batch.num_rows, batch.num_live, batch.max_drafts, age, self._num_rounds // PLAN_EVERY)
+        # the first blocks change the plan most; costs are learned in rounds without drafts too
+        age = min(num_blocks, FEW_BLOCKS), self._num_rounds // PLAN_EVERY
+        is_for = (batch.num_rows, batch.num_live, batch.max_drafts, *age)
         if self._plan is None or self._plan_is_for != is_for:
             gains = recent_margins.gains(batch.max_drafts, self._memory.estimator, self._memory.shown)
             chain = self._plan_for(batch, gains, range(1, batch.max_drafts + 1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dspark_hf.generation.compat import attention_implementation
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.packing import multiplies_packed
 from dspark_hf.generation.scheduling.costs.storing import ProfileKey
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.provenance import processor_name
@@ -108,7 +109,8 @@ def _is_without_cost(name: str) -> bool:
 
 def _device_name(model: Any) -> str:
     names = Counter(map(_place_name, places(model)))
-    return " and ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+    found = " and ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+    return f"{found}, packed weights" if multiplies_packed(model) else found
 
 
 def places(model: Any) -> list[str]:
