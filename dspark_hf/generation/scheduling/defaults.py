@@ -36,6 +36,8 @@ FIRST_TRIAL_GAP = 16
 # Good offers that are passed over before one is looked up all the same, the first time. Plain choice: nearly half the
 # drafts of a good offer are right, so a trial costs less than a drafter's.
 FIRST_LOOKUP_GAP = 4
+# Plain steps that what is expected of a call's rounds weighs as much as, beside what they give. Plain choice.
+RATE_TRUST = 8.0
 # Parked rounds between two trials at most. Plain choice: a trial loses about one plain step, and
 # all of them stay below 2% of a long run.
 LONGEST_TRIAL_GAP = 256

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspark_hf.generation.drafting.lookup import Offer
-from dspark_hf.generation.scheduling.defaults import FIRST_LOOKUP_GAP, LONGEST_TRIAL_GAP
+from dspark_hf.generation.scheduling.defaults import FIRST_LOOKUP_GAP, LONGEST_TRIAL_GAP, RATE_TRUST
 from dspark_hf.generation.scheduling.interface import Choice
 
 # Levels that a pass over lookups goes to, besides the longest. Plain choice: costs of few widths are soon known.
@@ -89,10 +89,10 @@ class Rate:
         """Add a round."""
         self._tokens, self._seconds = 0.99 * self._tokens + tokens, 0.99 * self._seconds + seconds
 
-    @property
-    def value(self) -> float:
-        """Tokens per second, 0 before the first round."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+    def value(self, usual: float, plain_seconds: float) -> float:
+        """Return the tokens per second, among a few rounds of the `usual` rate: one lucky round must not decide."""
+        trusted = RATE_TRUST * plain_seconds
+        return (self._tokens + usual * trusted) / (self._seconds + trusted)
 
 
 class Trials:

@@ -86,11 +86,13 @@ def test_good_offers_are_tried_ever_more_rarely():
 
 
 def test_rate_follows_the_latest_rounds():
-    """What time is worth is fixed by the first rounds."""
+    """What time is worth is fixed by the first rounds, or by what was expected, or by a single lucky one."""
     rate = Rate()
-    assert rate.value == 0.0
+    assert rate.value(2.0, 0.5) == 2.0
+    rate.add(8.0, 0.5)
+    assert 2.0 < rate.value(2.0, 0.5) < 4.0
     for _ in range(500):
         rate.add(1.0, 1.0)
     for _ in range(500):
         rate.add(3.0, 1.0)
-    assert 2.9 < rate.value <= 3.0
+    assert 2.9 < rate.value(2.0, 0.5) <= 3.0

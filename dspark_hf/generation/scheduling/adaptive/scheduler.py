@@ -166,7 +166,7 @@ class _Adaptive(Schedule):
         Beside lookups that give many tokens at once, what drafting adds may be more than plain decoding gives, and yet
         less than the same time brings in other rounds.
         """
-        rate = self._rate.value
+        rate = self._rate.value(plan.rate, 1 / plan.plain_rate)
         if rate <= plan.rate:
             return True
         count = plan.num_drafts
@@ -208,9 +208,10 @@ class _Adaptive(Schedule):
         num_drafts = self.num_drafts(batch)
         is_learning = self._mode in (_Mode.comparing, _Mode.trial)
         # what is to be learned of the drafter, or of plain steps, must not be mixed with anything else: it waits for a
-        # round in which nothing is worth looking up
-        choice = self._best_choice(batch, offers, 0 if is_learning else num_drafts)
-        if is_learning and not choice.num_looked_up:
+        # round in which nothing is worth looking up, beside drafts where these are known to pay
+        weighed = self._num_planned(batch) if self._mode is _Mode.comparing else 0 if is_learning else num_drafts
+        choice = self._best_choice(batch, offers, weighed)
+        if is_learning and (choice.num_drafts or not choice.num_looked_up):
             return Choice(num_drafts)
         if choice.num_looked_up and not choice.num_drafts:
             self._mode = _Mode.looking_up
@@ -221,14 +222,15 @@ class _Adaptive(Schedule):
         most = self._most_drafts(batch)
         offers = [offer.up_to(most) for offer in offers]
         passes = self._seconds_of_passes(batch, max(num_drafts, *(len(offer.token_ids) for offer in offers)))
-        rates = [self._rate.value, batch.num_live / passes[0]]
+        usual = batch.num_live / passes[0]
         plan = None
         if num_drafts and self._plan is not None:
-            rates.append(self._plan.rate)
+            usual = max(usual, self._plan.rate)
             plan = DrafterPlan(self._gains[:num_drafts], self._drafting_seconds(batch, num_drafts))
         # rows that wait have no room
         are_live = [limit > 0 for limit in batch.limits]
-        choice = choose_sources(offers, plan, are_live, passes, max(rates))
+        rate = max(usual, self._rate.value(usual, passes[0]))
+        choice = choose_sources(offers, plan, are_live, passes, rate)
         # wide passes may cost less than narrow ones, or a disturbed one, let expect
         taken = choice.num_looked_up if choice else (0,) * rows
         passed_over = max(

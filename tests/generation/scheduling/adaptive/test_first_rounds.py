@@ -102,6 +102,24 @@ def test_no_pass_is_much_wider_than_those_before():
     assert counts[-1] == LONGEST
 
 
+def test_a_comparison_is_no_reason_to_look_up():
+    """While a plain step is due, doubtful lookups take the place of a drafter that is better, round after round."""
+    schedule, machine = _start(rates=[0.8] * MAX_DRAFTS), Machine(token_slope=0.0005)
+    write(schedule, machine, _good, 3, max_drafts=MAX_DRAFTS)
+    batch, doubtful, choices = Batch((MAX_DRAFTS,), 1, 10, (LONGEST,)), Offer((7,) * 4, (0.5,) * 4), []
+    for _ in range(30):
+        choice = schedule.choose(batch, [doubtful])
+        choices.append(choice)
+        if choice.num_drafts:
+            # of this round nothing is to be learned but that it drafted
+            write(schedule, machine, _good, 1, max_drafts=MAX_DRAFTS)
+        else:
+            looked_up = [sum(choice.num_looked_up)]
+            schedule.observe(machine.outcome(choice.limit(batch), 0, looked_up, [0]))
+    assert not any(choice.num_looked_up for choice in choices)
+    assert 1 <= sum(not choice.num_drafts for choice in choices) < 6
+
+
 def test_trials_wait_for_a_round_without_offers():
     """A parked drafter is tried where a lookup would have given more."""
     schedule, machine = _start(), Machine()
