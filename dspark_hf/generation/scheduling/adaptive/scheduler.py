@@ -241,12 +241,13 @@ class _Adaptive(Schedule):
         return choice or Choice(num_drafts)
 
     def _seconds_of_passes(self, batch: Batch, most: int) -> list[float]:
-        """Return the seconds of passes over the anchor and up to `most` drafts, those of some rounds ago."""
+        """Return the seconds of passes over the anchor and at least `most` drafts, as of the last plan."""
         is_for = (batch.num_rows, self._num_rounds // PLAN_EVERY)
         if self._passes_are_for != is_for or len(self._passes) <= most:
             rows, length = batch.num_rows, batch.context_length
+            most = max(most, *batch.limits, *batch.rooms, MOST_OF_TREE if self._width_is_cheap else 0)
             passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in range(most + 1)]
-            # as in a plan
+            # a plain step costs no more than a pass over drafts, whatever noise may say
             passes[0] = min(passes)
             self._passes, self._passes_are_for = passes, is_for
         return self._passes
@@ -258,10 +259,12 @@ class _Adaptive(Schedule):
         age = min(num_blocks, FEW_BLOCKS), self._num_rounds // PLAN_EVERY
         is_for = (batch.num_rows, batch.num_live, batch.max_drafts, *age)
         if self._plan is None or self._plan_is_for != is_for:
+            # costs have been learned since
+            self._passes_are_for = ()
+            self._width_is_cheap = self._knows_cheap_width(batch)
             gains = recent_margins.gains(batch.max_drafts, self._memory.estimator, self._memory.shown)
             chain = self._plan_for(batch, gains, range(1, batch.max_drafts + 1))
             self._better = False, *chain
-            self._width_is_cheap = self._knows_cheap_width(batch)
             if recent_trees.num_trees >= FEW_TREES and self._width_is_cheap:
                 gains = recent_trees.gains()
                 tree = self._plan_for(batch, gains, [self._tree_size] * gains.shape[1])
@@ -278,9 +281,7 @@ class _Adaptive(Schedule):
         The drafter takes as long for 1 to K drafts as for chains of `sizes`.
         """
         rows, length = batch.num_rows, batch.context_length
-        passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in range(len(sizes) + 1)]
-        # a plain step costs no more than a pass over drafts, whatever noise may say
-        passes[0] = min(passes)
+        passes = self._seconds_of_passes(batch, len(sizes))[: len(sizes) + 1]
         drafting = {size: self._costs.draft_seconds(rows, size, length) for size in set(sizes)}
         plan = make_plan(batch.num_live * gains, batch.num_live, [drafting[size] for size in sizes], passes)
         return plan, gains.mean(0).tolist()
