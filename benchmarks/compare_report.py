@@ -115,6 +115,8 @@ def draw(results: Results) -> bytes:
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
         for panel, key in zip(panels, keys, strict=False):
             _draw_panel(panel, key, results.found[key], ways)
+        # at last: it keeps the top of what is drawn so far, and panels share it
+        panels[0].set_ylim(bottom=0)
         for panel in panels[len(keys) :]:
             panel.set_axis_off()
         name_colors(figure, ways)
@@ -143,4 +145,3 @@ def _draw_panel(panel: Any, key: Key, sets: Measurements, ways: Sequence[str]) -
                 panel.errorbar(place + shift, value, error, fmt="o", color=color, markerfacecolor=fill, capsize=2)
     panel.set(title=_name(key, sets), xticks=range(len(sets)), xlim=(-0.5, len(sets) - 0.5))
     panel.set_xticklabels(sets)
-    panel.set_ylim(bottom=0)

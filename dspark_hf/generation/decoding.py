@@ -5,6 +5,7 @@ b rows in the batch, K drafts, W = 1 + K positions of a verify pass, V vocab.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.drawing import draw_or_best, most_likely
-from dspark_hf.generation.packing import pack_weights, packed_weights
+from dspark_hf.generation.packing import FEW_TOKENS, pack_weights, packed_weights
 from dspark_hf.generation.proposing import outcome_of, propose
 from dspark_hf.generation.rows import NewTokens, Rows
 from dspark_hf.generation.scheduling.interface import Batch, Schedule, Scheduler
@@ -102,8 +103,9 @@ def decode(
         rows.statistics.scheduler = options.scheduler.name
         widest = options.most_drafts + 1
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
-        # compiled passes have products of their own
-        models = () if _is_compiled(target) else (adapter.model, drafter)
+        # compiled passes have products of their own, and the shortest texts are over before packing has paid
+        is_short = (generation_config.max_length or math.inf) - input_ids.shape[1] <= FEW_TOKENS
+        models = () if is_short or _is_compiled(target) else (adapter.model, drafter)
         pack_weights(*models)
         with packed_weights(*models):
             context = options.start_context(drafter, adapter, len(input_ids))

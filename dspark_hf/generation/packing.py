@@ -25,6 +25,9 @@ from dspark_hf.generation.scheduling.locking import locked
 NO_PACKING_VARIABLE = "DSPARK_HF_NO_PACKING"
 # Smaller models stay in the processor's caches, where packing brings little. Plain choice.
 LEAST_BYTES = 16 * 2**20
+# Calls that may write no more tokens than this are made with weights as they are. Plain choice: packing takes as long
+# as five to ten plain steps.
+FEW_TOKENS = 8
 # Weights above this share of the memory are not copied. Plain choice: there is room for as much again several times.
 SHARE_OF_MEMORY = 1 / 8
 # Rows for which oneDNN lays the weights out. Plain choice: a block of drafts; one row takes no longer.

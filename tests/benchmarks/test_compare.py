@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import compare as benchmark
+from benchmarks import compare_report
 from benchmarks.compare import ASSISTED, FIXED, LOOKUP, PROMPT_LOOKUP, UNDRAFTED, Settings, measure_case
 from benchmarks.compare_report import AGAIN, Case, Results, draw, spread
 from benchmarks.loading import Packaged
@@ -148,3 +149,17 @@ def test_a_figure_is_drawn():
     few = [{"ratios": [1.1, 1.2], "title": "A target"}]
     sets = {"chat": {AGAIN: few, LOOKUP: few * 2}, "copying": {DEFAULT: few}}
     assert draw(Results({("smollm2", "fp32", 0.0): sets})).startswith(b"\x89PNG")
+
+
+def test_every_panel_shows_all_its_points(monkeypatch):
+    """Points that lie above those of the first panel are cut off."""
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr(compare_report, "to_png", figures.append)
+    found = {
+        ("smollm2", dtype, 0.0): {"chat": {DEFAULT: [{"ratios": [ratio, ratio], "title": "A target"}]}}
+        for dtype, ratio in (("bf16", 1.5), ("fp32", 4.5))
+    }
+    draw(Results(found))
+    (figure,) = figures
+    assert all(panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 4.5 for panel in figure.axes if panel.axison)

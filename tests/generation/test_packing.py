@@ -102,6 +102,17 @@ def test_plain_generate_is_left_alone(products):
     assert not products
 
 
+@pytest.mark.parametrize(("count", "is_packed"), [(8, False), (9, True)])
+def test_the_shortest_texts_are_not_worth_it(products, count, is_packed):
+    """A call for a word or two takes several times as long as without a drafter."""
+    target = tiny_target("qwen3")
+    ids = torch.tensor([[3, 9, 4]])
+    options = {"max_new_tokens": count, "do_sample": False}
+    text = target.generate(ids, assistant_model=LookupAssistant(), **options)
+    assert torch.equal(text, target.generate(ids, **options))
+    assert bool(products) == is_packed
+
+
 def _negate(target: Any) -> None:
     target.model.layers[0].mlp.down_proj.weight.data.neg_()
 
