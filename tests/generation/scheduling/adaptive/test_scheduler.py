@@ -250,7 +250,7 @@ def test_costs_that_rounds_without_drafts_show_change_the_plan():
     costs, batch = ListedCosts([1.0] * (MAX_DRAFTS + 1)), Batch((MAX_DRAFTS,), 1, rooms=(MAX_DRAFTS,))
     schedule = AdaptiveScheduler(costs=costs).start(new_call(max_drafts=MAX_DRAFTS))
     assert schedule.num_drafts(batch) > 0
-    for _ in range(4):
+    for _ in range(PLAN_EVERY):
         sure = Offer((7,) * MAX_DRAFTS, (1.0,) * MAX_DRAFTS)
         assert schedule.choose(batch, [sure]).num_looked_up == (MAX_DRAFTS,)
         looked_up = [MAX_DRAFTS]
