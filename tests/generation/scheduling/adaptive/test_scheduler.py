@@ -14,6 +14,7 @@ from dspark_hf.generation.drafting.interface import DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Offer
 from dspark_hf.generation.scheduling import AdaptiveScheduler, Batch, FixedScheduler, RoundOutcome, Schedule
 from dspark_hf.generation.scheduling.costs.online import Costs, OnlineCosts
+from dspark_hf.generation.scheduling.defaults import PLAN_EVERY
 from tests.generation.scheduling.fakes import ListedCosts, block_of, new_call, new_drafter
 from tests.generation.scheduling.machine import Machine, Text, write
 from tests.thinning import mostly_slow, slow
