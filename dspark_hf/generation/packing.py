@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import platform
 import threading
+import weakref
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,33 +40,44 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 class _PackedLayer:
     """A linear layer that can be made to multiply with a packed copy of its weight."""
 
-    def __init__(self, layer: nn.Linear, threads: set[int]):
-        self._layer, self._threads = layer, threads
+    def __init__(self, layer: nn.Linear | None, threads: set[int]):
+        # the layer may know its model, which must not live on for its copies
+        self._layer = None if layer is None else weakref.ref(layer)
+        self._threads = threads
         self._state: Any = None
         self._packed: Tensor | None = None
 
-    def refresh(self) -> None:
-        """Pack the weight unless it is the one that is packed already."""
-        weight = self._layer.weight.detach()
-        state = (weight.shape, weight.dtype, _checksum(weight))
-        if state != self._state:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-            self._state = state
+    def __reduce__(self) -> Any:
+        # who copies a model during a call has one that multiplies as ever
+        return _PackedLayer, (self._known_layer(), set())
 
-    def drop(self) -> None:
+    def _known_layer(self) -> nn.Linear | None:
+        return None if self._layer is None else self._layer()
+
+    def refresh(self, layer: nn.Linear) -> None:
+        """Pack the weight of the layer unless it is the one that is packed already."""
+        weight = layer.weight.detach()
+        state = _state_of(weight)
+        if state == self._state:
+            return
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        # another thread may have changed it meanwhile
+        self._packed, self._state = (packed, state) if _state_of(weight) == state else (None, None)
+
+    def drop(self, layer: nn.Linear) -> None:
         """Let go of the packed weight, in the middle of a pass too."""
         self._packed = self._state = None
-        self.remove()
+        self.remove(layer)
 
-    def install(self) -> None:
-        """Let the layer multiply with it."""
+    def install(self, layer: nn.Linear) -> None:
+        """Let the layer multiply with it, unless somebody has given it a forward pass meanwhile."""
         # past `Module.__setattr__`, which takes longer
-        vars(self._layer)["forward"] = self._forward
+        vars(layer).setdefault("forward", self._forward)
 
-    def remove(self) -> None:
-        """Let the layer multiply as ever; a forward pass that somebody gave it meanwhile stays."""
-        if self.is_installed(self._layer):
-            del vars(self._layer)["forward"]
+    def remove(self, layer: nn.Linear) -> None:
+        """Let the layer multiply as ever."""
+        if self.is_installed(layer):
+            del vars(layer)["forward"]
 
     @classmethod
     def is_installed(cls, layer: nn.Module) -> bool:
@@ -72,12 +85,14 @@ class _PackedLayer:
         return isinstance(getattr(vars(layer).get("forward"), "__self__", None), cls)
 
     def _forward(self, states: Tensor) -> Tensor:
-        layer, packed = self._layer, self._packed
-        if packed is None or not self._fits(states, layer.weight):
+        layer, packed = self._known_layer(), self._packed
+        assert layer is not None
+        if packed is None or not self._fits(states, layer.weight, layer.bias):
             return nn.Linear.forward(layer, states)
-        return _multiply(states, packed, None if layer.bias is None else layer.bias.detach())
+        # the product reads a bias as if its elements lay side by side
+        return _multiply(states, packed, None if layer.bias is None else layer.bias.detach().contiguous())
 
-    def _fits(self, states: Tensor, weight: Tensor) -> bool:
+    def _fits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return (
             not torch.compiler.is_compiling()
             # the layer is the model's, and other threads may run it
@@ -86,6 +101,7 @@ class _PackedLayer:
             and not torch.is_autocast_enabled("cpu")
             and type(states) is Tensor
             and states.dtype is weight.dtype
+            and (bias is None or bias.dtype is weight.dtype)
             and states.ndim > 1
             and states.numel() > 0
         )
@@ -100,7 +116,7 @@ class _PackedModel:
     """The packed layers of a model, and the threads that use them."""
 
     def __init__(self) -> None:
-        self._layers: dict[nn.Linear, _PackedLayer] = {}
+        self._layers: WeakKeyDictionary[nn.Linear, _PackedLayer] = WeakKeyDictionary()
         self._threads: set[int] = set()
 
     @property
@@ -108,14 +124,18 @@ class _PackedModel:
         """Whether this thread uses packed weights."""
         return threading.get_ident() in self._threads
 
-    @locked
     def refresh(self, layers: list[nn.Linear]) -> None:
         """Pack the weights of these layers where that is not done yet, and let go of all others."""
-        for layer in self._layers.keys() - set(layers):
+        # packing takes long, and calls of other models wait for the lock
+        for layer, packed in self._choose(layers):
+            packed.refresh(layer)
+
+    @locked
+    def _choose(self, layers: list[nn.Linear]) -> list[tuple[nn.Linear, _PackedLayer]]:
+        for layer in set(self._layers) - set(layers):
             # whoever is inside multiplies as ever
-            self._layers.pop(layer).drop()
-        for layer in layers:
-            self._layers.setdefault(layer, _PackedLayer(layer, self._threads)).refresh()
+            self._layers.pop(layer).drop(layer)
+        return [(layer, self._layers.setdefault(layer, _PackedLayer(layer, self._threads))) for layer in layers]
 
     @locked
     def enter(self) -> bool:
@@ -123,8 +143,8 @@ class _PackedModel:
         if self.is_inside:
             return False
         if not self._threads:
-            for packed in self._layers.values():
-                packed.install()
+            for layer, packed in self._layers.items():
+                packed.install(layer)
         self._threads.add(threading.get_ident())
         return True
 
@@ -133,14 +153,13 @@ class _PackedModel:
         """Let this thread use the weights as they are."""
         self._threads.discard(threading.get_ident())
         if not self._threads:
-            for packed in self._layers.values():
-                packed.remove()
+            for layer, packed in self._layers.items():
+                packed.remove(layer)
 
 
 _MODELS: WeakKeyDictionary[nn.Module, _PackedModel] = WeakKeyDictionary()
 
 
-@locked
 def pack_weights(*models: Any) -> None:
     """Pack the weights of models, or what has changed of them, for `packed_weights`.
 
@@ -151,16 +170,24 @@ def pack_weights(*models: Any) -> None:
     for model in models:
         layers = _packable(model) if isinstance(model, nn.Module) else []
         if layers:
-            _MODELS.setdefault(model, _PackedModel()).refresh(layers)
+            _known(model).refresh(layers)
         elif isinstance(model, nn.Module):
             _MODELS.pop(model, None)
+
+
+@locked
+def _known(model: nn.Module) -> _PackedModel:
+    return _MODELS.setdefault(model, _PackedModel())
 
 
 @contextmanager
 def packed_weights(*models: Any) -> Iterator[None]:
     """Let this thread's passes multiply with what `pack_weights` has packed of `models`."""
-    entered = [packed for model in models if (packed := _packed(model)) is not None and packed.enter()]
+    entered: list[_PackedModel] = []
     try:
+        for packed in filter(None, map(_packed, models)):
+            if packed.enter():
+                entered.append(packed)
         yield
     finally:
         for packed in entered:
@@ -174,7 +201,7 @@ def _packed(model: Any) -> _PackedModel | None:
 def multiplies_packed(model: Any) -> bool:
     """Return whether passes of `model` in this thread multiply with packed weights, as far as it has such layers."""
     packed = _packed(model)
-    return packed is not None and packed.is_inside
+    return packed is not None and packed.is_inside and not torch.is_autocast_enabled("cpu")
 
 
 def forget_packed() -> None:
@@ -187,7 +214,7 @@ def _packable(model: nn.Module) -> list[nn.Linear]:
     if not can_pack() or os.environ.get(NO_PACKING_VARIABLE):
         return []
     layers = [module for module in model.modules() if type(module) is nn.Linear and _is_packable(module)]
-    size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
+    size = sum(layer.weight.nbytes for layer in layers)
     return layers if LEAST_BYTES <= size <= SHARE_OF_MEMORY * _memory_bytes() else []
 
 
@@ -226,12 +253,18 @@ def _memory_bytes() -> int:
     return total
 
 
-def _checksum(weight: Tensor) -> int:
-    """Return a number that changes with any element of a contiguous matrix, and with the order of its rows.
+def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    """Return what tells a weight `(D_out, D_in)` from what it was: a copy of it would take its memory once more.
 
-    Neither a tensor's version nor its address tells of what was written through `.data`, as LoRA is merged.
+    Its version does not count what is written through `.data`, as LoRA is merged. So its bits are added up as well, as
+    integers along the rows and as fp32 along the columns: an integer sum misses pairs of signs, one of fp32 small
+    changes, and either the order of what it adds.
     """
-    bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
-    wide = bits.view(torch.int64) if bits.shape[1] * bits.element_size() % 8 == 0 else bits
-    rows = wide.sum(1)
-    return int((rows * torch.arange(1, 2 * len(rows), 2, device=rows.device)).sum())
+    version = None if weight.is_inference() else weight._version
+    place = weight.shape, weight.dtype, weight.data_ptr(), version
+    if weight.data_ptr() % 8 or weight.storage_offset() * weight.element_size() % 8 or weight.shape[1] % 4:
+        # of no size or place for that; such weights are rare, and small
+        return *place, zlib.crc32(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    flat = weight.view(-1).view(len(weight), -1)
+    sums = flat.view(torch.int64).sum(1), flat.view(torch.float32).sum(0)
+    return *place, *(one.numpy().tobytes() for one in sums)

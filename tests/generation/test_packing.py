@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import threading
 import weakref
@@ -135,7 +137,25 @@ def _replace(target: Any) -> None:
     target.lm_head = nn.Linear(32, 64, bias=False)
 
 
-@pytest.mark.parametrize("change", [_negate, _swap_rows, _set_one, _load, _replace])
+def _swap_columns(target: Any) -> None:
+    for layer in target.model.layers:
+        weight = layer.mlp.down_proj.weight.data
+        weight.copy_(weight.roll(4, 1))
+
+
+def _flip_signs(target: Any) -> None:
+    # of every other column: as integers, these cancel
+    target.lm_head.weight.data[:, 1::2].neg_()
+
+
+def _swap_unseen(target: Any) -> None:
+    target.lm_head.weight.data = target.lm_head.weight.data.flip(0)
+
+
+CHANGES = [_negate, _swap_rows, _set_one, _load, _replace, _swap_columns, _flip_signs, _swap_unseen]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("door", ["generate", "stream"])
 def test_changed_weights_count_at_once(change, door):
     """A target is trained, or LoRA merged into it, and the text is still that of the weights before."""
@@ -163,6 +183,102 @@ def test_changed_weights_count_at_once(change, door):
     plain = target.generate(torch.tensor([[3, 9, 4]]), max_new_tokens=12, do_sample=False).tolist()[0]
     assert plain != before
     assert write() == plain
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_change_of_a_weight_shows(dtype):
+    """A weight is taken for the one that was packed, since its elements add up to the same."""
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    changes = (
+        lambda: weight.data.copy_(weight.roll(4, 1)),
+        lambda: weight.data.copy_(weight.roll(1, 0)),
+        lambda: weight.data[:, 3::4].neg_(),
+        lambda: weight.data[::9, 7].neg_(),
+        lambda: weight.data[5, 5].mul_(1.01),
+        lambda: weight.data.copy_(weight.roll(16, 1)),
+    )
+    # without its version, which a write through `.data` does not count
+    states = {packing._state_of(weight)[4:]}
+    for count, change in enumerate(changes, start=2):
+        change()
+        states.add(packing._state_of(weight)[4:])
+        assert len(states) == count
+    # and none, none
+    assert packing._state_of(weight) == packing._state_of(weight)
+
+
+def test_biases_and_weights_may_lie_anywhere(products):
+    """A bias with gaps is read as if it had none; a weight in the middle of a buffer ends a call with an error."""
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 7), nn.Linear(7, 9))
+    model[0].bias.data = torch.randn(80)[::2]
+    model[1].bias.data = torch.randn(1).expand(7)
+    buffer = torch.randn(1 + 7 * 40)
+    model[1].weight.data = buffer[1:].view(7, 40)
+    states = torch.randn(1, 3, 24)
+    with torch.no_grad():
+        plain = model(states)
+        pack_weights(model)
+        with packed_weights(model):
+            assert torch.allclose(model(states), plain, atol=1e-5)
+        assert len(products) == 3
+        buffer.neg_()
+        pack_weights(model)
+        with packed_weights(model):
+            found = model(states)
+        assert torch.allclose(found, model(states), atol=1e-5)
+
+
+def test_a_stream_leaves_forward_passes_alone(products):
+    """What somebody sets between two requests of a stream is overwritten, and then gone."""
+    target = tiny_target("qwen3")
+    requests = [Request(torch.tensor([3, 9, 4]), options={"max_new_tokens": n, "do_sample": False}) for n in (10, 20)]
+    stream = generate_stream(target, requests, max_rows=2)
+    next(stream)
+    calls = []
+    own = target.lm_head.forward
+
+    def forward(states):
+        calls.append(states)
+        return own(states)
+
+    target.lm_head.forward = forward
+    next(stream)
+    assert calls and target.lm_head.forward is forward
+
+
+def test_a_stream_sees_weights_that_change_between_two_requests():
+    """Rows that stay in a stream go on with weights that are gone."""
+    target = tiny_target("qwen3")
+    requests = [Request(torch.tensor([3, 9, 4]), options={"max_new_tokens": n, "do_sample": False}) for n in (10, 30)]
+    stream = generate_stream(target, requests, max_rows=2)
+    next(stream)
+    target.lm_head.weight.data.zero_()
+    assert next(stream).token_ids.tolist()[-5:] == [0] * 5
+
+
+def test_a_model_may_be_copied_during_a_call(products):
+    """A snapshot of a model that is being used ends with an error, or multiplies with another model's weights."""
+    target = tiny_target("qwen3")
+    copies = []
+
+    class Snapshot:
+        def put(self, value: Any) -> None:
+            copies.append(copy.deepcopy(target) if len(copies) < 4 else None)
+
+        def end(self) -> None:
+            pass
+
+    text = target.generate(
+        torch.tensor([[3, 9, 4]]),
+        max_new_tokens=12,
+        do_sample=False,
+        assistant_model=LookupAssistant(),
+        streamer=Snapshot(),
+    )
+    assert products
+    copied = copies[3]
+    target.lm_head.weight.data.zero_()
+    assert torch.equal(copied.generate(torch.tensor([[3, 9, 4]]), max_new_tokens=12, do_sample=False), text)
 
 
 def test_other_threads_multiply_as_ever(products):
@@ -306,6 +422,8 @@ def test_nothing_is_left_of_a_call_that_fails(products):
 def test_a_model_that_is_gone_leaves_nothing():
     """Packed weights keep their model in memory, or outlive it."""
     model = nn.Sequential(nn.Linear(24, 40))
+    # a layer may know its model
+    model[0].register_forward_hook(functools.partial(lambda owner, *_: None, model))
     pack_weights(model)
     with torch.no_grad(), packed_weights(model):
         model(torch.randn(1, 3, 24))

@@ -122,6 +122,7 @@ class RequestStream(Iterator[FinishedRequest]):
                 raise _unfit(target) from error
         self._drafter = drafter
         self._models = (target, drafter)
+        self._has_packed = False
         self._options = options
         self.statistics.scheduler = options.scheduler.name
         self._max_rows = max_rows
@@ -134,6 +135,8 @@ class RequestStream(Iterator[FinishedRequest]):
         self._failure: BaseException | None = None
 
     def __next__(self) -> FinishedRequest:
+        # meanwhile the target was the caller's
+        self._has_packed = False
         while not self._finished:
             if self._is_exhausted and self._batch is None:
                 failure, self._failure = self._failure, None
@@ -172,6 +175,7 @@ class RequestStream(Iterator[FinishedRequest]):
         self._batch.drop_cancelled()
         if self._batch.rows:
             # hooks are there while the target runs only: between rounds it is the caller's
+            self._pack()
             with self._adapter, packed_weights(*self._models):
                 self._batch.round()
         self._collect()
@@ -217,7 +221,8 @@ class RequestStream(Iterator[FinishedRequest]):
         """Return a batch of this request alone, with its first token."""
         row, target = self._prepared(request)
         # a target may be trained, or given other adapters, between two requests
-        pack_weights(*self._models)
+        self._has_packed = False
+        self._pack()
         with self._adapter, packed_weights(*self._models):
             context = self._options.start_context(self._drafter, self._adapter, 1)
             schedule = self._schedule = self._schedule or self._options.scheduler.start(self._call(row))
@@ -225,6 +230,12 @@ class RequestStream(Iterator[FinishedRequest]):
             newcomer = RequestBatch(self._adapter, target, context, schedule, [row], self.statistics, lookups)
             newcomer.prefill()
         return newcomer
+
+    def _pack(self) -> None:
+        """Pack the weights as they are now, unless that was done since a request joined or the caller took one."""
+        if not self._has_packed:
+            pack_weights(*self._models)
+        self._has_packed = True
 
     def _lookups(self, row: RequestRow, schedule: Schedule) -> Lookups | None:
         if not self._options.num_looked_up:

@@ -16,7 +16,7 @@ DOUBT = 0.3
 # Rounds that what a drafter has shown before weighs as much as. Plain choice: a handful of blocks outweigh it.
 PRIOR_BLOCKS = 4
 # Rounds between two plans. Plain choice: planning must not cost much.
-PLAN_EVERY = 8
+PLAN_EVERY = 4
 # Drafted rounds at the start that each get a plan of their own, and blocks that still count once drafting was given
 # up. Plain choice: few enough for a handful of trials to change the verdict.
 FEW_BLOCKS = 8

@@ -91,6 +91,9 @@ class Rate:
 
     def value(self, usual: float, plain_seconds: float) -> float:
         """Return the tokens per second, among a few rounds of the `usual` rate: one lucky round must not decide."""
+        if not self._seconds:
+            # not that and a rounding error
+            return usual
         trusted = RATE_TRUST * plain_seconds
         return (self._tokens + usual * trusted) / (self._seconds + trusted)
 
