@@ -33,7 +33,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.compare_report import AGAIN, STATES, Case, Results, draw
-from benchmarks.loading import DTYPES, PROMPTS, Packaged, ProcessorTime, PromptsFile, choose_clock, load_packaged
+from benchmarks.loading import (
+    DTYPES,
+    PROMPTS,
+    Packaged,
+    ProcessorTime,
+    PromptsFile,
+    choose_clock,
+    load_packaged,
+    weight_bytes,
+)
 from benchmarks.loads import DEFAULT, Load, make_load
 from benchmarks.lookup import PLAIN, PROMPT_LOOKUP_TOKENS, MeasuredDrafts, make_sets, measure
 from benchmarks.pages import FOLDER, write_page
@@ -114,11 +123,10 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
     # what a process does but once is nobody's
     packaged.target.generate(loads[0].token_ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     found = _in_turns(packaged.target, sampling, way, loads, settings.max_new_tokens, clock)
-    weights = {weight.data_ptr(): weight.nbytes for weight in packaged.target.parameters()}
     # Linux counts KiB, macOS bytes
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {**found, "peak_bytes": peak, "weight_bytes": sum(weights.values()), "title": packaged.title}
+    return {**found, "peak_bytes": peak, "weight_bytes": weight_bytes(packaged.target), "title": packaged.title}
 
 
 def _in_turns(

@@ -54,6 +54,11 @@ def load_packaged(name: str, dtype: str) -> Packaged:
     )
 
 
+def weight_bytes(target: Any) -> int:
+    """Return the bytes of a model's weights; what is tied counts once."""
+    return sum({weight.data_ptr(): weight.nbytes for weight in target.parameters()}.values())
+
+
 def choose_clock(*, processor_time: bool) -> Callable[[], float]:
     """Return a clock in seconds; for the processor's own time Torch keeps to one thread from now on."""
     if not processor_time:

@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.loading import ProcessorTime, choose_clock, load_packaged, time_word
+from benchmarks.loading import ProcessorTime, choose_clock, load_packaged, time_word, weight_bytes
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf.demo.packaged import PACKAGED_MODELS
@@ -87,10 +87,9 @@ def main(
             packaged = load_packaged(name, dtype)
             target = packaged.target
             packing, checking = time_packing(target, clock)
-            size = sum({weight.data_ptr(): weight.nbytes for weight in target.parameters()}.values())
             notes.append(
-                f"- {packaged.title}, {dtype}: {size / 2**20:.0f} MB of weights are packed in {packing:.2f} s, and "
-                f"checked in {1000 * checking:.0f} ms."
+                f"- {packaged.title}, {dtype}: {weight_bytes(target) / 2**20:.0f} MB of weights are packed in "
+                f"{packing:.2f} s, and checked in {1000 * checking:.0f} ms."
             )
             ids = torch.randint(
                 5,

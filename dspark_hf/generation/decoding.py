@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def decode(
         pack_weights(*models)
         with packed_weights(*models):
             context = options.start_context(drafter, adapter, len(input_ids))
-            if isinstance(target, StaticTarget) and _is_compiled(target):
+            if _is_compiled(target):
                 context.fix_size(target.size)
             num_branching = options.num_branching
             if num_branching != 0 and not _may_branch(target, context, rows, len(input_ids)):
@@ -317,7 +317,7 @@ class Rounds:
             self._schedule.compare(outcome)
 
 
-def _is_compiled(target: TargetState) -> bool:
+def _is_compiled(target: TargetState) -> TypeGuard[StaticTarget]:
     return isinstance(target, StaticTarget) and target.size.compile_options is not None
 
 
