@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -27,6 +27,7 @@ from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.drawing import draw_or_best, most_likely
+from dspark_hf.generation.grouping import grouped_attention
 from dspark_hf.generation.packing import FEW_TOKENS, pack_weights, packed_weights
 from dspark_hf.generation.proposing import outcome_of, propose
 from dspark_hf.generation.rows import NewTokens, Rows
@@ -105,9 +106,10 @@ def decode(
         target = choose_target(adapter, input_ids, generation_config, model_kwargs, widest=widest)
         # compiled passes have products of their own, and the shortest texts are over before packing has paid
         is_short = (generation_config.max_length or math.inf) - input_ids.shape[1] <= FEW_TOKENS
-        models = () if is_short or _is_compiled(target) else (adapter.model, drafter)
+        is_compiled = _is_compiled(target)
+        models = () if is_short or is_compiled else (adapter.model, drafter)
         pack_weights(*models)
-        with packed_weights(*models):
+        with packed_weights(*models), nullcontext() if is_compiled else grouped_attention():
             context = options.start_context(drafter, adapter, len(input_ids))
             if _is_compiled(target):
                 context.fix_size(target.size)

@@ -1,0 +1,113 @@
+"""Attention of heads that share keys, on a CPU: they are read once, rather than copied for every head.
+
+Where a pass has a mask, as one over drafts has, Transformers copies keys and values for every head of a group, in
+every layer, which behind a long context takes longer than attending to them. The heads of a group attend to the same
+keys, so their queries can be rows of one product.
+
+B batch, W tokens of a pass, S slots, H heads, N of keys and values, G = H / N heads of a group, E head_dim.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dspark_hf.generation.scheduling.locking import locked
+
+# Passes over more tokens than this are left to Transformers: prompts, whose masks are as large as what would be saved.
+# Plain choice: above all blocks and trees of drafts.
+MOST_TOKENS = 64
+_NAME = "sdpa"
+# what takes part in an attention beside queries, keys, values and mask
+_UNKNOWN_HERE = ("position_bias", "softcap", "output_attentions")
+_THREADS: set[int] = set()
+
+
+@contextmanager
+def grouped_attention() -> Iterator[None]:
+    """Let this thread's passes attend by groups, on CPUs and under Transformers' own "sdpa"."""
+    has_entered = _enter()
+    try:
+        yield
+    finally:
+        if has_entered:
+            _leave()
+
+
+@locked
+def _enter() -> bool:
+    """Let this thread attend by groups; return whether it did not before."""
+    thread = threading.get_ident()
+    if thread in _THREADS:
+        return False
+    # whoever has put a function of their own there has it called
+    if not _THREADS and ALL_ATTENTION_FUNCTIONS[_NAME] is sdpa_attention_forward:
+        ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
+    _THREADS.add(thread)
+    return True
+
+
+@locked
+def _leave() -> None:
+    """Let this thread attend as ever."""
+    _THREADS.discard(threading.get_ident())
+    if not _THREADS and ALL_ATTENTION_FUNCTIONS[_NAME] is _attend:
+        del ALL_ATTENTION_FUNCTIONS[_NAME]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as Transformers' own function of this signature does, with `query` `(B, H, W, E)`."""
+    is_plain = not dropout and not any(_is_given(kwargs.get(name)) for name in _UNKNOWN_HERE)
+    if not (is_plain and _fits(module, query, key, attention_mask)):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    batch_size, num_heads, width, _ = query.shape
+    num_groups = key.shape[1]
+    rows = query.reshape(batch_size, num_groups, -1, query.shape[-1])
+    mask = attention_mask
+    if mask is not None and width > 1:
+        mask = mask.repeat(1, 1, num_heads // num_groups, 1)
+    found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return found.reshape(batch_size, num_heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+def _is_given(value: Any) -> bool:
+    # a tensor has no truth value
+    return value is not None and value is not False
+
+
+def _fits(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Return whether the heads of `query` `(B, H, W, E)` that share a head of `key` `(B, N, S, E)` see the same."""
+    num_heads, width = query.shape[1:3]
+    num_shared = getattr(module, "num_key_value_groups", 1)
+    return (
+        not torch.compiler.is_compiling()
+        # the function is everybody's
+        and threading.get_ident() in _THREADS
+        and query.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and num_shared > 1
+        and num_heads == num_shared * key.shape[1]
+        and width <= MOST_TOKENS
+        # without a mask, tokens of a pass see no later ones; a single one has none
+        and (width == 1 if mask is None else mask.shape[1:] == (1, width, key.shape[2]))
+    )
