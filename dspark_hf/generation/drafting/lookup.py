@@ -38,7 +38,7 @@ class TextIndex:
         (3, [8, 9, 5, 6])
     """
 
-    def __init__(self, min_match: int = 1):
+    def __init__(self, min_match: int = 1, prompt: Sequence[int] = ()):
         self.match_length = 0
         self.is_disputed = False
         self._ids: list[int] = []
@@ -47,6 +47,13 @@ class TextIndex:
         self._before: dict[int, dict[int, int]] = {size: {} for size in self._places}
         # the place of the token that continues the match
         self._next = 0
+        self._prompt_length = len(prompt)
+        self.extend(prompt)
+
+    @property
+    def is_in_prompt(self) -> bool:
+        """Whether the match is one with the prompt."""
+        return self._next < self._prompt_length
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append tokens."""
@@ -151,9 +158,7 @@ class Lookups:
 
     def __init__(self, prompts: Sequence[Sequence[int]], chances: MatchChances, *, min_match: int = 1):
         self._chances = chances
-        self._rows = [TextIndex(min_match) for _ in prompts]
-        for index, prompt in zip(self._rows, prompts, strict=True):
-            index.extend(prompt)
+        self._rows = [TextIndex(min_match, prompt) for prompt in prompts]
 
     def offers(self, rooms: Sequence[int]) -> list[Offer]:
         """Return every row's offer of at most `rooms[r]` drafts, or an empty list if none has any."""
@@ -168,7 +173,9 @@ class Lookups:
     def _offer(self, row: TextIndex, count: int) -> Offer:
         if count < 1:
             return Offer()
-        chances = self._chances.of_drafts(row.match_length, count, is_disputed=row.is_disputed)
+        chances = self._chances.of_drafts(
+            row.match_length, count, is_disputed=row.is_disputed, is_in_prompt=row.is_in_prompt
+        )
         return Offer(tuple(row.continuation(count)), chances)
 
     def read(self, new_tokens: Sequence[Sequence[int]]) -> None:
@@ -177,7 +184,9 @@ class Lookups:
             if row.match_length:
                 expected = row.continuation(len(tokens))
                 went_on = [a == b for a, b in zip(expected, tokens, strict=True)]
-                self._chances.learn(row.match_length, went_on, is_disputed=row.is_disputed)
+                self._chances.learn(
+                    row.match_length, went_on, is_disputed=row.is_disputed, is_in_prompt=row.is_in_prompt
+                )
             row.extend(tokens)
 
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -133,10 +133,24 @@ def test_chances_follow_what_the_text_does():
 def test_rows_learn_from_text_that_nobody_looked_up():
     """Chances are learned from verified drafts only, so that a source that is not asked can never recover."""
     chances = MatchChances()
-    before = chances.of_drafts(2, 1)
+    before = chances.of_drafts(2, 1, is_in_prompt=True)
     lookups = Lookups([[1, 2, 3, 1, 2]], chances)
     lookups.read([[3]])
-    assert chances.of_drafts(2, 1) > before
+    assert chances.of_drafts(2, 1, is_in_prompt=True) > before
+
+
+def test_what_a_prompt_holds_is_less_sure_than_what_was_written():
+    """A phrase of the prompt is believed in for as long as a text that repeats itself, or one teaches about the other."""
+    chances = MatchChances()
+    lookups = Lookups([[1, 2, 3, 4]], chances)
+    lookups.read([[1, 2]])
+    (given,) = lookups.offers([1])
+    lookups.read([[9, 7, 8, 6, 7, 8]])
+    (written,) = lookups.offers([1])
+    assert (given.token_ids, written.token_ids) == ((3,), (6,))
+    # the prompt's has ended at once, nothing is known of the other
+    assert given.chances == MatchChances().of_drafts(2, 1, is_in_prompt=True)
+    assert written.chances == MatchChances().of_drafts(2, 1) > given.chances > chances.of_drafts(2, 1, is_in_prompt=True)
 
 
 def test_rows_that_leave_and_join_keep_their_texts():
