@@ -28,7 +28,7 @@ from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, 
 from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.drawing import draw_or_best, most_likely
 from dspark_hf.generation.grouping import grouped_attention
-from dspark_hf.generation.packing import FEW_TOKENS, pack_weights, packed_weights
+from dspark_hf.generation.packing import FEW_TOKENS, pack_weights, packed_weights, prepare_packing
 from dspark_hf.generation.proposing import outcome_of, propose
 from dspark_hf.generation.rows import NewTokens, Rows
 from dspark_hf.generation.scheduling.interface import Batch, Schedule, Scheduler
@@ -108,7 +108,10 @@ def decode(
         is_short = (generation_config.max_length or math.inf) - input_ids.shape[1] <= FEW_TOKENS
         is_compiled = _is_compiled(target)
         models = () if is_short or is_compiled else (adapter.model, drafter)
-        pack_weights(*models)
+        # a text of a word or two is over before packing has paid
+        packs_later = prepare_packing(*models)
+        if not packs_later:
+            pack_weights(*models)
         with packed_weights(*models), nullcontext() if is_compiled else grouped_attention():
             context = options.start_context(drafter, adapter, len(input_ids))
             if _is_compiled(target):
@@ -125,6 +128,9 @@ def decode(
             rounds = Rounds(adapter, target, context, schedule, rows, rows.statistics, lookups, num_branching)
             try:
                 rounds.prefill()
+                if packs_later and not rows.are_done:
+                    rounds.round(has_usual_pass=False)
+                    pack_weights(*(() if rows.are_done else models))
                 while not rows.are_done:
                     rounds.round()
                 drafter.review(adapter, rows.statistics)
@@ -187,10 +193,10 @@ class Rounds:
         self._look_back(choices, rows.commit(target_pass, scores, choices, None))
         self.drop_rows()
 
-    def round(self) -> None:
-        """Draft, schedule, verify, commit and roll back once."""
+    def round(self, *, has_usual_pass: bool = True) -> None:
+        """Draft, schedule, verify, commit and roll back once; what passes take is learned from usual ones."""
         rows, batch = self._rows, self._batch()
-        with self._recorded(batch) as record:
+        with self._recorded(batch, has_usual_pass=has_usual_pass) as record:
             anchors = rows.anchors()
             drafted = propose(
                 self._schedule, self._lookups, batch, partial(self._draft, anchors, batch), record, anchors.device
@@ -301,7 +307,7 @@ class Rounds:
             self._lookups.read([ids[:count] for ids, count in zip(new_tokens.ids, num_kept, strict=True)])
 
     @contextmanager
-    def _recorded(self, batch: Batch) -> Iterator[RoundInProgress]:
+    def _recorded(self, batch: Batch, *, has_usual_pass: bool) -> Iterator[RoundInProgress]:
         """Give the record of a round; once the round is over, count its time and let the schedule learn from it."""
         statistics, record = self._statistics, RoundInProgress(num_verified=[0] * batch.num_rows)
         start, drafting, verifying = perf_counter(), statistics.draft_seconds, statistics.verify_seconds
@@ -312,7 +318,9 @@ class Rounds:
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         statistics.count_parking(self._schedule.parked_because, record.num_drafted)
-        outcome = outcome_of(batch, record, drafting, seconds - drafting, is_typical=is_typical)
+        outcome = outcome_of(
+            batch, record, drafting, seconds - drafting, is_typical=is_typical, has_usual_pass=has_usual_pass
+        )
         learn = self._schedule.observe if record.places is None else self._schedule.observe_tree
         learn(outcome)
         if self._lookups is not None:

@@ -12,7 +12,7 @@ import platform
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ class _PackedLayer:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
         # another thread may have changed it meanwhile
         self._packed, self._state = (packed, state) if _state_of(weight) == state else (None, None)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there is a packed weight."""
+        return self._packed is not None
 
     def drop(self, layer: nn.Linear) -> None:
         """Let go of the packed weight, in the middle of a pass too."""
@@ -130,6 +135,10 @@ class _PackedModel:
         for layer, packed in self._choose(layers):
             packed.refresh(layer)
 
+    def prepare(self, layers: list[nn.Linear]) -> bool:
+        """Get these layers ready without packing any, and let go of all others; return whether any is packed."""
+        return any(packed.is_packed for _, packed in self._choose(layers))
+
     @locked
     def _choose(self, layers: list[nn.Linear]) -> list[tuple[nn.Linear, _PackedLayer]]:
         for layer in set(self._layers) - set(layers):
@@ -160,6 +169,15 @@ class _PackedModel:
 _MODELS: WeakKeyDictionary[nn.Module, _PackedModel] = WeakKeyDictionary()
 
 
+def prepare_packing(*models: Any) -> bool:
+    """Get models ready for `packed_weights`, within which they may be packed later on.
+
+    Returns True if something is to be packed, and nothing is yet.
+    """
+    are_packed = [_known(model).prepare(layers) for model, layers in _packable_layers(models)]
+    return bool(are_packed) and not any(are_packed)
+
+
 def pack_weights(*models: Any) -> None:
     """Pack the weights of models, or what has changed of them, for `packed_weights`.
 
@@ -167,10 +185,16 @@ def pack_weights(*models: Any) -> None:
     of their own, quantised or sharded ones, are left as they are, as are small models and those that take more than
     an eighth of the memory. No weight is changed. What is no model is passed over.
     """
+    for model, layers in _packable_layers(models):
+        _known(model).refresh(layers)
+
+
+def _packable_layers(models: Sequence[Any]) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
+    """Give each model that has something to pack, and let go of what was packed of the others."""
     for model in models:
         layers = _packable(model) if isinstance(model, nn.Module) else []
         if layers:
-            _known(model).refresh(layers)
+            yield model, layers
         elif isinstance(model, nn.Module):
             _MODELS.pop(model, None)
 

@@ -48,7 +48,13 @@ def propose(
 
 
 def outcome_of(
-    batch: Batch, record: RoundInProgress, draft_seconds: float, other_seconds: float, *, is_typical: bool
+    batch: Batch,
+    record: RoundInProgress,
+    draft_seconds: float,
+    other_seconds: float,
+    *,
+    is_typical: bool,
+    has_usual_pass: bool,
 ) -> RoundOutcome:
     """Return what a schedule learns of a round that is over."""
     return RoundOutcome(
@@ -61,4 +67,5 @@ def outcome_of(
         is_typical,
         record.num_looked_up,
         record.places,
+        has_usual_pass,
     )

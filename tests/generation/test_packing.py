@@ -19,6 +19,7 @@ from dspark_hf import DSparkAssistantModel, LookupAssistant, generate_stream
 from dspark_hf.generation import packing
 from dspark_hf.generation.packing import can_pack, forget_packed, pack_weights, packed_weights
 from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
@@ -113,6 +114,54 @@ def test_the_shortest_texts_are_not_worth_it(products, count, is_packed):
     text = target.generate(ids, assistant_model=LookupAssistant(), **options)
     assert torch.equal(text, target.generate(ids, **options))
     assert bool(products) == is_packed
+
+
+def test_a_first_text_that_ends_at_once_is_not_packed_for(products):
+    """A call for a yes or no takes several times as long as without a drafter, since it packs when all is said."""
+    # longer than any pass over drafts
+    target, ids = tiny_target("qwen3"), torch.arange(20)[None] % 7 + 5
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "assistant_model": LookupAssistant()}
+    plain = target.generate(ids, **{**options, "assistant_model": None})
+    ending = {**options, "eos_token_id": int(plain[0, 21])}
+    assert target.generate(ids, **ending)[0].tolist() == plain[0, :22].tolist()
+    assert not products
+    # a longer one is, from its second round on, and what follows from the start
+    assert torch.equal(target.generate(ids, **options), plain)
+    assert products and 20 not in products
+    products.clear()
+    target.generate(ids, **ending)
+    assert 20 in products
+
+
+def test_passes_before_packing_teach_nothing_about_costs(monkeypatch):
+    """The first round's time stands for those of all passes of its width, and drafts seem dearer than they are."""
+    seen = []
+    observe = OnlineCosts.observe
+
+    def note(costs, outcome):
+        before = costs._verify.count(outcome.batch.num_rows, outcome.width)
+        observe(costs, outcome)
+        seen.append((outcome.has_usual_pass, costs._verify.count(outcome.batch.num_rows, outcome.width) > before))
+
+    monkeypatch.setattr(OnlineCosts, "observe", note)
+    target, ids = tiny_target("qwen3"), torch.tensor([[3, 9, 4]])
+    for _ in range(2):
+        target.generate(ids, assistant_model=LookupAssistant(), max_new_tokens=30, do_sample=False)
+    assert seen[0] == (False, False)
+    assert all(is_usual for is_usual, _ in seen[1:]) and any(is_learned for _, is_learned in seen[1:])
+
+
+def test_what_a_model_was_packed_as_is_not_used_when_it_is_packable_no_more(products):
+    """A target that changes its dtype multiplies as it was before, beside a drafter that is to be packed yet."""
+    target, ids = tiny_target("qwen3"), torch.tensor([[3, 9, 4]])
+    options = {"max_new_tokens": 20, "do_sample": False}
+    for _ in range(2):
+        target.generate(ids, assistant_model=LookupAssistant(), **options)
+    target.double()
+    products.clear()
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4).float()
+    assert not packing.prepare_packing(target.half()) and target not in packing._MODELS
+    assert packing.prepare_packing(drafter) and packing.prepare_packing(target, drafter)
 
 
 def _negate(target: Any) -> None:

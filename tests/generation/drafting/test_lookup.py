@@ -140,7 +140,7 @@ def test_rows_learn_from_text_that_nobody_looked_up():
 
 
 def test_what_a_prompt_holds_is_less_sure_than_what_was_written():
-    """A phrase of the prompt is believed in for as long as a text that repeats itself, or one teaches about the other."""
+    """A phrase of the prompt is believed in as much as a text that repeats itself, or one teaches about both."""
     chances = MatchChances()
     lookups = Lookups([[1, 2, 3, 4]], chances)
     lookups.read([[1, 2]])
@@ -150,7 +150,9 @@ def test_what_a_prompt_holds_is_less_sure_than_what_was_written():
     assert (given.token_ids, written.token_ids) == ((3,), (6,))
     # the prompt's has ended at once, nothing is known of the other
     assert given.chances == MatchChances().of_drafts(2, 1, is_in_prompt=True)
-    assert written.chances == MatchChances().of_drafts(2, 1) > given.chances > chances.of_drafts(2, 1, is_in_prompt=True)
+    assert (
+        written.chances == MatchChances().of_drafts(2, 1) > given.chances > chances.of_drafts(2, 1, is_in_prompt=True)
+    )
 
 
 def test_rows_that_leave_and_join_keep_their_texts():
