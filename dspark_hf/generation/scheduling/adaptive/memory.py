@@ -66,7 +66,13 @@ class RecentMargins:
 
         While there are few, what the drafter has `shown` before, by level, counts beside them.
         """
-        found = [estimator.chance(margins).cumprod(1).mean(0).tolist() for margins in self._blocks]
+        by_shape: dict[tuple[int, ...], list[NDArray[np.float64]]] = {}
+        for margins in self._blocks:
+            by_shape.setdefault(margins.shape, []).append(margins)
+        # plans look at all blocks together, in whatever order
+        found: list[list[float]] = []
+        for alike in by_shape.values():
+            found += estimator.chance(np.stack(alike)).cumprod(2).mean(1).tolist()
         if shown is not None:
             found += [list(shown)] * max(PRIOR_BLOCKS - len(found), 0)
         found = found or [[]]

@@ -246,7 +246,11 @@ class _Adaptive(Schedule):
         if self._passes_are_for != is_for or len(self._passes) <= most:
             rows, length = batch.num_rows, batch.context_length
             most = max(most, *batch.limits, *batch.rooms, MOST_OF_TREE if self._width_is_cheap else 0)
-            passes = [self._costs.verify_seconds(rows, 1 + level, length) for level in range(most + 1)]
+            widths, costs = range(1, most + 2), self._costs
+            if isinstance(costs, OnlineCosts):
+                passes = costs.seconds_of_passes(rows, widths, length)
+            else:
+                passes = [costs.verify_seconds(rows, width, length) for width in widths]
             # a plain step costs no more than a pass over drafts, whatever noise may say
             passes[0] = min(passes)
             self._passes, self._passes_are_for = passes, is_for

@@ -134,31 +134,38 @@ class OnlineCosts:
         elif drafts and (plain or self._draft.count(rows, drafts) < FEW_SAMPLES):
             self._draft.add(rows, drafts, outcome.draft_seconds / (median(plain) if plain else self._drift))
 
-    @locked
     def verify_seconds(self, num_rows: int, width: int, context_length: int) -> float:
         """Return the seconds of a round with a pass over `width` tokens of each row, without drafting."""
+        return self.seconds_of_passes(num_rows, [width], context_length)[0]
+
+    @locked
+    def seconds_of_passes(self, num_rows: int, widths: Sequence[int], context_length: int) -> list[float]:
+        """Return `verify_seconds` of several widths, which takes little longer than one."""
 
         def expected(size: int) -> float:
             if self.profile is not None:
                 return self.profile.verify_seconds(num_rows, size, context_length)
             return self._verify.predict_from_other_batches(num_rows, size)
 
-        return self._drift * self._verify.smoothed(num_rows, width, expected)
+        drift = self._drift
+        return [drift * seconds for seconds in self._verify.smoothed(num_rows, widths, expected)]
 
     @locked
     def draft_seconds(self, num_rows: int, num_drafts: int, context_length: int) -> float:
         """Return the seconds that the drafter takes for `num_drafts` drafts of each row."""
         if (profile := self.profile) is not None:
-            return self._drift * self._draft.smoothed(
-                num_rows, num_drafts, lambda size: profile.draft_seconds(num_rows, size, context_length)
+            [seconds] = self._draft.smoothed(
+                num_rows, [num_drafts], lambda size: profile.draft_seconds(num_rows, size, context_length)
             )
+            return self._drift * seconds
         if not self._draft.rows:
             return DRAFT_SHARE * self.verify_seconds(num_rows, 1, context_length)
         nearest = self._draft.nearest_rows(num_rows)
         # all rows share the reading of the drafter's weights, and each adds its own work
         scale = 1.0 if nearest == num_rows else FIXED_SHARE + (1 - FIXED_SHARE) * num_rows / nearest
         intercept, slope = self._draft.line(nearest, start=FIXED_SHARE)
-        return self._drift * scale * self._draft.smoothed(nearest, num_drafts, lambda size: intercept + slope * size)
+        [seconds] = self._draft.smoothed(nearest, [num_drafts], lambda size: intercept + slope * size)
+        return self._drift * scale * seconds
 
 
 class _Times:
@@ -172,6 +179,7 @@ class _Times:
         self._tilt = tilt
         self._samples: dict[int, dict[int, deque[float]]] = {}
         self._medians: dict[tuple[int, int], float] = {}
+        self._curves: dict[int, tuple[dict[int, float], dict[int, float]]] = {}
         self._line: tuple[float, float] | None = None
         self._other_bends: dict[int, dict[int, float]] = {}
         self._floor: float | None = None
@@ -192,6 +200,7 @@ class _Times:
             self._samples.setdefault(rows, {}).setdefault(size, deque(maxlen=NUM_SAMPLES)).append(seconds)
             self._medians.pop((rows, size), None)
             # these are kept because a plan asks for every width
+            self._curves.pop(rows, None)
             self._line = None
             self._other_bends.clear()
             self._floor = None
@@ -261,17 +270,17 @@ class _Times:
                 weights[place] = old + counts[size]
         return points, weights
 
-    def smoothed(self, rows: int, size: int, expected: Callable[[int], float]) -> float:
-        """Return the seconds of a size: the `expected` ones, moved towards the medians of that many rows."""
-        medians, counts = self._curve(rows)
-        value = expected(size) + bend_at(find_bends(medians, counts, expected, trust=TRUST), size)
-        return max(value, self._least())
+    def smoothed(self, rows: int, sizes: Sequence[int], expected: Callable[[int], float]) -> list[float]:
+        """Return the seconds of every size: the `expected` ones, moved towards the medians of that many rows."""
+        bends = find_bends(*self._curve(rows), expected, trust=TRUST)
+        least = self._least()
+        return [max(expected(size) + bend_at(bends, size), least) for size in sizes]
 
     def _curve(self, rows: int) -> tuple[dict[int, float], dict[int, float]]:
-        medians: dict[int, float] = {}
-        counts: dict[int, float] = {}
-        for size, samples in self._samples.get(rows, {}).items():
-            seconds = self.median(rows, size)
-            if seconds is not None:
-                medians[size], counts[size] = seconds, len(samples)
-        return medians, counts
+        """Return the medians of that many rows by size, and the number of samples of each."""
+        if rows not in self._curves:
+            samples = self._samples.get(rows, {})
+            medians = {size: self.median(rows, size) for size in samples}
+            known = {size: seconds for size, seconds in medians.items() if seconds is not None}
+            self._curves[rows] = known, {size: float(len(samples[size])) for size in known}
+        return self._curves[rows]
