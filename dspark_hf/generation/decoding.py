@@ -108,8 +108,9 @@ def decode(
         is_short = (generation_config.max_length or math.inf) - input_ids.shape[1] <= FEW_TOKENS
         is_compiled = _is_compiled(target)
         models = () if is_short or is_compiled else (adapter.model, drafter)
-        # a text of a word or two is over before packing has paid
-        packs_later = prepare_packing(*models)
+        # a text of a word or two is over before packing has paid; but a call that measures passes, or is to repeat a
+        # text, must not begin with other ones
+        packs_later = options.scheduler.learns_costs and prepare_packing(*models)
         if not packs_later:
             pack_weights(*models)
         with packed_weights(*models), nullcontext() if is_compiled else grouped_attention():

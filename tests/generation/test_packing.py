@@ -133,6 +133,16 @@ def test_a_first_text_that_ends_at_once_is_not_packed_for(products):
     assert 20 in products
 
 
+@pytest.mark.parametrize("options", [{"scheduler": "fixed"}, {"scheduler": "hardware_aware"}, {"do_sample": True}])
+def test_calls_that_repeat_or_measure_are_packed_for_from_the_start(products, options):
+    """A seed gives another text in the first call, whose sums are rounded otherwise, or passes are timed unpacked."""
+    target, ids = tiny_target("qwen3"), torch.arange(20)[None] % 7 + 5
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, **options}
+    target.generate(ids, assistant_model=drafter, **options)
+    assert 20 in products
+
+
 def test_passes_before_packing_teach_nothing_about_costs(monkeypatch):
     """The first round's time stands for those of all passes of its width, and drafts seem dearer than they are."""
     seen = []

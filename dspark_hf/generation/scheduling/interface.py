@@ -244,6 +244,8 @@ class Scheduler(ABC):
     """Choose how many drafts are made and how many are verified.
 
     Subclass it to write a scheduler of your own. `name` is what error messages call it, the class's name by default.
+    `learns_costs` says whether it learns what passes take from the rounds of calls: such a call may begin with slower
+    ones, and none is sure to repeat another.
 
     Example:
 
@@ -265,6 +267,7 @@ class Scheduler(ABC):
     """
 
     name: ClassVar[str]
+    learns_costs: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

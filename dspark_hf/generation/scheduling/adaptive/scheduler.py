@@ -52,6 +52,7 @@ class AdaptiveScheduler(Scheduler):
     """
 
     name = "adaptive"
+    learns_costs = True
 
     def __init__(self, *, costs: Costs | None = None):
         self.costs = costs
