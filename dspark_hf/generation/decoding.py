@@ -130,7 +130,8 @@ def decode(
             try:
                 rounds.prefill()
                 if packs_later and not rows.are_done:
-                    rounds.round(has_usual_pass=False)
+                    # wide passes are dear until then
+                    rounds.round(is_packed=False)
                     pack_weights(*(() if rows.are_done else models))
                 while not rows.are_done:
                     rounds.round()
@@ -194,14 +195,14 @@ class Rounds:
         self._look_back(choices, rows.commit(target_pass, scores, choices, None))
         self.drop_rows()
 
-    def round(self, *, has_usual_pass: bool = True) -> None:
-        """Draft, schedule, verify, commit and roll back once; what passes take is learned from usual ones."""
+    def round(self, *, is_packed: bool = True) -> None:
+        """Draft, schedule, verify, commit and roll back once; a plain step that teaches no costs before packing."""
         rows, batch = self._rows, self._batch()
-        with self._recorded(batch, has_usual_pass=has_usual_pass) as record:
-            anchors = rows.anchors()
-            drafted = propose(
-                self._schedule, self._lookups, batch, partial(self._draft, anchors, batch), record, anchors.device
-            )
+        with self._recorded(batch, has_usual_pass=is_packed) as record:
+            anchors, drafted = rows.anchors(), None
+            if is_packed:
+                draft = partial(self._draft, anchors, batch)
+                drafted = propose(self._schedule, self._lookups, batch, draft, record, anchors.device)
             tokens = _verified_tokens(anchors, drafted, max(record.num_verified))
             parents = _parents(drafted, tokens)
             target_pass = self._verify(tokens, parents)

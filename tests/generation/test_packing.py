@@ -116,15 +116,23 @@ def test_the_shortest_texts_are_not_worth_it(products, count, is_packed):
     assert bool(products) == is_packed
 
 
-def test_a_first_text_that_ends_at_once_is_not_packed_for(products):
+def test_a_first_text_that_ends_at_once_is_not_packed_for(products, monkeypatch):
     """A call for a yes or no takes several times as long as without a drafter, since it packs when all is said."""
     # longer than any pass over drafts
     target, ids = tiny_target("qwen3"), torch.arange(20)[None] % 7 + 5
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "assistant_model": LookupAssistant()}
     plain = target.generate(ids, **{**options, "assistant_model": None})
     ending = {**options, "eos_token_id": int(plain[0, 21])}
+    widths, forward = [], target.model.forward
+
+    def note(*args, **kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(target.model, "forward", note)
     assert target.generate(ids, **ending)[0].tolist() == plain[0, :22].tolist()
-    assert not products
+    # wide passes are dear without packed weights
+    assert not products and widths == [20, 1]
     # a longer one is, from its second round on, and what follows from the start
     assert torch.equal(target.generate(ids, **options), plain)
     assert products and 20 not in products

@@ -135,7 +135,7 @@ class RoundOutcome:
             drafts left unread.
         num_looked_up: drafts that each row looked up instead, empty if none did.
         places: where drafts branched, the indices of those that were accepted; None for chains.
-        has_usual_pass: False if the models' passes took longer than those to come: their weights are packed next.
+        has_usual_pass: False for a plain step that took longer than others will: weights are packed next.
     """
 
     batch: Batch

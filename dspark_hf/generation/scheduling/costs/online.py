@@ -115,8 +115,6 @@ class OnlineCosts:
         """Learn from a round."""
         rows, drafts, width = outcome.batch.num_rows, outcome.num_drafted, outcome.width
         if not outcome.has_usual_pass:
-            if drafts:
-                self._draft.pass_over(drafts)
             return
         known = self._verify.median(rows, width)
         if known is None and self.profile is not None:
