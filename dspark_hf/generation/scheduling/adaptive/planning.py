@@ -67,12 +67,12 @@ def make_plan(
     rate, num_drafts = plain_rate, 1
     # the best rate is a fixed point, found by iteration
     for _ in range(NUM_RATE_STEPS):
-        rates = []
-        for count, drafting in enumerate(draft_seconds, start=1):
-            levels = (gains[:, :count] >= rate * dearness[:count, count - 1]).cumprod(1).sum(1)
-            rates.append(_mean_rate(totals, levels, drafting, seconds))
+        # of all numbers of drafts k at once; levels behind the k-th are of infinite price  [K, N]
+        levels = (gains >= rate * dearness.T[:, None]).cumprod(2).sum(2)
+        tokens = totals[np.arange(len(gains)), levels].mean(1)
+        rates = tokens / (np.asarray(draft_seconds) + seconds[levels].mean(1))
         num_drafts = 1 + int(np.argmax(rates))
-        rate = rates[num_drafts - 1]
+        rate = float(rates[num_drafts - 1])
     best = max(rate, plain_rate)
     return Plan(num_drafts, rate, plain_rate, tuple((best * dearness[:num_drafts, num_drafts - 1]).tolist()))
 
@@ -92,10 +92,3 @@ def _least_seconds_per_gain(mean_gains: NDArray[np.float64], seconds: NDArray[np
     # seconds from level j to each later level, per token gained on the way; then the least up to level k
     chords = np.where(is_further, (seconds - seconds[:-1, None]) / yields, np.inf)
     return np.minimum.accumulate(chords, axis=1)[:, 1:] * mean_gains[:, None]
-
-
-def _mean_rate(
-    totals: NDArray[np.float64], levels: NDArray[np.int64], drafting: float, seconds: NDArray[np.float64]
-) -> float:
-    tokens = totals[np.arange(len(totals)), levels].mean()
-    return float(tokens / (drafting + seconds[levels].mean()))
