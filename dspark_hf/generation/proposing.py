@@ -54,7 +54,7 @@ def outcome_of(
     other_seconds: float,
     *,
     is_typical: bool,
-    has_usual_pass: bool,
+    has_usual_pass: bool = True,
 ) -> RoundOutcome:
     """Return what a schedule learns of a round that is over."""
     return RoundOutcome(
