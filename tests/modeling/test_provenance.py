@@ -27,7 +27,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
 
 def _generate(target: PreTrainedModel, drafter: Any, count: int = 40) -> None:
     ids = torch.tensor([[5, 6, 7]])
-    target.generate(ids, max_new_tokens=count, do_sample=False, assistant_model=drafter, scheduler=FixedScheduler())
+    # what is looked up says nothing of the drafter
+    options = {"assistant_model": drafter, "scheduler": FixedScheduler(), "drafts": "model"}
+    target.generate(ids, max_new_tokens=count, do_sample=False, **options)
 
 
 def _drafter(target: PreTrainedModel) -> DSparkAssistantModel:
