@@ -82,7 +82,7 @@ def _attend(
         )
     batch_size, num_heads, width, _ = query.shape
     num_groups = key.shape[1]
-    rows = query.reshape(batch_size, num_groups, -1, query.shape[-1])
+    rows = query.reshape(batch_size, num_groups, -1, query.shape[-1])  # [B, N, G * W, E]
     mask = attention_mask
     if mask is not None and width > 1:
         mask = mask.repeat(1, 1, num_heads // num_groups, 1)
@@ -107,6 +107,8 @@ def _fits(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) ->
         and not torch.is_grad_enabled()
         and num_shared > 1
         and num_heads == num_shared * key.shape[1]
+        # queries that are learned may be those of all rows
+        and query.shape[0] == key.shape[0]
         and width <= MOST_TOKENS
         # without a mask, tokens of a pass see no later ones; a single one has none
         and (width == 1 if mask is None else mask.shape[1:] == (1, width, key.shape[2]))

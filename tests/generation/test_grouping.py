@@ -99,6 +99,16 @@ def test_leaves_to_transformers_what_it_does_not_know(grouped, width, kind, opti
     assert torch.equal(found, expected) and not grouped
 
 
+def test_queries_that_all_rows_share_are_left_to_transformers(grouped):
+    """Learned queries are taken for one row's, and the others' results for further values of it."""
+    query, keys, values = _states(3, 5, 11, torch.float32)
+    given = LAYER, query[:1], keys, values, _mask("own", 3, 5, 11)
+    with torch.no_grad(), grouped_attention():
+        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
+        expected, _ = sdpa_attention_forward(*given)
+    assert torch.equal(found, expected) and len(found) == 3 and not grouped
+
+
 def test_gradients_take_the_usual_way(grouped):
     """Whoever trains in the thread of a call, as from a streamer, computes gradients of something else."""
     query, keys, values = _states(1, 5, 11, torch.float32)
