@@ -45,6 +45,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, SynthIDTextWatermarkLogitsProcessor
 
+from dspark_hf.generation.call.nucleus import top_p_scores
 from dspark_hf.generation.call.sequences import Sequences
 from dspark_hf.generation.compat import bind_row, user_function
 
@@ -158,7 +159,7 @@ class ProcessorChain:
         for processor in self._known:
             if type(processor) in _PREFIX_FREE:
                 flat = scores.flatten(0, 1)
-                scores = processor(ahead.new_zeros(len(flat), 1), flat).view_as(scores)
+                scores = _apply(processor, ahead.new_zeros(len(flat), 1), flat).view_as(scores)
             else:
                 scores = _by_length(processor, rows, ids, places, scores)
         return scores
@@ -174,7 +175,7 @@ class ProcessorChain:
         scores = logits.new_zeros(len(ids), logits.shape[-1], dtype=torch.float32)
         scores[list(rows)] = logits.float()
         for processor in self._processors:
-            scores = processor(ids, scores)
+            scores = _apply(processor, ids, scores)
         return scores[list(rows)]
 
     def _places(self, rows: Sequence[int], ahead: Tensor, width: int) -> dict[int, list[tuple[int, int]]]:
@@ -188,6 +189,13 @@ class ProcessorChain:
             for position in range(min(width, num_open[index] - skipped + 1)):
                 places[self._sequences.lengths[row] + skipped + position].append((index, position))
         return places
+
+
+def _apply(processor: LogitsProcessor, ids: Tensor, scores: Tensor) -> Tensor:
+    if type(processor) is TopPLogitsWarper:
+        return top_p_scores(processor, scores)
+    result: Tensor = processor(ids, scores)
+    return result
 
 
 def _by_length(
