@@ -196,9 +196,9 @@ class Rounds:
         self.drop_rows()
 
     def round(self, *, is_packed: bool = True) -> None:
-        """Draft, schedule, verify, commit and roll back once; a plain step that teaches no costs before packing."""
+        """Draft, schedule, verify, commit and roll back once; before packing a plain step that teaches nothing."""
         rows, batch = self._rows, self._batch()
-        with self._recorded(batch, has_usual_pass=is_packed) as record:
+        with self._recorded(batch, teaches=is_packed) as record:
             anchors, drafted = rows.anchors(), None
             if is_packed:
                 draft = partial(self._draft, anchors, batch)
@@ -309,8 +309,9 @@ class Rounds:
             self._lookups.read([ids[:count] for ids, count in zip(new_tokens.ids, num_kept, strict=True)])
 
     @contextmanager
-    def _recorded(self, batch: Batch, *, has_usual_pass: bool) -> Iterator[RoundInProgress]:
-        """Give the record of a round; once the round is over, count its time and let the schedule learn from it."""
+    def _recorded(self, batch: Batch, *, teaches: bool) -> Iterator[RoundInProgress]:
+        """Give the record of a round; once the round is over, count its time and, if it `teaches`, let the schedule
+        learn from it."""
         statistics, record = self._statistics, RoundInProgress(num_verified=[0] * batch.num_rows)
         start, drafting, verifying = perf_counter(), statistics.draft_seconds, statistics.verify_seconds
         is_typical = not self._context.is_behind
@@ -320,9 +321,9 @@ class Rounds:
         seconds, drafting = perf_counter() - start, statistics.draft_seconds - drafting
         statistics.other_seconds += seconds - drafting - (statistics.verify_seconds - verifying)
         statistics.count_parking(self._schedule.parked_because, record.num_drafted)
-        outcome = outcome_of(
-            batch, record, drafting, seconds - drafting, is_typical=is_typical, has_usual_pass=has_usual_pass
-        )
+        if not teaches:
+            return
+        outcome = outcome_of(batch, record, drafting, seconds - drafting, is_typical=is_typical)
         learn = self._schedule.observe if record.places is None else self._schedule.observe_tree
         learn(outcome)
         if self._lookups is not None:

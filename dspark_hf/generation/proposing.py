@@ -54,7 +54,6 @@ def outcome_of(
     other_seconds: float,
     *,
     is_typical: bool,
-    has_usual_pass: bool = True,
 ) -> RoundOutcome:
     """Return what a schedule learns of a round that is over."""
     return RoundOutcome(
@@ -67,5 +66,4 @@ def outcome_of(
         is_typical,
         record.num_looked_up,
         record.places,
-        has_usual_pass,
     )

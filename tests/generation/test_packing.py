@@ -153,20 +153,16 @@ def test_calls_that_repeat_or_measure_are_packed_for_from_the_start(products, op
 
 def test_passes_before_packing_teach_nothing_about_costs(monkeypatch):
     """The first round's time stands for those of all passes of its width, and drafts seem dearer than they are."""
-    seen = []
+    taught = []
     observe = OnlineCosts.observe
-
-    def note(costs, outcome):
-        before = costs._verify.count(outcome.batch.num_rows, outcome.width)
-        observe(costs, outcome)
-        seen.append((outcome.has_usual_pass, costs._verify.count(outcome.batch.num_rows, outcome.width) > before))
-
-    monkeypatch.setattr(OnlineCosts, "observe", note)
-    target, ids = tiny_target("qwen3"), torch.tensor([[3, 9, 4]])
-    for _ in range(2):
-        target.generate(ids, assistant_model=LookupAssistant(), max_new_tokens=30, do_sample=False)
-    assert seen[0] == (False, False)
-    assert all(is_usual for is_usual, _ in seen[1:]) and any(is_learned for _, is_learned in seen[1:])
+    monkeypatch.setattr(
+        OnlineCosts, "observe", lambda costs, outcome: (taught.append(outcome), observe(costs, outcome))[1]
+    )
+    target, ids, assistant = tiny_target("qwen3"), torch.tensor([[3, 9, 4]]), LookupAssistant()
+    for num_untaught in (1, 0):
+        taught.clear()
+        target.generate(ids, assistant_model=assistant, max_new_tokens=30, do_sample=False)
+        assert len(taught) == len(assistant.last_statistics.rounds) - num_untaught
 
 
 def test_what_a_model_was_packed_as_is_not_used_when_it_is_packable_no_more(products):

@@ -135,7 +135,6 @@ class RoundOutcome:
             drafts left unread.
         num_looked_up: drafts that each row looked up instead, empty if none did.
         places: where drafts branched, the indices of those that were accepted; None for chains.
-        has_usual_pass: False for a plain step that took longer than others will: weights are packed next.
     """
 
     batch: Batch
@@ -147,7 +146,6 @@ class RoundOutcome:
     is_typical: bool = True
     num_looked_up: Sequence[int] = ()
     places: tuple[int, ...] | None = None
-    has_usual_pass: bool = True
 
     @property
     def modelled_rows(self) -> list[int]:

@@ -114,8 +114,6 @@ class OnlineCosts:
     def observe(self, outcome: RoundOutcome) -> None:
         """Learn from a round."""
         rows, drafts, width = outcome.batch.num_rows, outcome.num_drafted, outcome.width
-        if not outcome.has_usual_pass:
-            return
         known = self._verify.median(rows, width)
         if known is None and self.profile is not None:
             known = self.profile.verify_seconds(rows, width, outcome.batch.context_length)
