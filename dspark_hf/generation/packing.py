@@ -129,18 +129,9 @@ class _PackedModel:
         """Whether this thread uses packed weights."""
         return threading.get_ident() in self._threads
 
-    def refresh(self, layers: list[nn.Linear]) -> None:
-        """Pack the weights of these layers where that is not done yet, and let go of all others."""
-        # packing takes long, and calls of other models wait for the lock
-        for layer, packed in self._choose(layers):
-            packed.refresh(layer)
-
-    def prepare(self, layers: list[nn.Linear]) -> bool:
-        """Get these layers ready without packing any, and let go of all others; return whether any is packed."""
-        return any(packed.is_packed for _, packed in self._choose(layers))
-
     @locked
-    def _choose(self, layers: list[nn.Linear]) -> list[tuple[nn.Linear, _PackedLayer]]:
+    def choose(self, layers: list[nn.Linear]) -> list[tuple[nn.Linear, _PackedLayer]]:
+        """Get these layers ready, and let go of all others."""
         for layer in set(self._layers) - set(layers):
             # whoever is inside multiplies as ever
             self._layers.pop(layer).drop(layer)
@@ -169,24 +160,23 @@ class _PackedModel:
 _MODELS: WeakKeyDictionary[nn.Module, _PackedModel] = WeakKeyDictionary()
 
 
-def prepare_packing(*models: Any) -> bool:
-    """Get models ready for `packed_weights`, within which they may be packed later on.
-
-    Returns True if something is to be packed, and nothing is yet.
-    """
-    are_packed = [_known(model).prepare(layers) for model, layers in _packable_layers(models)]
-    return bool(are_packed) and not any(are_packed)
-
-
-def pack_weights(*models: Any) -> None:
+def pack_weights(*models: Any, may_wait: bool = False) -> bool:
     """Pack the weights of models, or what has changed of them, for `packed_weights`.
 
     That is done on x86 CPUs, in fp32 and, where the processor has products for it, in bf16. Layers with a forward pass
     of their own, quantised or sharded ones, are left as they are, as are small models and those that take more than
     an eighth of the memory. No weight is changed. What is no model is passed over.
+
+    With `may_wait`, models of which nothing is packed yet are only made ready, to be packed by another call within
+    `packed_weights`. Returns whether that is so.
     """
-    for model, layers in _packable_layers(models):
-        _known(model).refresh(layers)
+    chosen = [pair for model, layers in _packable_layers(models) for pair in _known(model).choose(layers)]
+    if may_wait and chosen and not any(packed.is_packed for _, packed in chosen):
+        return True
+    # this takes long, and holds no lock that calls of other models would wait for
+    for layer, packed in chosen:
+        packed.refresh(layer)
+    return False
 
 
 def _packable_layers(models: Sequence[Any]) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:

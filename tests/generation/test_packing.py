@@ -174,8 +174,8 @@ def test_what_a_model_was_packed_as_is_not_used_when_it_is_packable_no_more(prod
     target.double()
     products.clear()
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4).float()
-    assert not packing.prepare_packing(target.half()) and target not in packing._MODELS
-    assert packing.prepare_packing(drafter) and packing.prepare_packing(target, drafter)
+    assert not packing.pack_weights(target.half(), may_wait=True) and target not in packing._MODELS
+    assert packing.pack_weights(drafter, may_wait=True) and packing.pack_weights(target, drafter, may_wait=True)
 
 
 def _negate(target: Any) -> None:
