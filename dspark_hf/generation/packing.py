@@ -34,6 +34,8 @@ FEW_TOKENS = 8
 SHARE_OF_MEMORY = 1 / 8
 # Rows for which oneDNN lays the weights out. Plain choice: a block of drafts; one row takes no longer.
 _ROWS = 8
+# Weights are added up in parts of this size. Plain choice: caches hold it, and each takes its time to begin.
+_BYTES_OF_A_SUM = 2 * 2**20
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -280,5 +282,7 @@ def _state_of(weight: Tensor) -> tuple[Any, ...]:
         # of no size or place for that; such weights are rare, and small
         return *place, zlib.crc32(weight.contiguous().view(torch.uint8).numpy().tobytes())
     flat = weight.view(-1).view(len(weight), -1)
-    sums = flat.view(torch.int64).sum(1), flat.view(torch.float32).sum(0)
+    # the second sum finds what the first one has read in the processor's caches
+    parts = flat.split(max(_BYTES_OF_A_SUM // flat[:1].nbytes, 1))
+    sums = (one for part in parts for one in (part.view(torch.int64).sum(1), part.view(torch.float32).sum(0)))
     return *place, *(one.numpy().tobytes() for one in sums)

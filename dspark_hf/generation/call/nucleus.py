@@ -46,7 +46,9 @@ def top_p_scores(warper: TopPLogitsWarper, scores: Tensor) -> Tensor:
 def _lowest_left(warper: TopPLogitsWarper, scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Return the lowest score `(n, 1)` that is left of each row, and whether that is sure, `(n,)`."""
     best = scores.topk(width + 1).values
-    probs = (best - scores.logsumexp(-1, keepdim=True)).double().exp()
+    # a top-k in front leaves no others
+    are_all = bool(best[:, -1].isneginf().all())
+    probs = (best - (best if are_all else scores).logsumexp(-1, keepdim=True)).double().exp()
     above = probs.cumsum(-1) - probs
     counts = (above < warper.top_p).sum(-1, keepdim=True).clamp_min(warper.min_tokens_to_keep)
     last = (counts - 1).clamp_max(width - 1)
