@@ -41,6 +41,7 @@ from benchmarks.recordings import (
 from benchmarks.replay import REPEATS, with_error
 from dspark_hf import LookupAssistant
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.fast_passes import fast_passes
 from dspark_hf.generation.scheduling import AdaptiveScheduler, CallInfo, FixedScheduler, Scheduler, reset_learned_state
 from dspark_hf.generation.scheduling.costs import workload
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
@@ -153,7 +154,8 @@ def costs_of(path: Path, packaged: Any) -> CostTable:
     """Return the costs of one row that a file holds, measured here if there is none."""
     if not path.exists():
         widths = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
-        with TargetAdapter(packaged.target, packaged.drafter.target_layer_ids) as target:
+        models = packaged.target, packaged.drafter
+        with TargetAdapter(packaged.target, packaged.drafter.target_layer_ids) as target, fast_passes(*models):
             timer = workload.StepTimer(target, packaged.drafter)
             steps: list[tuple[Callable[[int, int, int], float], str, int]]
             steps = [(timer.verify_seconds, f"v{width}", width) for width in widths]

@@ -47,8 +47,7 @@ def profile(
     """Measure what passes and drafts cost here, for schedulers; Ctrl-C writes nothing."""
     # imported here, so that the help is instant
     from dspark_hf.files import write_whole
-    from dspark_hf.generation.grouping import grouped_attention
-    from dspark_hf.generation.packing import pack_weights, packed_weights
+    from dspark_hf.generation.fast_passes import fast_passes
     from dspark_hf.generation.scheduling.costs.keys import drafter_key, profile_key
     from dspark_hf.generation.scheduling.costs.profile import describe_costs
     from dspark_hf.generation.scheduling.costs.storing import save_profile
@@ -69,9 +68,7 @@ def profile(
         adapter = TargetAdapter(model, layers)
         if assistant is not None:
             assistant.check_target(adapter)
-        # as they are made in a call
-        pack_weights(model, assistant)
-        with adapter, packed_weights(model, assistant), grouped_attention():
+        with adapter, fast_passes(model, assistant):
             workload = StepTimer(adapter, assistant)
             _check_sizes(workload, grid)
             with progress_bar(console) as progress:

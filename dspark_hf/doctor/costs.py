@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dspark_hf.doctor.drafting import Outcome
 from dspark_hf.doctor.results import Costs
-from dspark_hf.generation.scheduling.costs.profile import measure_costs
+from dspark_hf.generation.scheduling.costs.profile import measure_calls
 from dspark_hf.generation.scheduling.costs.table import CostTable
-from dspark_hf.generation.scheduling.costs.workload import StepTimer
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.profiling.break_even import break_even
@@ -18,15 +17,15 @@ _WORTH = 1.03
 
 
 def measure_here(target: TargetAdapter, drafter: DSparkAssistantModel, context_length: int) -> CostTable:
-    """Return what passes and drafts of one row cost here, in seconds."""
+    """Return what passes and drafts of one row cost here, in seconds; those over one token are plain `generate`'s."""
     drafts = sorted({1, (1 + drafter.block_size) // 2, drafter.block_size})
-    with target:
-        return measure_costs(
-            StepTimer(target, drafter),
-            [(1, context_length, width) for width in sorted({1, *(1 + count for count in drafts)})],
-            [(1, context_length, count) for count in drafts],
-            repeats=_REPEATS,
-        )
+    return measure_calls(
+        target,
+        drafter,
+        [(1, context_length, width) for width in sorted({1, *(1 + count for count in drafts)})],
+        [(1, context_length, count) for count in drafts],
+        repeats=_REPEATS,
+    )
 
 
 def summarise(table: CostTable, context_length: int, outcome: Outcome) -> Costs:

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dspark_hf.generation.scheduling.locking import locked
+from dspark_hf.generation.locking import locked
 
 # Passes over more tokens than this are left to Transformers: prompts, whose masks are as large as what would be saved.
 # Plain choice: above all blocks and trees of drafts.

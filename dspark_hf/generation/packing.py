@@ -22,7 +22,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from dspark_hf.generation.scheduling.locking import locked
+from dspark_hf.generation.locking import locked
 
 NO_PACKING_VARIABLE = "DSPARK_HF_NO_PACKING"
 # Smaller models stay in the processor's caches, where packing brings little. Plain choice.
@@ -220,9 +220,10 @@ def multiplies_packed(model: Any) -> bool:
     return packed is not None and packed.is_inside and not torch.is_autocast_enabled("cpu")
 
 
-def forget_packed() -> None:
-    """Let go of all packed weights."""
-    _MODELS.clear()
+def forget_packed(*models: Any) -> None:
+    """Let go of the packed weights of `models`, or of all if none is named."""
+    for model in models or list(_MODELS):
+        _MODELS.pop(model, None)
 
 
 def _packable(model: nn.Module) -> list[nn.Linear]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dspark_hf.generation.scheduling.costs.profile import measure_costs
-from dspark_hf.generation.scheduling.costs.workload import StepTimer
+from dspark_hf.generation.packing import forget_packed
+from dspark_hf.generation.scheduling.costs.profile import measure_calls
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling.modeling_dspark import DSparkAssistantModel
 from dspark_hf.training.conversations import Conversation
@@ -116,10 +116,12 @@ def measure_break_even(drafter: DSparkAssistantModel, target: TargetAdapter) -> 
     size = drafter.block_size
     passes = [(1, _CONTEXT, width) for width in (1, size + 1)]
     try:
-        with target:
-            table = measure_costs(StepTimer(target, drafter), passes, [(1, _CONTEXT, size)], repeats=3)
+        table = measure_calls(target, drafter, passes, [(1, _CONTEXT, size)], repeats=3)
     except (ValueError, NotImplementedError):
         # targets that take no such number of tokens, or none back
         return None
+    finally:
+        # training changes the drafter's weights, and needs the memory
+        forget_packed(target.model, drafter)
     plain, whole = (table.verify_seconds(1, width, _CONTEXT) for _, _, width in passes)
     return (whole + table.draft_seconds(1, size, _CONTEXT)) / plain

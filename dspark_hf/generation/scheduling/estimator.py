@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dspark_hf.generation.locking import locked
 from dspark_hf.generation.scheduling.defaults import (
     FIT_EVERY,
     LONGEST_FIT_STEP,
@@ -22,7 +23,6 @@ from dspark_hf.generation.scheduling.defaults import (
     PRIOR_BIAS_AND_SLOPE,
     PRIOR_PRECISION,
 )
-from dspark_hf.generation.scheduling.locking import locked
 
 
 def top_margin(logits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_hf.generation.locking import locked
 from dspark_hf.generation.scheduling.defaults import (
     CHANCE_BANDS,
     CHANCE_MEMORY,
@@ -20,7 +21,6 @@ from dspark_hf.generation.scheduling.defaults import (
     NUM_RECENT_BLOCKS,
     OTHER_KIND_EVERY,
 )
-from dspark_hf.generation.scheduling.locking import locked
 
 
 class PathChances:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dspark_hf.generation.drafting.chances import MatchChances
 from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.locking import locked
 from dspark_hf.generation.scheduling.adaptive.branching import RecentTrees
 from dspark_hf.generation.scheduling.adaptive.parking import Parking
 from dspark_hf.generation.scheduling.defaults import (
@@ -27,7 +28,6 @@ from dspark_hf.generation.scheduling.defaults import (
 )
 from dspark_hf.generation.scheduling.estimator import AcceptanceEstimator
 from dspark_hf.generation.scheduling.interface import CallInfo
-from dspark_hf.generation.scheduling.locking import locked
 
 
 class RecentMargins:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dspark_hf.generation.locking import locked
 from dspark_hf.generation.scheduling.defaults import (
     FIRST_TRIAL_GAP,
     LEAST_LOSS,
@@ -10,7 +11,6 @@ from dspark_hf.generation.scheduling.defaults import (
     PLAIN_GAPS,
     TIMES_TO_BELIEVE,
 )
-from dspark_hf.generation.scheduling.locking import locked
 
 
 class Parking:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Protocol
 
+from dspark_hf.generation.locking import locked
 from dspark_hf.generation.scheduling.costs.curves import bend_at, find_bends, fit_line
 from dspark_hf.generation.scheduling.defaults import (
     DRAFT_SHARE,
@@ -21,7 +22,6 @@ from dspark_hf.generation.scheduling.defaults import (
     TRUST,
 )
 from dspark_hf.generation.scheduling.interface import Batch, RoundOutcome
-from dspark_hf.generation.scheduling.locking import locked
 
 
 class Costs(Protocol):

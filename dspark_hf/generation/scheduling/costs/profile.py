@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from dspark_hf.generation.drafting.interface import Drafter
+from dspark_hf.generation.fast_passes import fast_passes
 from dspark_hf.generation.scheduling.costs.keys import drafter_key, places, profile_key
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from dspark_hf.generation.scheduling.costs.storing import ProfileKey, load_profile, profile_path
@@ -97,6 +99,27 @@ def describe_costs(target: TargetAdapter) -> dict[str, Any]:
         "date": run.date,
         "commit": run.commit,
     }
+
+
+def measure_calls(
+    target: TargetAdapter, drafter: Drafter, passes: list[Point], drafts: list[Point], *, repeats: int
+) -> CostTable:
+    """Return what passes over one token cost in plain `generate`, and what all others and drafts do in our calls.
+
+    Args:
+        target: the target, not entered.
+        drafter: the drafter.
+        passes: passes of the target.
+        drafts: drafts.
+        repeats: turns that count.
+    """
+    with target:
+        workload = StepTimer(target, drafter)
+        plain = measure_costs(workload, [point for point in passes if point[2] == 1], [], repeats=repeats)
+        with fast_passes(target.model, drafter):
+            wide = [point for point in passes if point[2] > 1]
+            ours = measure_costs(workload, wide, drafts, repeats=repeats)
+    return CostTable(CostCurves(plain.verify.points | ours.verify.points), ours.draft)
 
 
 def measure_costs(

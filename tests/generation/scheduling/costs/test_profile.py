@@ -11,10 +11,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_hf import DSparkAssistantModel
+from dspark_hf.generation import packing
+from dspark_hf.generation.packing import can_pack, forget_packed, multiplies_packed
 from dspark_hf.generation.scheduling import Batch, CallInfo, RoundOutcome, reset_learned_state
 from dspark_hf.generation.scheduling.costs import profile
 from dspark_hf.generation.scheduling.costs.keys import drafter_key, profile_key
-from dspark_hf.generation.scheduling.costs.profile import describe_costs, find_profile, measure_costs, online_costs
+from dspark_hf.generation.scheduling.costs.profile import (
+    describe_costs,
+    find_profile,
+    measure_calls,
+    measure_costs,
+    online_costs,
+)
 from dspark_hf.generation.scheduling.costs.storing import profile_path, save_profile
 from dspark_hf.generation.scheduling.costs.table import CostCurves, CostTable
 from dspark_hf.generation.scheduling.costs.workload import StepTimer
@@ -316,6 +324,27 @@ def test_disturbed_measurements_are_repeated(monkeypatch):
         assert table.verify.points == {(1, 16, 3): 4.0 if is_always else 3.0, (1, 16, 4): 4.0}
         assert len(turns) == (24 if is_always else 16)
         assert len(told) == is_always
+
+
+@pytest.mark.skipif(not can_pack(), reason="no products with packed weights here")
+def test_calls_are_measured_as_they_are_made(monkeypatch):
+    """The doctor, or a forecast, promises what weights as they were loaded give, or compares with a plain step that
+    plain `generate` does not make."""
+    call, were_packed = _call(), {}
+    monkeypatch.setattr(packing, "LEAST_BYTES", 0)
+
+    def seconds(self: StepTimer, num_rows: int, context: int, size: int) -> float:
+        were_packed[size] = multiplies_packed(call.target.model), multiplies_packed(call.drafter)
+        return 1.0 + size
+
+    monkeypatch.setattr(StepTimer, "verify_seconds", seconds)
+    monkeypatch.setattr(StepTimer, "draft_seconds", lambda *point: seconds(*point[:3], 10 * point[3]))
+    points = [(1, 16, width) for width in (1, 3, 4)]
+    table = measure_calls(call.target, call.drafter, points, [(1, 16, 2)], repeats=1)
+    assert were_packed == {1: (False, False), 3: (True, True), 4: (True, True), 20: (True, True)}
+    assert table.verify.points == {(1, 16, 1): 2.0, (1, 16, 3): 4.0, (1, 16, 4): 5.0}
+    assert table.draft.points == {(1, 16, 2): 21.0}
+    forget_packed()
 
 
 def test_contexts_stay_within_the_targets_positions(measured):
