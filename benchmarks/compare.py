@@ -81,6 +81,7 @@ class Settings:
     max_new_tokens: int
     processor_time: bool
     draft_model: str
+    top_p: float = 1.0
 
 
 def make_ways(packaged: Packaged, draft_model: str) -> dict[str, dict[str, Any]]:
@@ -117,7 +118,9 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
     packaged = load_packaged(case.model, case.dtype)
     prompts = prompts_of(packaged, case.set, Path(settings.prompts), settings.num_prompts)
     loads = [make_load([prompt], 0, packaged.target.device, {}) for prompt in prompts]
-    sampling = {"do_sample": True, "temperature": case.temperature, "top_k": 0} if case.temperature else {}
+    sampling: dict[str, Any] = {}
+    if case.temperature:
+        sampling = {"do_sample": True, "temperature": case.temperature, "top_k": 0, "top_p": settings.top_p}
     way = {**make_ways(packaged, settings.draft_model)[case.way], **sampling}
     torch.manual_seed(case.run)
     # what a process does but once is nobody's
@@ -195,6 +198,7 @@ def main(
     dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "bf16,fp32",
     sets: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SETS),
     temperatures: Annotated[str, typer.Option(help="Comma-separated; 0 is greedy.")] = "0,1",
+    top_p: Annotated[float, typer.Option(help="Share that is sampled from.")] = 1.0,
     ways: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of a set at most.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
@@ -220,7 +224,7 @@ def main(
     for name in targets:
         # says what is not installed before anything is measured
         converted_target(name)
-    settings = Settings(str(prompts.resolve()), num_prompts, max_new_tokens, processor_time, draft_model)
+    settings = Settings(str(prompts.resolve()), num_prompts, max_new_tokens, processor_time, draft_model, top_p)
     # run by run, so that a slow hour of the machine hits all of them
     cases = [
         Case(model, dtype, float(temperature), name, way, run)
@@ -238,12 +242,13 @@ def main(
             kept.append(records[-1])
     results = Results.of(records, cases)
     repeated = f"means over {runs} processes ± standard error" if runs > 1 else "one process each"
+    told = f"Sampled from the top {top_p:g}. " if top_p < 1 else ""
     lines = [
         "# All ways side by side",
         "",
         f"Speed relative to plain `generate` in the same process, in turns with it: {repeated}, "
         f"{num_prompts} prompts x {max_new_tokens} tokens, one row; cold with nothing learnt, "
-        f"then warm. Questions from `{prompts.name}`. Tau: tokens of a target pass, prefills left out. Draft, verify "
+        f"then warm. Questions from `{prompts.name}`. {told}Tau: tokens of a target pass, prefills left out. Draft, verify "
         "and rest are shares of the rounds' time. Peak memory is the process's, plain included. Sampled texts differ.",
         "",
         f"![speed relative to plain]({output.stem}.png)",
