@@ -249,7 +249,8 @@ def main(
         f"Speed relative to plain `generate` in the same process, in turns with it: {repeated}, "
         f"{num_prompts} prompts x {max_new_tokens} tokens, one row; cold with nothing learnt, "
         f"then warm. Questions from `{prompts.name}`. {told}Tau: tokens of a target pass, prefills left out. "
-        "Draft, verify and rest are shares of the rounds' time. Peak memory is the process's, plain included. Sampled texts differ.",
+        "Draft, verify and rest are shares of the rounds' time. Peak memory is the process's, plain included. Sampled "
+        "texts differ.",
         "",
         f"![speed relative to plain]({output.stem}.png)",
         "",
