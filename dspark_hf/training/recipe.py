@@ -37,7 +37,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "layers": 2,
         "markov_rank": 64,
         "draft_vocab": 8192,
-        "warm_start": True,
+        "warm_start": False,
         "anchors": 128,
         "learning_rate": 4e-3,
         "state_cache_gb": 8.0,
@@ -54,7 +54,7 @@ def build_drafter(
     markov_rank: int = 64,
     block_size: int = 7,
     draft_vocab: int | None = 8192,
-    warm_start: bool = True,
+    warm_start: bool = False,
     target_layer_ids: Sequence[int] | None = None,
 ) -> DSparkAssistantModel:
     """Return a fresh drafter in fp32; the defaults are those of the preset `small`.

@@ -18,6 +18,7 @@ from transformers import (
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.training.arguments import DSparkTrainingArguments
 from dspark_hf.training.conversations import Conversation
+from dspark_hf.training.recipe import PRESETS, build_drafter
 from dspark_hf.training.trainer import DSparkTrainer
 from tests.thinning import mostly_slow
 from tests.tiny import FAMILIES, tiny_config, tiny_target
@@ -98,3 +99,11 @@ def test_mixed_precision_trains_weights_in_fp32(tmp_path: Path) -> None:
     trainer = _train(tiny_target().to(torch.bfloat16), tmp_path, logging_steps=5, bf16=True)
     assert _learns(trainer)
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen3_moe"])
+def test_layers_that_cannot_be_copied_need_no_option(family: str) -> None:
+    """`dspark-hf train` refuses a target, unless told otherwise, for a start that would not even help."""
+    assert not PRESETS["small"]["warm_start"]
+    drafter = build_drafter(tiny_target(family), [], layers=1, markov_rank=4, draft_vocab=None)
+    assert drafter.config.use_qk_norm
