@@ -44,8 +44,8 @@ LONGEST_TRIAL_GAP = 256
 # Plain steps, and trials that pay, needed before they count. Plain choice: one may be luck, or disturbed.
 TIMES_TO_BELIEVE = 2
 # Drafted rounds before the first and all later comparisons with plain steps. Plain choice: the first says whether to
-# draft at all, and a later one costs a fortieth of the time. One more after 16 rounds cost a first text of 64 tokens 3%
-# of its speed, and helped no drafter (benchmarks/replay.py).
+# draft at all, and a later one costs a fortieth of the time. One more after 16 rounds cost a first text of 64 tokens
+# 3% of its speed, and helped no drafter (benchmarks/replay.py).
 PLAIN_GAPS = (4, 64)
 # Plain steps that drafting may lose before it is given up, with one row; with several, their share of it. Plain
 # choice: the acceptance of a single row varies most, and lower limits were reached by bad luck.
