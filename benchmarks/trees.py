@@ -36,6 +36,7 @@ from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like
 from dspark_hf.generation.drafting.chances import MatchChances
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.drafting.lookup import Lookups
+from dspark_hf.generation.fast_passes import fast_passes
 from dspark_hf.generation.scheduling.costs import workload
 from dspark_hf.generation.scheduling.costs.table import CostCurves
 from dspark_hf.generation.targets.adapter import TargetAdapter
@@ -294,7 +295,7 @@ def gain(ours: Replayed, theirs: Replayed) -> tuple[float, float]:
 def measure_costs(packaged: loading.Packaged) -> Costs:
     """Return what passes, drafts and steps of the head cost here, one row, behind `CONTEXT` tokens."""
     drafter: Any = packaged.drafter
-    with TargetAdapter(packaged.target, drafter.target_layer_ids) as adapter:
+    with TargetAdapter(packaged.target, drafter.target_layer_ids) as adapter, fast_passes(packaged.target, drafter):
         timer = workload.StepTimer(adapter, drafter)
         base = torch.randn(drafter.config.num_draft_logits).to(drafter.dtype)
         states = torch.randn(max(PATHS), drafter.config.hidden_size).to(drafter.dtype)
