@@ -69,6 +69,11 @@ def num_right(block: Sequence[int], text: Sequence[int]) -> int:
     return next((place for place, (draft, token) in pairs if draft != token), min(len(block), len(text)))
 
 
+def counts_behind(drafts: Tensor, text: Sequence[int], places: Sequence[int]) -> list[int]:
+    """Return how many drafts of the blocks `(tokens, block_size)` behind these places of a text it goes on with."""
+    return [num_right(drafts[place].tolist(), text[place + 1 :]) for place in places]
+
+
 def rates_of(counts: Sequence[int], block_size: int) -> list[float]:
     """Return how often each draft is right if those before it are, given how many of each block are."""
     reached = [sum(count >= place for count in counts) for place in range(block_size + 1)]
@@ -117,9 +122,7 @@ def _blocks_of(path: Path, packaged: Packaged, num_texts: int, most_tokens: int)
         drafts, logits = blocks_behind(packaged.target, packaged.drafter, prompt, text[:most_tokens])
         # behind the last tokens there is nothing to compare whole blocks with
         places = range(min(len(text), most_tokens) - size)
-        counts = torch.tensor(
-            [num_right(drafts[place].tolist(), text[place + 1 :]) for place in places], dtype=torch.long
-        )
+        counts = torch.tensor(counts_behind(drafts, text, places), dtype=torch.long)
         known = torch.full_like(drafts, math.nan, dtype=torch.float64) if logits is None else logits
         parts.append(
             Observations(

@@ -21,7 +21,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
-from benchmarks.accept_rates import blocks_behind, num_right, read_texts
+from benchmarks.accept_rates import blocks_behind, counts_behind, read_texts
 from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf.demo.packaged import converted_target
@@ -172,10 +172,7 @@ def tokens_a_block(target: Any, drafter: Any, answers: Sequence[tuple[list[int],
     for prompt, answer in answers:
         text = answer[:_MOST_TOKENS]
         drafts, _ = blocks_behind(target, drafter, prompt, text)
-        counts += [
-            num_right(drafts[place].tolist(), answer[place + 1 :])
-            for place in range(min(len(answer) - drafter.block_size, len(text)))
-        ]
+        counts += counts_behind(drafts, answer, range(min(len(answer) - drafter.block_size, len(text))))
     return 1 + sum(counts) / len(counts)
 
 
