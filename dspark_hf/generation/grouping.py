@@ -9,7 +9,9 @@ B batch, W tokens of a pass, S slots, H heads, N of keys and values, G = H / N h
 
 from __future__ import annotations
 
+import math
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +30,37 @@ MOST_TOKENS = 64
 _NAME = "sdpa"
 # what takes part in an attention beside queries, keys, values and mask
 _UNKNOWN_HERE = ("position_bias", "softcap", "output_attentions")
-_THREADS: set[int] = set()
+# of a pass: one for full attention, one for windows
+_MOST_MASKS = 2
+
+
+class _Masks:
+    """What the masks of a thread's pass are for groups of heads: made once, not in each of the layers."""
+
+    def __init__(self) -> None:
+        self._made: deque[tuple[Tensor, int, Tensor]] = deque(maxlen=_MOST_MASKS)
+
+    def of_groups(self, mask: Tensor, num_shared: int, dtype: torch.dtype) -> Tensor:
+        """Return a mask `(B, 1, W, S)` for queries `(B, N, G * W, E)`, additive, of their `dtype`."""
+        version = _version(mask)
+        rows = mask.shape[2] * (num_shared if mask.shape[2] > 1 else 1)
+        for known, known_version, made in self._made:
+            if known is mask and known_version == version and made.shape[2] == rows and made.dtype is dtype:
+                return made
+        # as `scaled_dot_product_attention` itself would
+        additive = torch.where(mask, 0.0, -math.inf).to(dtype) if mask.dtype is torch.bool else mask
+        made = torch.cat([additive] * (rows // mask.shape[2]), dim=2)
+        if version is not None:
+            self._made.append((mask, version, made))
+        return made
+
+
+def _version(mask: Tensor) -> int | None:
+    """Return what changes when a mask is written to; None where that is not counted."""
+    return None if mask.is_inference() else mask._version
+
+
+_THREADS: dict[int, _Masks] = {}
 
 
 @contextmanager
@@ -51,14 +83,14 @@ def _enter() -> bool:
     # whoever has put a function of their own there has it called
     if not _THREADS and ALL_ATTENTION_FUNCTIONS[_NAME] is sdpa_attention_forward:
         ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
-    _THREADS.add(thread)
+    _THREADS[thread] = _Masks()
     return True
 
 
 @locked
 def _leave() -> None:
     """Let this thread attend as ever."""
-    _THREADS.discard(threading.get_ident())
+    _THREADS.pop(threading.get_ident(), None)
     if not _THREADS and ALL_ATTENTION_FUNCTIONS[_NAME] is _attend:
         del ALL_ATTENTION_FUNCTIONS[_NAME]
 
@@ -84,8 +116,8 @@ def _attend(
     num_groups = key.shape[1]
     rows = query.reshape(batch_size, num_groups, -1, query.shape[-1])  # [B, N, G * W, E]
     mask = attention_mask
-    if mask is not None and width > 1:
-        mask = mask.repeat(1, 1, num_heads // num_groups, 1)
+    if mask is not None:
+        mask = _THREADS[threading.get_ident()].of_groups(mask, num_heads // num_groups, query.dtype)
     found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return found.reshape(batch_size, num_heads, width, -1).transpose(1, 2).contiguous(), None
 

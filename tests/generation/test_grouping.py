@@ -109,6 +109,56 @@ def test_queries_that_all_rows_share_are_left_to_transformers(grouped):
     assert torch.equal(found, expected) and len(found) == 3 and not grouped
 
 
+@pytest.fixture
+def made(monkeypatch) -> list[int]:
+    """The rows of masks that are laid out for groups, as they come."""
+    seen: list[int] = []
+    joined = torch.cat
+
+    def count(parts, dim):
+        seen.append(sum(part.shape[2] for part in parts))
+        return joined(parts, dim=dim)
+
+    monkeypatch.setattr(grouping.torch, "cat", count)
+    return seen
+
+
+def _is_as_without_groups(query, keys, values, mask, layer: Any = LAYER) -> None:
+    found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, keys, values, mask)
+    expected, _ = sdpa_attention_forward(layer, query, keys, values, mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_mask_is_laid_out_once_for_all_layers(made):
+    """Each layer lays out its mask again: a twentieth of a pass."""
+    query, keys, values = _states(1, 5, 11, torch.float32)
+    full, window = _mask("own", 1, 5, 11), _mask("own", 1, 5, 11)
+    with torch.no_grad(), grouped_attention():
+        for mask in (full, window, window, full, full, window):
+            _is_as_without_groups(query, keys, values, mask)
+    assert made == [15, 15]
+
+
+def test_a_mask_that_changed_is_laid_out_anew(made):
+    """A mask is written to between passes, or is asked for by heads of another number, and taken for what it was."""
+    query, keys, values = _states(1, 5, 11, torch.float32)
+    mask = _mask("own", 1, 5, 11)
+    assert mask is not None
+    pairs: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    with torch.no_grad(), grouped_attention():
+        _is_as_without_groups(query, keys, values, mask)
+        mask.logical_not_()[..., 0] = True
+        _is_as_without_groups(query, keys, values, mask)
+        _is_as_without_groups(query[:, :4], keys, values, mask, pairs)
+        # what is written to is not counted here
+        with torch.inference_mode():
+            own = mask.clone()
+            for _ in range(2):
+                _is_as_without_groups(query, keys, values, own)
+                own.logical_not_()[..., 0] = True
+    assert made == [15, 15, 10, 15, 15]
+
+
 def test_gradients_take_the_usual_way(grouped):
     """Whoever trains in the thread of a call, as from a streamer, computes gradients of something else."""
     query, keys, values = _states(1, 5, 11, torch.float32)
