@@ -40,12 +40,19 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 
 class _PackedLayer:
-    """A linear layer that can be made to multiply with a packed copy of its weight."""
+    """A linear layer that can be made to multiply with a packed copy of its weight.
 
-    def __init__(self, layer: nn.Linear | None, threads: set[int]):
+    Args:
+        layer: the layer.
+        threads: those that are to multiply so.
+        packs_itself: whether it is packed when it is first used, and not before; its weight must not change.
+    """
+
+    def __init__(self, layer: nn.Linear | None, threads: set[int], packs_itself: bool = False):
         # the layer may know its model, which must not live on for its copies
         self._layer = None if layer is None else weakref.ref(layer)
         self._threads = threads
+        self._packs_itself = packs_itself
         self._state: Any = None
         self._packed: Tensor | None = None
 
@@ -92,14 +99,20 @@ class _PackedLayer:
         return isinstance(getattr(vars(layer).get("forward"), "__self__", None), cls)
 
     def _forward(self, states: Tensor) -> Tensor:
-        layer, packed = self._known_layer(), self._packed
+        layer = self._known_layer()
         assert layer is not None
         # a third of the time of asking the module for them
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if packed is None or weight is None or not self._fits(states, weight, bias):
+        packed = self._packed_now(layer) if weight is not None and self._fits(states, weight, bias) else None
+        if packed is None:
             return nn.Linear.forward(layer, states)
         # the product reads a bias as if its elements lay side by side
         return _multiply(states, packed, None if bias is None else bias.detach().contiguous())
+
+    def _packed_now(self, layer: nn.Linear) -> Tensor | None:
+        if self._packed is None and self._packs_itself:
+            self.refresh(layer)
+        return self._packed
 
     def _fits(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return (
@@ -122,10 +135,11 @@ def _multiply(states: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _PackedModel:
-    """The packed layers of a model, and the threads that use them."""
+    """The packed layers of a model, those beside it, and the threads that use them."""
 
     def __init__(self) -> None:
         self._layers: WeakKeyDictionary[nn.Linear, _PackedLayer] = WeakKeyDictionary()
+        self._beside: WeakKeyDictionary[nn.Linear, _PackedLayer] = WeakKeyDictionary()
         self._threads: set[int] = set()
 
     @property
@@ -142,12 +156,22 @@ class _PackedModel:
         return [(layer, self._layers.setdefault(layer, _PackedLayer(layer, self._threads))) for layer in layers]
 
     @locked
+    def take_beside(self, layer: nn.Linear) -> None:
+        """Let a layer that is no part of the model multiply as those of the model do."""
+        packed = self._beside.setdefault(layer, _PackedLayer(layer, self._threads, packs_itself=True))
+        if self._threads:
+            packed.install(layer)
+
+    def _all(self) -> list[tuple[nn.Linear, _PackedLayer]]:
+        return [*self._layers.items(), *self._beside.items()]
+
+    @locked
     def enter(self) -> bool:
         """Let this thread use packed weights; return whether it did not before."""
         if self.is_inside:
             return False
         if not self._threads:
-            for layer, packed in self._layers.items():
+            for layer, packed in self._all():
                 packed.install(layer)
         self._threads.add(threading.get_ident())
         return True
@@ -157,7 +181,7 @@ class _PackedModel:
         """Let this thread use the weights as they are."""
         self._threads.discard(threading.get_ident())
         if not self._threads:
-            for layer, packed in self._layers.items():
+            for layer, packed in self._all():
                 packed.remove(layer)
 
 
@@ -191,6 +215,16 @@ def _packable_layers(models: Sequence[Any]) -> Iterator[tuple[nn.Module, list[nn
             yield model, layers
         elif isinstance(model, nn.Module):
             _MODELS.pop(model, None)
+
+
+def pack_beside(model: nn.Module, layer: nn.Linear) -> None:
+    """Have `layer`, which is no part of `model` and does not change, multiply as the packed layers of `model` do.
+
+    It is packed when a pass within `packed_weights` first needs it.
+    """
+    packed = _packed(model)
+    if packed is not None and _is_packable(layer):
+        packed.take_beside(layer)
 
 
 @locked

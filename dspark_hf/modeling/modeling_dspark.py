@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
 from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
+from dspark_hf.generation.packing import pack_beside
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.modeling import from_target, quantization
@@ -567,7 +569,14 @@ class DSparkAssistantModel(PreTrainedModel, CustomGenerate):
 
     def draft_head(self, target: TargetAdapter) -> DraftHead:
         """Return the function from hidden states to logits over the proposable tokens."""
-        return DraftHead(self, target)
+        head = DraftHead(self, target, _ROWS.get(self))
+        if head.rows is not None and head.rows.weight.device.type == "cpu":
+            _ROWS[self] = head.rows
+        return head
+
+
+# The rows of the target's head that each drafter used last: what is packed of them serves further calls.
+_ROWS: WeakKeyDictionary[DSparkAssistantModel, nn.Linear] = WeakKeyDictionary()
 
 
 def _options_for_tensors(
@@ -593,6 +602,8 @@ class _DSparkContext(DraftContext):
         self._drafter = drafter
         self._target = target
         self._head = drafter.draft_head(target)
+        if self._head.rows is not None:
+            pack_beside(target.model, self._head.rows)
         self._ids = drafter.draft_token_ids
         self._num_slots = drafter.config.num_slots
         self._windows = [drafter.config.window_of(layer) for layer in range(len(drafter.layers))]
