@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,25 @@ _UNKNOWN_HERE = ("position_bias", "softcap", "output_attentions")
 _MOST_MASKS = 2
 
 
-class _Masks:
-    """What the masks of a thread's pass are for groups of heads: made once, not in each of the layers."""
+class ThreadPasses:
+    """What the passes of a thread remember for as long as they attend by groups."""
 
     def __init__(self) -> None:
         self._made: deque[tuple[Tensor, int, Tensor]] = deque(maxlen=_MOST_MASKS)
+        self._known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
-    def of_groups(self, mask: Tensor, num_shared: int, dtype: torch.dtype) -> Tensor:
-        """Return a mask `(B, 1, W, S)` for queries `(B, N, G * W, E)`, additive, of their `dtype`."""
+    def recall(self, model: nn.Module, ask: Callable[[nn.Module], bool]) -> bool:
+        """Return what `ask` says of a model, or said before."""
+        found = self._known.get(model)
+        if found is None:
+            found = self._known[model] = ask(model)
+        return found
+
+    def mask_of_groups(self, mask: Tensor, num_shared: int, dtype: torch.dtype) -> Tensor:
+        """Return a mask `(B, 1, W, S)` for queries `(B, N, G * W, E)`, additive, of their `dtype`.
+
+        It is made once, not in each of the layers.
+        """
         version = _version(mask)
         rows = mask.shape[2] * (num_shared if mask.shape[2] > 1 else 1)
         for known, known_version, made in self._made:
@@ -60,7 +72,7 @@ def _version(mask: Tensor) -> int | None:
     return None if mask.is_inference() else mask._version
 
 
-_THREADS: dict[int, _Masks] = {}
+_THREADS: dict[int, ThreadPasses] = {}
 
 
 @contextmanager
@@ -74,6 +86,11 @@ def grouped_attention() -> Iterator[None]:
             _leave()
 
 
+def passes_here() -> ThreadPasses | None:
+    """Return what this thread's passes remember, or None outside of `grouped_attention`."""
+    return _THREADS.get(threading.get_ident())
+
+
 @locked
 def _enter() -> bool:
     """Let this thread attend by groups; return whether it did not before."""
@@ -83,7 +100,7 @@ def _enter() -> bool:
     # whoever has put a function of their own there has it called
     if not _THREADS and ALL_ATTENTION_FUNCTIONS[_NAME] is sdpa_attention_forward:
         ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
-    _THREADS[thread] = _Masks()
+    _THREADS[thread] = ThreadPasses()
     return True
 
 
@@ -117,7 +134,7 @@ def _attend(
     rows = query.reshape(batch_size, num_groups, -1, query.shape[-1])  # [B, N, G * W, E]
     mask = attention_mask
     if mask is not None:
-        mask = _THREADS[threading.get_ident()].of_groups(mask, num_heads // num_groups, query.dtype)
+        mask = _THREADS[threading.get_ident()].mask_of_groups(mask, num_heads // num_groups, query.dtype)
     found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return found.reshape(batch_size, num_heads, width, -1).transpose(1, 2).contiguous(), None
 
@@ -134,7 +151,7 @@ def _fits(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) ->
     return (
         not torch.compiler.is_compiling()
         # the function is everybody's
-        and threading.get_ident() in _THREADS
+        and passes_here() is not None
         and query.device.type == "cpu"
         and not torch.is_grad_enabled()
         and num_shared > 1

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from dspark_hf import hubs
 from dspark_hf.generation.compat import run_compiled
 from dspark_hf.generation.custom_generate import CustomGenerate
+from dspark_hf.generation.dispatch import below_autograd
 from dspark_hf.generation.drafting.branching import grow_tree
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
@@ -638,8 +639,9 @@ class _DSparkContext(DraftContext):
         self.cache.lengthen(num_tokens)
 
     def _read(self, hidden_states: Tensor, positions: Tensor) -> None:
-        features = self._drafter.project_context(hidden_states)
-        self.cache.write(self._drafter.context_keys_and_values(features, positions))
+        with below_autograd(self._drafter):
+            features = self._drafter.project_context(hidden_states)
+            self.cache.write(self._drafter.context_keys_and_values(features, positions))
 
     def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
         drafter, anchors = self._drafter, anchor_ids.to(self._drafter.device)
@@ -688,7 +690,8 @@ class _DSparkContext(DraftContext):
         masks = {window: self.cache.mask(window) for window in set(self._windows)}
         seen = [masks[window] for window in self._windows]
         if self._compiled_block is None:
-            return self._run_block(anchors, positions, num_drafts, context, seen)
+            with below_autograd(drafter):
+                return self._run_block(anchors, positions, num_drafts, context, seen)
         fix_shapes([mask for mask in masks.values() if mask is not None])
         hidden_states, unnormed, state, logits = run_compiled(
             self._compiled_block, anchors, positions, drafter.block_size, context, seen

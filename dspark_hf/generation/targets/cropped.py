@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length, stop_recording
+from dspark_hf.generation.dispatch import below_autograd
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.branching import branched_inputs, can_branch, close_up
 from dspark_hf.generation.targets.interface import TargetPass, joined
@@ -214,7 +215,8 @@ class SingleRowTarget:
         device = self._adapter.device
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = _last_positions(num_tokens, width, device)
-        outputs = self._model(**inputs)
+        with below_autograd(self._model):
+            outputs = self._model(**inputs)
         positions = (past_length + torch.arange(num_tokens, device=device))[None]
         return TargetPass(
             logits=outputs.logits[:, -width:],

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from dspark_hf.generation.compat import CACHE_KEY, mask_length
+from dspark_hf.generation.dispatch import below_autograd
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.aligned_cache import AlignedCache, counts_columns
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass
@@ -241,7 +242,8 @@ class RaggedTarget:
             inputs["logits_to_keep"] = torch.tensor([last], device=self._adapter.device)
         # neither is needed again
         self._prompt_kwargs = None
-        return self._model(**inputs)
+        with below_autograd(self._model):
+            return self._model(**inputs)
 
     def _run_chunk(self, token_ids: Tensor, num_tokens: list[int], kept_logits: Tensor) -> TargetPass:
         """Process what comes next of the packed prompts, to stay."""
@@ -290,7 +292,8 @@ class RaggedTarget:
         return positions, inputs
 
     def _call(self, token_ids: Tensor, cache: Any, inputs: dict[str, Any], kept_logits: Tensor | int) -> Any:
-        return self._model(**self._arguments(token_ids, cache, inputs, kept_logits))
+        with below_autograd(self._model):
+            return self._model(**self._arguments(token_ids, cache, inputs, kept_logits))
 
     def _arguments(
         self, token_ids: Tensor, cache: Any, inputs: dict[str, Any], kept_logits: Tensor | int
