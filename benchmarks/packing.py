@@ -23,7 +23,7 @@ from benchmarks.pages import FOLDER, write_page
 from benchmarks.provenance import describe_run
 from dspark_hf.demo.packaged import PACKAGED_MODELS
 from dspark_hf.generation.compat import CACHE_KEY
-from dspark_hf.generation.grouping import grouped_attention
+from dspark_hf.generation.lean_passes import lean_passes
 from dspark_hf.generation.packing import forget_packed, pack_weights, packed_weights
 
 WIDTHS = (1, 2, 4, 8, 16, 24)
@@ -43,7 +43,7 @@ def time_passes(target: Any, ids: Tensor, width: int, clock: Callable[[], float]
         # the first pass of a shape makes its kernels
         for turn in range(1 + repeats):
             for way in WAYS:
-                heads = grouped_attention() if way == GROUPED else nullcontext()
+                heads = lean_passes() if way == GROUPED else nullcontext()
                 with packed_weights(*([] if way == PLAIN else [target])), heads:
                     start = clock()
                     target(ids[:, :width], use_cache=True, **{CACHE_KEY: cache})

@@ -27,7 +27,7 @@ from dspark_hf.generation.drafting.context import DeferredContext
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Drafter
 from dspark_hf.generation.drafting.lookup import Lookups
 from dspark_hf.generation.drawing import draw_or_best, most_likely
-from dspark_hf.generation.grouping import grouped_attention
+from dspark_hf.generation.lean_passes import lean_passes
 from dspark_hf.generation.packing import FEW_TOKENS, pack_weights, packed_weights
 from dspark_hf.generation.proposing import outcome_of, propose
 from dspark_hf.generation.rows import NewTokens, Rows
@@ -111,7 +111,7 @@ def decode(
         # a text of a word or two is over before packing has paid; but a call that measures passes, or is to repeat a
         # text, must not begin with other ones
         packs_later = pack_weights(*models, may_wait=options.scheduler.learns_costs)
-        with packed_weights(*models), nullcontext() if is_compiled else grouped_attention():
+        with packed_weights(*models), nullcontext() if is_compiled else lean_passes():
             context = options.start_context(drafter, adapter, len(input_ids))
             if _is_compiled(target):
                 context.fix_size(target.size)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dspark_hf.generation.grouping import grouped_attention
+from dspark_hf.generation.lean_passes import lean_passes
 from dspark_hf.generation.packing import pack_weights, packed_weights
 
 
@@ -14,5 +14,5 @@ from dspark_hf.generation.packing import pack_weights, packed_weights
 def fast_passes(*models: Any) -> Iterator[None]:
     """Let this thread's passes of `models` multiply with packed weights, and attend by groups of heads."""
     pack_weights(*models)
-    with packed_weights(*models), grouped_attention():
+    with packed_weights(*models), lean_passes():
         yield

@@ -20,12 +20,12 @@ from transformers.utils import logging
 from dspark_hf import hubs
 from dspark_hf.generation.compat import run_compiled
 from dspark_hf.generation.custom_generate import CustomGenerate
-from dspark_hf.generation.dispatch import below_autograd
 from dspark_hf.generation.drafting.branching import grow_tree
 from dspark_hf.generation.drafting.chain import sample_block
 from dspark_hf.generation.drafting.context import ContextCache
 from dspark_hf.generation.drafting.interface import DraftContext, DraftedBlock, Sampler
 from dspark_hf.generation.fixed_size import FixedSize, fix_shapes
+from dspark_hf.generation.lean_passes import below_autograd
 from dspark_hf.generation.packing import pack_beside
 from dspark_hf.generation.statistics import SpeculationStatistics
 from dspark_hf.generation.targets.adapter import TargetAdapter

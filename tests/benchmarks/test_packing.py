@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import benchmarks.packing as benchmark
-from dspark_hf.generation import grouping, packing
+from dspark_hf.generation import lean_passes
+from dspark_hf.generation import packing
 from tests.tiny import tiny_target
 
 CONTEXT = 32
@@ -34,14 +35,14 @@ def test_every_pass_is_timed_in_every_way(tmp_path, monkeypatch):
         return forward(*args, **kwargs)
 
     grouped: list[Any] = []
-    attend = grouping.scaled_dot_product_attention
+    attend = lean_passes.scaled_dot_product_attention
 
     def note_heads(*args: Any, **kwargs: Any) -> Any:
         grouped.append(args)
         return attend(*args, **kwargs)
 
     monkeypatch.setattr(packing, "_multiply", note_product)
-    monkeypatch.setattr(grouping, "scaled_dot_product_attention", note_heads)
+    monkeypatch.setattr(lean_passes, "scaled_dot_product_attention", note_heads)
     monkeypatch.setattr(target.model, "forward", note_pass)
     monkeypatch.setattr(benchmark, "load_packaged", lambda *_: SimpleNamespace(title="A target", target=target))
     # time goes on by a second a product with packed weights

@@ -17,7 +17,7 @@ from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.drafting.lookup import Lookups, NoDrafter
-from dspark_hf.generation.grouping import grouped_attention
+from dspark_hf.generation.lean_passes import lean_passes
 from dspark_hf.generation.packing import pack_weights, packed_weights
 from dspark_hf.generation.requests.batch import RequestBatch
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
@@ -177,7 +177,7 @@ class RequestStream(Iterator[FinishedRequest]):
         if self._batch.rows:
             # hooks are there while the target runs only: between rounds it is the caller's
             self._pack()
-            with self._adapter, packed_weights(*self._models), grouped_attention():
+            with self._adapter, packed_weights(*self._models), lean_passes():
                 self._batch.round()
         self._collect()
 
@@ -224,7 +224,7 @@ class RequestStream(Iterator[FinishedRequest]):
         # a target may be trained, or given other adapters, between two requests
         self._has_packed = False
         self._pack()
-        with self._adapter, packed_weights(*self._models), grouped_attention():
+        with self._adapter, packed_weights(*self._models), lean_passes():
             context = self._options.start_context(self._drafter, self._adapter, 1)
             schedule = self._schedule = self._schedule or self._options.scheduler.start(self._call(row))
             lookups = self._lookups(row, schedule)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from dspark_hf.generation.compat import CACHE_KEY, empty_cache_like, mask_length, stop_recording
-from dspark_hf.generation.dispatch import below_autograd
+from dspark_hf.generation.lean_passes import below_autograd
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.branching import branched_inputs, can_branch, close_up
 from dspark_hf.generation.targets.interface import TargetPass, joined

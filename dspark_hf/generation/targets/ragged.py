@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from dspark_hf.generation.compat import CACHE_KEY, mask_length
-from dspark_hf.generation.dispatch import below_autograd
+from dspark_hf.generation.lean_passes import below_autograd
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from dspark_hf.generation.targets.aligned_cache import AlignedCache, counts_columns
 from dspark_hf.generation.targets.interface import RowwiseCache, TargetPass

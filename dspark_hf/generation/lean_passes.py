@@ -1,8 +1,12 @@
-"""Attention of heads that share keys, on a CPU: they are read once, rather than copied for every head.
+"""What passes over few tokens leave out on CPUs: copies of keys that heads share, and autograd's kernels.
 
 Where a pass has a mask, as one over drafts has, Transformers copies keys and values for every head of a group, in
 every layer, which behind a long context takes longer than attending to them. The heads of a group attend to the same
 keys, so their queries can be rows of one product.
+
+Under `no_grad` too PyTorch sends each operator through autograd's kernels, which only hand it on to those that
+compute. A pass over a few tokens consists of some thousand small operators, and that takes a twentieth of it. What is
+left out is what `torch.inference_mode` leaves out, but tensors stay ordinary ones, to be changed and trained on later.
 
 B batch, W tokens of a pass, S slots, H heads, N of keys and values, G = H / N heads of a group, E head_dim.
 """
@@ -13,13 +17,14 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,6 +34,10 @@ from dspark_hf.generation.locking import locked
 # Plain choice: above all blocks and trees of drafts.
 MOST_TOKENS = 64
 _NAME = "sdpa"
+# what PyTorch's own custom operators use; without it passes take the usual way
+_BELOW: Any = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", None)
+# Models and hooks of others may differentiate within a pass. None of these do.
+_KNOWN = ("transformers", "dspark_hf")
 # what takes part in an attention beside queries, keys, values and mask
 _UNKNOWN_HERE = ("position_bias", "softcap", "output_attentions")
 # of a pass: one for full attention, one for windows
@@ -36,7 +45,7 @@ _MOST_MASKS = 2
 
 
 class ThreadPasses:
-    """What the passes of a thread remember for as long as they attend by groups."""
+    """What the passes of a thread remember within `lean_passes`."""
 
     def __init__(self) -> None:
         self._made: deque[tuple[Tensor, int, Tensor]] = deque(maxlen=_MOST_MASKS)
@@ -76,8 +85,8 @@ _THREADS: dict[int, ThreadPasses] = {}
 
 
 @contextmanager
-def grouped_attention() -> Iterator[None]:
-    """Let this thread's passes attend by groups, on CPUs and under Transformers' own "sdpa"."""
+def lean_passes() -> Iterator[None]:
+    """Let this thread's passes attend by groups, under Transformers' own "sdpa", and below autograd, on CPUs."""
     has_entered = _enter()
     try:
         yield
@@ -87,7 +96,7 @@ def grouped_attention() -> Iterator[None]:
 
 
 def passes_here() -> ThreadPasses | None:
-    """Return what this thread's passes remember, or None outside of `grouped_attention`."""
+    """Return what this thread's passes remember, or None outside of `lean_passes`."""
     return _THREADS.get(threading.get_ident())
 
 
@@ -162,3 +171,46 @@ def _fits(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) ->
         # without a mask, tokens of a pass see no later ones; a single one has none
         and (width == 1 if mask is None else mask.shape[1:] == (1, width, key.shape[2]))
     )
+
+
+def below_autograd(model: nn.Module) -> AbstractContextManager[Any]:
+    """Let this thread's operators skip autograd for a pass of `model`, if that changes nothing but the time.
+
+    That is so in our calls on CPUs (within `lean_passes`), for models that cannot need a gradient in a pass.
+    Only the pass may lie within: code of the caller's may do anything.
+    """
+    passes = passes_here()
+    if _BELOW is None or passes is None or _is_watched() or not passes.recall(model, _needs_no_gradients):
+        return nullcontext()
+    return _BELOW()
+
+
+def _is_watched() -> bool:
+    """Return whether operators mean more to this thread than numbers."""
+    return (
+        torch.is_grad_enabled()
+        # casts of weights are kept, for passes with gradients too
+        or torch.is_autocast_enabled("cpu")
+        # whoever counts operators knows those that autograd's kernels divide others into
+        or is_in_torch_dispatch_mode()
+    )
+
+
+def _needs_no_gradients(model: nn.Module) -> bool:
+    """Return whether nothing in a pass of the model is of unknown origin."""
+    return (
+        _is_known(type(model))
+        # products of theirs may be autograd's own functions
+        and not getattr(model, "is_quantized", False)
+        and next(model.parameters()).device.type == "cpu"
+        and all(
+            _is_known(hook)
+            for module in model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+    )
+
+
+def _is_known(code: Any) -> bool:
+    return str(getattr(code, "__module__", None)).partition(".")[0] in _KNOWN

@@ -12,14 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList, Qwen3ForCausalLM
 
 from dspark_hf import DSparkAssistantModel, LookupAssistant, generate_stream
-from dspark_hf.generation import dispatch
-from dspark_hf.generation.dispatch import below_autograd
-from dspark_hf.generation.grouping import grouped_attention
+from dspark_hf.generation import lean_passes as module
+from dspark_hf.generation.lean_passes import below_autograd, lean_passes
 from dspark_hf.generation.requests.request import Request
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
-pytestmark = pytest.mark.skipif(dispatch._BELOW is None, reason="this PyTorch cannot leave autograd out")
+pytestmark = pytest.mark.skipif(module._BELOW is None, reason="this PyTorch cannot leave autograd out")
 
 PROMPT = torch.tensor([[5, 7, 9, 5, 7]])
 
@@ -51,7 +50,7 @@ def _generate(target: Any, drafter: Any, **options: Any) -> Any:
 def test_passes_give_the_same_numbers(family):
     """An operator means something else below autograd."""
     target = tiny_target(family)
-    with torch.no_grad(), grouped_attention():
+    with torch.no_grad(), lean_passes():
         plain = target(PROMPT, output_hidden_states=True)
         with below_autograd(target):
             assert _is_below()
@@ -153,7 +152,7 @@ def test_passes_that_may_need_gradients_take_the_usual_way():
     target = tiny_target("qwen3")
     with torch.no_grad(), below_autograd(target):
         assert not _is_below()
-    with grouped_attention():
+    with lean_passes():
         with below_autograd(target):
             assert not _is_below()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), below_autograd(target):
@@ -175,7 +174,7 @@ class _Names(TorchDispatchMode):
 def test_whoever_counts_operators_sees_the_usual_ones():
     """A count of products misses those of the passes, which reach it as something else."""
     target = tiny_target("qwen3")
-    with torch.no_grad(), grouped_attention():
+    with torch.no_grad(), lean_passes():
         with _Names() as plain:
             target(PROMPT)
         with _Names() as found, below_autograd(target):

@@ -13,9 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dspark_hf import DSparkAssistantModel, LookupAssistant, generate_stream
-from dspark_hf.generation import grouping
+from dspark_hf.generation import lean_passes as module
 from dspark_hf.generation.compat import CACHE_KEY
-from dspark_hf.generation.grouping import grouped_attention
+from dspark_hf.generation.lean_passes import lean_passes
 from dspark_hf.generation.requests.request import Request
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
@@ -25,13 +25,13 @@ from tests.tiny import tiny_target
 def grouped(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of queries that are attended to by groups, as they come."""
     seen: list[tuple[int, ...]] = []
-    attend = grouping.scaled_dot_product_attention
+    attend = module.scaled_dot_product_attention
 
     def count(query, *args, **kwargs):
         seen.append(tuple(query.shape))
         return attend(query, *args, **kwargs)
 
-    monkeypatch.setattr(grouping, "scaled_dot_product_attention", count)
+    monkeypatch.setattr(module, "scaled_dot_product_attention", count)
     return seen
 
 
@@ -64,7 +64,7 @@ def test_is_transformers_own_attention(grouped, dtype, width, kind, batch_size):
     mask = mask.to(dtype) if kind == "additive" and mask is not None else mask
     with torch.no_grad():
         expected, _ = sdpa_attention_forward(LAYER, query, keys, values, mask, scaling=0.3)
-        with grouped_attention():
+        with lean_passes():
             found, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](LAYER, query, keys, values, mask, scaling=0.3)
     assert grouped == [(batch_size, 2, 3 * width, 16)] and weights is None
     assert found.is_contiguous() and found.shape == expected.shape
@@ -91,7 +91,7 @@ def test_leaves_to_transformers_what_it_does_not_know(grouped, width, kind, opti
         keys, values = (x.repeat_interleave(3, dim=1) for x in (keys, values))
     layer: Any = SimpleNamespace(num_key_value_groups=num_shared, is_causal=True)
     given = layer, query, keys, values, _mask(kind, 2, width, num_slots)
-    with torch.no_grad(), grouped_attention():
+    with torch.no_grad(), lean_passes():
         torch.manual_seed(1)
         found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](*given, **options)
         torch.manual_seed(1)
@@ -103,7 +103,7 @@ def test_queries_that_all_rows_share_are_left_to_transformers(grouped):
     """Learned queries are taken for one row's, and the others' results for further values of it."""
     query, keys, values = _states(3, 5, 11, torch.float32)
     given = LAYER, query[:1], keys, values, _mask("own", 3, 5, 11)
-    with torch.no_grad(), grouped_attention():
+    with torch.no_grad(), lean_passes():
         found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
         expected, _ = sdpa_attention_forward(*given)
     assert torch.equal(found, expected) and len(found) == 3 and not grouped
@@ -119,7 +119,7 @@ def made(monkeypatch) -> list[int]:
         seen.append(sum(part.shape[2] for part in parts))
         return joined(parts, dim=dim)
 
-    monkeypatch.setattr(grouping.torch, "cat", count)
+    monkeypatch.setattr(module.torch, "cat", count)
     return seen
 
 
@@ -133,7 +133,7 @@ def test_a_mask_is_laid_out_once_for_all_layers(made):
     """Each layer lays out its mask again: a twentieth of a pass."""
     query, keys, values = _states(1, 5, 11, torch.float32)
     full, window = _mask("own", 1, 5, 11), _mask("own", 1, 5, 11)
-    with torch.no_grad(), grouped_attention():
+    with torch.no_grad(), lean_passes():
         for mask in (full, window, window, full, full, window):
             _is_as_without_groups(query, keys, values, mask)
     assert made == [15, 15]
@@ -145,7 +145,7 @@ def test_a_mask_that_changed_is_laid_out_anew(made):
     mask = _mask("own", 1, 5, 11)
     assert mask is not None
     pairs: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    with torch.no_grad(), grouped_attention():
+    with torch.no_grad(), lean_passes():
         _is_as_without_groups(query, keys, values, mask)
         mask.logical_not_()[..., 0] = True
         _is_as_without_groups(query, keys, values, mask)
@@ -162,7 +162,7 @@ def test_a_mask_that_changed_is_laid_out_anew(made):
 def test_gradients_take_the_usual_way(grouped):
     """Whoever trains in the thread of a call, as from a streamer, computes gradients of something else."""
     query, keys, values = _states(1, 5, 11, torch.float32)
-    with grouped_attention():
+    with lean_passes():
         ALL_ATTENTION_FUNCTIONS["sdpa"](LAYER, query, keys, values, _mask("own", 1, 5, 11))
     assert not grouped
 
@@ -172,15 +172,15 @@ def test_is_there_for_as_long_as_anyone_uses_it():
     inside, may_end = threading.Event(), threading.Event()
 
     def call() -> None:
-        with grouped_attention():
+        with lean_passes():
             inside.set()
             may_end.wait(30)
 
     other = threading.Thread(target=call)
-    with grouped_attention(), grouped_attention():
+    with lean_passes(), lean_passes():
         other.start()
         inside.wait(30)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is grouping._attend
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is module._attend
     may_end.set()
     other.join(30)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
@@ -195,7 +195,7 @@ def test_other_threads_attend_as_ever(grouped):
     def run() -> None:
         ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
 
-    with grouped_attention():
+    with lean_passes():
         other = threading.Thread(target=run)
         other.start()
         other.join(30)
@@ -266,4 +266,4 @@ def test_an_error_leaves_nothing_behind():
     ids, cache = torch.tensor([[3, 9, 4]]), Broken(config=target.config)
     with pytest.raises(RuntimeError, match="broken"):
         target.generate(ids, assistant_model=LookupAssistant(), max_new_tokens=12, **{CACHE_KEY: cache})
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward and not grouping._THREADS
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward and not module._THREADS
