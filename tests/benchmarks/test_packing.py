@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import benchmarks.packing as benchmark
-from dspark_hf.generation import lean_passes
-from dspark_hf.generation import packing
+from dspark_hf.generation import lean_passes, packing
 from tests.tiny import tiny_target
 
 CONTEXT = 32
