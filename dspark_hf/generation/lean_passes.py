@@ -6,24 +6,27 @@ keys, so their queries can be rows of one product.
 
 Under `no_grad` too PyTorch sends each operator through autograd's kernels, which only hand it on to those that
 compute. A pass over a few tokens consists of some thousand small operators, and that takes a twentieth of it. What is
-left out is what `torch.inference_mode` leaves out, but tensors stay ordinary ones, to be changed and trained on later.
+left out is most of what `torch.inference_mode` leaves out, but tensors stay ordinary ones, to be trained on later.
 
 B batch, W tokens of a pass, S slots, H heads, N of keys and values, G = H / N heads of a group, E head_dim.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,8 +39,8 @@ MOST_TOKENS = 64
 _NAME = "sdpa"
 # what PyTorch's own custom operators use; without it passes take the usual way
 _BELOW: Any = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", None)
-# Models and hooks of others may differentiate within a pass. None of these do.
-_KNOWN = ("transformers", "dspark_hf")
+# Code of others may differentiate within a pass. None of these does.
+_KNOWN = ("torch", "transformers", "dspark_hf")
 # what takes part in an attention beside queries, keys, values and mask
 _UNKNOWN_HERE = ("position_bias", "softcap", "output_attentions")
 # of a pass: one for full attention, one for windows
@@ -85,9 +88,12 @@ _THREADS: dict[int, ThreadPasses] = {}
 
 
 @contextmanager
-def lean_passes() -> Iterator[None]:
-    """Let this thread's passes attend by groups, under Transformers' own "sdpa", and below autograd, on CPUs."""
-    has_entered = _enter()
+def lean_passes(passes: ThreadPasses | None = None) -> Iterator[None]:
+    """Let this thread's passes attend by groups, under Transformers' own "sdpa", and below autograd, on CPUs.
+
+    `passes` is what was remembered earlier, if models have been in nobody's hands since.
+    """
+    has_entered = _enter(passes or ThreadPasses())
     try:
         yield
     finally:
@@ -101,7 +107,7 @@ def passes_here() -> ThreadPasses | None:
 
 
 @locked
-def _enter() -> bool:
+def _enter(passes: ThreadPasses) -> bool:
     """Let this thread attend by groups; return whether it did not before."""
     thread = threading.get_ident()
     if thread in _THREADS:
@@ -109,7 +115,7 @@ def _enter() -> bool:
     # whoever has put a function of their own there has it called
     if not _THREADS and ALL_ATTENTION_FUNCTIONS[_NAME] is sdpa_attention_forward:
         ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
-    _THREADS[thread] = ThreadPasses()
+    _THREADS[thread] = passes
     return True
 
 
@@ -173,16 +179,16 @@ def _fits(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) ->
     )
 
 
-def below_autograd(model: nn.Module) -> AbstractContextManager[Any]:
-    """Let this thread's operators skip autograd for a pass of `model`, if that changes nothing but the time.
+def below_autograd(*models: nn.Module) -> AbstractContextManager[Any]:
+    """Let this thread's operators skip autograd for a pass of `models`, if that changes nothing but the time.
 
-    That is so in our calls on CPUs (within `lean_passes`), for models that cannot need a gradient in a pass.
-    Only the pass may lie within: code of the caller's may do anything.
+    That is so in our calls on CPUs (within `lean_passes`), for models that cannot need a gradient in a pass. Only the
+    pass may lie within: code of the caller's may do anything.
     """
     passes = passes_here()
-    if _BELOW is None or passes is None or _is_watched() or not passes.recall(model, _needs_no_gradients):
+    if _BELOW is None or passes is None or _is_watched():
         return nullcontext()
-    return _BELOW()
+    return _BELOW() if all(passes.recall(model, _needs_no_gradients) for model in models) else nullcontext()
 
 
 def _is_watched() -> bool:
@@ -193,24 +199,49 @@ def _is_watched() -> bool:
         or torch.is_autocast_enabled("cpu")
         # whoever counts operators knows those that autograd's kernels divide others into
         or is_in_torch_dispatch_mode()
+        or bool(_global_forward_hooks or _global_forward_pre_hooks)
     )
 
 
 def _needs_no_gradients(model: nn.Module) -> bool:
-    """Return whether nothing in a pass of the model is of unknown origin."""
+    """Return whether a pass of the model consists of known code and ordinary tensors.
+
+    Gradients are not all that is lost: in-place operators do not count as versions, and tensors with operators of
+    their own are asked for others than they may know.
+    """
     return (
-        _is_known(type(model))
-        # products of theirs may be autograd's own functions
-        and not getattr(model, "is_quantized", False)
-        and next(model.parameters()).device.type == "cpu"
-        and all(
-            _is_known(hook)
-            for module in model.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            for hook in hooks.values()
-        )
+        all(map(_is_ordinary, chain(model.parameters(), model.buffers())))
+        and all(map(_is_known, _code_of(model)))
+        and ALL_ATTENTION_FUNCTIONS[_NAME] in (_attend, sdpa_attention_forward)
+        # others may be anybody's, or compiled
+        and all(_attention_of(module) in (None, "eager", _NAME) for module in model.modules())
     )
 
 
+def _is_ordinary(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor and tensor.device.type == "cpu"
+
+
+def _attention_of(module: nn.Module) -> str | None:
+    name: str | None = getattr(vars(module).get("config"), "_attn_implementation", None)
+    return name
+
+
+def _code_of(model: nn.Module) -> Iterator[Any]:
+    """Give what a pass of the model runs: classes, forward passes in their place, and hooks."""
+    for module in model.modules():
+        yield type(module)
+        if "forward" in vars(module):
+            yield vars(module)["forward"]
+        # calls in other threads put hooks of ours there meanwhile
+        yield from list(module._forward_hooks.values())
+        yield from list(module._forward_pre_hooks.values())
+
+
 def _is_known(code: Any) -> bool:
-    return str(getattr(code, "__module__", None)).partition(".")[0] in _KNOWN
+    return _is_known_package(getattr(code, "__module__", None))
+
+
+@functools.cache
+def _is_known_package(name: str | None) -> bool:
+    return str(name).partition(".")[0] in _KNOWN

@@ -690,7 +690,8 @@ class _DSparkContext(DraftContext):
         masks = {window: self.cache.mask(window) for window in set(self._windows)}
         seen = [masks[window] for window in self._windows]
         if self._compiled_block is None:
-            with below_autograd(drafter):
+            # the target lends its embedding and its head
+            with below_autograd(drafter, self._target.model):
                 return self._run_block(anchors, positions, num_drafts, context, seen)
         fix_shapes([mask for mask in masks.values() if mask is not None])
         hidden_states, unnormed, state, logits = run_compiled(

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen3ForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from dspark_hf import DSparkAssistantModel, LookupAssistant, generate_stream
 from dspark_hf.generation import lean_passes as module
 from dspark_hf.generation.lean_passes import below_autograd, lean_passes
 from dspark_hf.generation.requests.request import Request
+from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
@@ -27,19 +35,23 @@ def _is_below() -> bool:
     return torch._C._dispatch_tls_is_dispatch_key_excluded("ADInplaceOrView")
 
 
-class _Watched:
-    """Whether passes of models run below autograd."""
+@pytest.fixture
+def products(monkeypatch) -> list[tuple[torch.Tensor, bool]]:
+    """The weights of products as they are made, and whether below autograd."""
+    seen: list[tuple[torch.Tensor, bool]] = []
+    linear = nn.functional.linear
 
-    def __init__(self, *models: Any):
-        self.seen: list[bool] = []
-        for model in models:
-            layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
-            # a hook would be somebody's that may need gradients
-            layer.forward = functools.partial(self._forward, layer.forward)
+    def watch(states, weight, *args):
+        seen.append((weight, _is_below()))
+        return linear(states, weight, *args)
 
-    def _forward(self, forward: Any, states: torch.Tensor) -> torch.Tensor:
-        self.seen.append(_is_below())
-        return forward(states)
+    monkeypatch.setattr(nn.functional, "linear", watch)
+    return seen
+
+
+def _are_below(model: nn.Module, products: list[tuple[torch.Tensor, bool]]) -> set[bool]:
+    weights = set(map(id, model.parameters()))
+    return {is_below for weight, is_below in products if id(weight) in weights}
 
 
 def _generate(target: Any, drafter: Any, **options: Any) -> Any:
@@ -61,30 +73,28 @@ def test_passes_give_the_same_numbers(family):
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
-def test_passes_of_a_call_run_so_and_no_others(num_rows):
+def test_passes_of_a_call_run_so_and_no_others(products, num_rows):
     """Target or drafter take the long way, or plain `generate` and training do not."""
     target = tiny_target("qwen3")
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     plain = target.generate(**ragged_prompts(num_rows), **options)
-    watched = _Watched(target), _Watched(drafter)
+    products.clear()
     found = target.generate(**ragged_prompts(num_rows), assistant_model=drafter, **options)
     assert torch.equal(found, plain)
-    assert all(all(one.seen) and one.seen for one in watched)
-    for one in watched:
-        one.seen.clear()
+    assert _are_below(target, products) == _are_below(drafter.layers, products) == {True}
+    products.clear()
     target.generate(**ragged_prompts(num_rows), **options)
-    assert not any(watched[0].seen)
+    assert _are_below(target, products) == {False}
 
 
-def test_streams_run_so_too():
+def test_streams_run_so_too(products):
     """A stream's passes take the long way, or leave the caller's code without gradients between them."""
     target = tiny_target("qwen3")
-    watched = _Watched(target)
     requests = [Request(PROMPT[0], options={"max_new_tokens": 8, "do_sample": False})]
     for _ in generate_stream(target, requests, drafter=LookupAssistant()):
         assert not _is_below()
-    assert watched.seen and all(watched.seen)
+    assert _are_below(target, products) == {True}
 
 
 def test_what_the_caller_does_in_a_call_has_gradients():
@@ -118,10 +128,6 @@ def test_what_a_call_returns_can_be_trained_on():
     assert weight.grad is not None
 
 
-class Differentiating(Qwen3ForCausalLM):
-    """A model of somebody's whose passes need gradients."""
-
-
 def _differentiate(*args: Any) -> Any:
     with torch.enable_grad():
         point = torch.zeros(1, requires_grad=True)
@@ -129,22 +135,157 @@ def _differentiate(*args: Any) -> Any:
     assert point.grad is not None
 
 
-def test_hooks_of_others_have_gradients():
-    """A hook that differentiates, as for a score of what a layer gives, gets no gradient."""
-    target = tiny_target("qwen3")
-    plain = _generate(target, None)
-    target.model.layers[1].register_forward_hook(_differentiate)
-    assert torch.equal(_generate(target, LookupAssistant()), plain)
+class Differentiating(Qwen3ForCausalLM):
+    """A model of somebody's whose passes need gradients."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _differentiate()
+        return super().__call__(*args, **kwargs)
 
 
-def test_models_of_others_take_the_usual_way():
-    """A model that differentiates in its passes gets no gradient."""
-    target = tiny_target("qwen3")
+class _Part(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        _differentiate()
+        return self.inner(states)
+
+
+def _own_class(target: Any) -> Any:
     mine = Differentiating(target.config).eval()
     mine.load_state_dict(target.state_dict())
     mine.generation_config = target.generation_config
-    mine.register_forward_pre_hook(_differentiate)
-    assert torch.equal(_generate(mine, LookupAssistant()), _generate(target, None))
+    return mine
+
+
+def _own_part(target: Any) -> None:
+    target.model.layers[0].mlp = _Part(target.model.layers[0].mlp)
+
+
+def _own_forward(target: Any) -> None:
+    inner = target.model.layers[0].mlp
+    inner.forward = _wrapped(inner.forward)
+
+
+def _wrapped(forward: Any) -> Any:
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        _differentiate()
+        return forward(*args, **kwargs)
+
+    return mine
+
+
+def _own_attention(target: Any) -> None:
+    AttentionInterface.register("mine", _wrapped(sdpa_attention_forward))
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    target.set_attn_implementation("mine")
+
+
+DOORS: dict[str, Any] = {
+    "class": _own_class,
+    "part": _own_part,
+    "forward pass": _own_forward,
+    "attention": _own_attention,
+    "hook of a layer": lambda target: target.model.layers[1].register_forward_hook(_differentiate) and None,
+    "hook of the head": lambda target: target.lm_head.register_forward_hook(_differentiate) and None,
+    "hook of the embedding": lambda target: target.model.embed_tokens.register_forward_hook(_differentiate) and None,
+}
+
+
+@pytest.mark.parametrize("draft_token_ids", [None, [3, 4, 9, 17, 30, 31, 62]])
+@pytest.mark.parametrize("door", DOORS)
+def test_code_of_others_has_gradients(door, draft_token_ids):
+    """What differentiates in a pass, a drafter's pass over the target's own parts included, gets no gradient."""
+    target = tiny_target("qwen3")
+    plain = _generate(target, None)
+    target = DOORS[door](target) or target
+    for options in ({"num_hidden_layers": 1, "markov_rank": 4, "draft_token_ids": draft_token_ids}, None):
+        drafter = DSparkAssistantModel.from_target(target, **options) if options else LookupAssistant()
+        assert torch.equal(_generate(target, drafter), plain)
+
+
+def test_hooks_of_all_modules_have_gradients():
+    """A hook of every module of the process gets no gradient."""
+    target = tiny_target("qwen3")
+    plain = _generate(target, None)
+    handle = nn.modules.module.register_module_forward_hook(_differentiate)
+    try:
+        assert torch.equal(_generate(target, LookupAssistant()), plain)
+    finally:
+        handle.remove()
+
+
+def test_masks_that_others_write_to_are_read_anew():
+    """A mask changes from layer to layer and is taken for what it was: another text."""
+
+    def narrowed(forward: Any) -> Any:
+        def mine(*args: Any, attention_mask: Any, **kwargs: Any) -> Any:
+            attention_mask[..., 1:4] = False
+            return forward(*args, attention_mask=attention_mask, **kwargs)
+
+        return mine
+
+    target = tiny_target("qwen3", num_hidden_layers=3, initializer_range=1.0)
+    layers = target.model.layers[1:]
+    for layer in layers:
+        layer.self_attn.forward = narrowed(layer.self_attn.forward)
+    ids = torch.randint(2, 60, (1, 7))
+    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    with torch.no_grad():
+        plain = target(ids, attention_mask=mask.clone()).logits
+        with lean_passes(), below_autograd(target):
+            found = target(ids, attention_mask=mask.clone()).logits
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+
+
+class _KnowsFew(torch.Tensor):
+    """A weight that knows the operators that `nn.Linear` consists of, and no others."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.t.default, torch.ops.aten.detach.default):
+            return _KnowsFew(func(args[0].inner))
+        assert func is torch.ops.aten.mm.default, func
+        return func(args[0], args[1].inner)
+
+
+def test_weights_with_operators_of_their_own_take_the_usual_way():
+    """A weight is asked for an operator that it does not know, since nothing divides it into those that it does."""
+    target = tiny_target("llama")
+    plain = _generate(target, None)
+    for layer in target.model.layers:
+        weight = _KnowsFew(layer.mlp.up_proj.weight.data)
+        layer.mlp.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(_generate(target, LookupAssistant()), plain)
+
+
+def test_calls_of_other_threads_may_end_meanwhile(monkeypatch):
+    """A call that begins fails since another call of the same target takes its hooks off."""
+    target = tiny_target("qwen3")
+    drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
+    # of the same layers
+    other = TargetAdapter(target, drafter.target_layer_ids)
+    is_known, opened = module._is_known, [other.__enter__()]
+
+    def known_later(code):
+        if opened and "TargetAdapter" in getattr(code, "__qualname__", ""):
+            opened.pop().__exit__(None, None, None)
+        return is_known(code)
+
+    monkeypatch.setattr(module, "_is_known", known_later)
+    _generate(target, drafter)
+    assert not opened
 
 
 def test_passes_that_may_need_gradients_take_the_usual_way():

@@ -95,6 +95,16 @@ def test_rows_are_those_of_the_head_as_it_is(packed):
         target.lm_head.weight.data.mul_(-1)
 
 
+def test_rows_of_inference_mode_are_not_kept_for_others():
+    """Whoever differentiates through the head behind such a call is refused by autograd."""
+    target, drafter = _pair()
+    with torch.inference_mode():
+        _generate(target, drafter)
+    states = torch.randn(2, target.config.hidden_size, requires_grad=True)
+    drafter.draft_head(TargetAdapter(target))(states).sum().backward()
+    assert states.grad is not None
+
+
 def test_rows_are_not_packed_before_anything_is_drafted(packed):
     """A text that is over before a draft pays for drafts."""
     target, drafter = _pair()

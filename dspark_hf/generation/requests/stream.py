@@ -17,7 +17,7 @@ from dspark_hf.generation.call.knobs import read_options
 from dspark_hf.generation.compat import CACHE_KEY
 from dspark_hf.generation.drafting.interface import Drafter
 from dspark_hf.generation.drafting.lookup import Lookups, NoDrafter
-from dspark_hf.generation.lean_passes import lean_passes
+from dspark_hf.generation.lean_passes import ThreadPasses, lean_passes
 from dspark_hf.generation.packing import pack_weights, packed_weights
 from dspark_hf.generation.requests.batch import RequestBatch
 from dspark_hf.generation.requests.request import FinishedRequest, Request, RequestQueue
@@ -123,7 +123,7 @@ class RequestStream(Iterator[FinishedRequest]):
                 raise _unfit(target) from error
         self._drafter = drafter
         self._models = (target, drafter)
-        self._has_packed = False
+        self._has_packed, self._passes = False, ThreadPasses()
         self._options = options
         self.statistics.scheduler = options.scheduler.name
         self._max_rows = max_rows
@@ -177,7 +177,7 @@ class RequestStream(Iterator[FinishedRequest]):
         if self._batch.rows:
             # hooks are there while the target runs only: between rounds it is the caller's
             self._pack()
-            with self._adapter, packed_weights(*self._models), lean_passes():
+            with self._adapter, packed_weights(*self._models), lean_passes(self._passes):
                 self._batch.round()
         self._collect()
 
@@ -224,7 +224,7 @@ class RequestStream(Iterator[FinishedRequest]):
         # a target may be trained, or given other adapters, between two requests
         self._has_packed = False
         self._pack()
-        with self._adapter, packed_weights(*self._models), lean_passes():
+        with self._adapter, packed_weights(*self._models), lean_passes(self._passes):
             context = self._options.start_context(self._drafter, self._adapter, 1)
             schedule = self._schedule = self._schedule or self._options.scheduler.start(self._call(row))
             lookups = self._lookups(row, schedule)
@@ -236,6 +236,7 @@ class RequestStream(Iterator[FinishedRequest]):
         """Pack the weights as they are now, unless that was done since a request joined or the caller took one."""
         if not self._has_packed:
             pack_weights(*self._models)
+            self._passes = ThreadPasses()
         self._has_packed = True
 
     def _lookups(self, row: RequestRow, schedule: Schedule) -> Lookups | None:
