@@ -16,11 +16,17 @@ for one another). Two numbers are others', since these runs do not show them: q 
 (Llama-3.2-1B, 3 layers, about 30 million tokens of its own text, mean tau 3.15), and the worth of repetition, 15.4
 passes, from language models (Muennighoff et al., arXiv 2305.16264). More layers, blocks and text than above are
 guesses, which `range_of` names; larger targets than of 270 million parameters are guesses too.
+
+Text that is easy to draft brings more than this tells: a drafter that was adapted to a fine-tune's short lines of
+arithmetic came to 2.41 where 1.86 were expected. A run's own evaluations tell how easy its
+text is and what it had learnt before (`Curve.tau_seen`). From a quarter of a run on they predict its end within 5% for
+seven runs, and within 11% for one whose learning rate rose anew.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # fitted, see above
@@ -28,6 +34,8 @@ _REST, _HALF, _LAYERS_POWER = 1.0005, 130_460.0, 0.2
 # from elsewhere, see above
 _TEXT_POWER, _PASSES = 0.17, 15.4
 _TEXT, _LAYERS = 480_000, 2
+# what a drafter may be worth at the beginning of a run, in blocks
+_HAD = (0.0, *(1_000 * 1.15**step for step in range(60)))
 # what the runs covered: blocks, tokens of text, layers
 _RANGE = ((51_000, 1_640_000, "blocks"), (78_000, 480_000, "tokens of text"), (1, 3, "layers"))
 
@@ -74,6 +82,28 @@ class Curve:
         worth = had + worth_of(blocks, num_tokens)
         gain = strength(num_tokens, layers, self.layers_power) * worth / (self.rest * worth + self.half)
         return 1 + min(gain, block_size)
+
+    def tau_seen(
+        self, seen: Sequence[tuple[float, float]], blocks: float, *, num_tokens: int, block_size: int = 7
+    ) -> float:
+        """Return the tau to expect of a run after `blocks`, from what its evaluations have `seen`.
+
+        These are pairs of blocks and held-out tau, two at least. They decide s, and how many blocks the drafter was
+        worth at the beginning; r and h are the curve's.
+        """
+        worths, gains = [worth_of(one, num_tokens) for one, _ in seen], [max(tau - 1, 1e-6) for _, tau in seen]
+        fits = []
+        for had in _HAD:
+            shares = [self._share(had + worth) for worth in worths]
+            # with the least relative error
+            ratios = [share / gain for share, gain in zip(shares, gains, strict=True)]
+            scale = sum(ratios) / sum(ratio**2 for ratio in ratios)
+            error = sum((scale * ratio - 1) ** 2 for ratio in ratios)
+            fits.append((error, scale * self._share(had + worth_of(blocks, num_tokens))))
+        return 1 + min(min(fits)[1], block_size)
+
+    def _share(self, worth: float) -> float:
+        return worth / (self.rest * worth + self.half)
 
 
 def worth_of(blocks: float, num_tokens: int) -> float:

@@ -19,10 +19,13 @@ from dspark_hf.training.expectation import Curve, range_of
 # the first steps run the target, choose kernels, and may compile
 _STEPS_AWAITED, _STEPS_LEFT_OUT = 20, 5
 _CONTEXT = 128
+# from so many on they tell more than runs of others do
+_EVALUATIONS = 2
+_TAU = "eval_expected_tau"
 
 
 class Forecast(TrainerCallback):
-    """Tell before a run what to expect of it, and again once it is known how fast it is.
+    """Tell before a run what to expect of it, again once it is known how fast it is, and from its evaluations.
 
     Args:
         drafter: the drafter that is trained.
@@ -52,8 +55,9 @@ class Forecast(TrainerCallback):
         self._start = start
         self._break_even: float | None = None
         self._first_step = 0
+        self._num_steps = 0
         self._times: list[float] = []
-        #: the latest expectation, in tokens per round
+        #: what was expected before there were evaluations, in tokens per round
         self.tau: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,14 +86,31 @@ class Forecast(TrainerCallback):
         minutes = (steps - state.global_step) * seconds / 60
         self._tell(args, steps, f"{seconds:.2g} s a step, {minutes:.3g} minutes to go: ")
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # those before an interruption are told as well
+        seen = {one["step"]: one[_TAU] for one in state.log_history if _TAU in one and one["step"] > 0}
+        is_over = state.global_step >= self._num_steps
+        if len(seen) < _EVALUATIONS or is_over or not state.is_world_process_zero or args.confidence_only:
+            return
+        per_step = self._blocks_per_step(args)
+        pairs = [(step * per_step, tau) for step, tau in seen.items()]
+        tau = Curve().tau_seen(
+            pairs, self._num_steps * per_step, num_tokens=self._num_tokens, block_size=self._drafter.block_size
+        )
+        self._say(
+            f"By its evaluations so far: held-out tau {tau:.2f}{self._speed(tau)} after {self._num_steps:,} steps."
+        )
+
+    def _speed(self, tau: float) -> str:
+        return "" if self._break_even is None else f", about {tau / self._break_even:.2f} times plain speed"
+
     def _tell(self, args: Any, steps: int, opening: str) -> None:
-        self.tau = self._expected(args, steps)
+        self.tau, self._num_steps = self._expected(args, steps), steps
         text = {"num_tokens": self._num_tokens, "layers": len(self._drafter.layers)}
         blocks = steps * self._blocks_per_step(args)
-        speed = "" if self._break_even is None else f", about {self.tau / self._break_even:.2f} times plain speed"
         self._say(
-            f"{opening}expected held-out tau {self.tau:.2f}{speed} after {steps:,} steps ({blocks:,.0f} blocks of "
-            f"{self._num_tokens:,} tokens of text)."
+            f"{opening}expected held-out tau {self.tau:.2f}{self._speed(self.tau)} after {steps:,} steps "
+            f"({blocks:,.0f} blocks of {self._num_tokens:,} tokens of text)."
         )
         beyond = range_of(blocks, **text)
         if beyond is not None and not opening:

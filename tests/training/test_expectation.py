@@ -108,6 +108,37 @@ def test_a_drafter_goes_on_where_it_is() -> None:
     assert curve.tau_after(4.0, 100_000, **text) == 4.0
 
 
+@pytest.mark.parametrize(
+    ("log", "num_tokens"),
+    [
+        ("gemma3-270m/training_log_1.jsonl", 78_000),
+        ("smollm2-135m-instruct/training_log_2.jsonl", 480_000),
+    ],
+)
+def test_a_run_s_own_evaluations_tell_its_end(log: str, num_tokens: int) -> None:
+    """What an evening brings is still unknown when a quarter of it is over."""
+    # the second of them was not the first round: its steps count from its own beginning
+    points = [(blocks, tau) for blocks, _, _, tau in _points(log, 1, num_tokens, 0) if blocks > 0]
+    end, tau = points[-1]
+    for count in range(2, len(points)):
+        found = Curve().tau_seen(points[:count], end, num_tokens=num_tokens)
+        assert found == pytest.approx(tau, rel=0.06), count
+
+
+@pytest.mark.parametrize(("ease", "had"), [(1.0, 0.0), (3.0, 60_000.0), (0.4, 900_000.0)])
+def test_evaluations_tell_how_easy_a_text_is(ease: float, had: float) -> None:
+    """An easy text, or a drafter that knew much, is expected to bring what others bring."""
+    curve = Curve()
+
+    def tau(blocks: float) -> float:
+        worth = had + worth_of(blocks, 150_000)
+        return 1 + ease * worth / (curve.rest * worth + curve.half)
+
+    seen = [(blocks, tau(blocks)) for blocks in (40_000.0, 80_000.0, 120_000.0)]
+    assert curve.tau_seen(seen, 500_000, num_tokens=150_000) == pytest.approx(tau(500_000), rel=0.01)
+    assert curve.tau_seen([(1e5, 7.5), (2e5, 7.9)], 1e6, num_tokens=10**6, block_size=7) == 8
+
+
 def test_what_no_run_has_shown_is_named() -> None:
     """A guess is told like a measurement."""
     assert range_of(1e6, 400_000, 2) is None

@@ -71,6 +71,30 @@ def test_a_drafter_to_go_on_from_counts(clock: SimpleNamespace) -> None:
     assert "after 1,000 steps" in said[-1]
 
 
+def test_evaluations_are_believed_more_than_other_runs(clock: SimpleNamespace) -> None:
+    """An easy text is promised little to the end, however well it goes."""
+    told, said = _run(clock, 2.0, max_minutes=10)
+    first, num_said, per_step = told.tau, len(said), 12 * (128 + 9) / 2
+    history = [{"step": 0, "eval_expected_tau": 1.5}, {"step": 25, "loss": 3.0}]
+    state = SimpleNamespace(global_step=50, max_steps=1000, is_world_process_zero=True, log_history=history)
+    history.append({"step": 50, "eval_expected_tau": 2.0})
+    told.on_evaluate(ARGS, state, None)
+    # one is not enough
+    assert len(said) == num_said
+    history.append({"step": 100, "eval_expected_tau": 2.2})
+    state.global_step = 100
+    told.on_evaluate(ARGS, state, None)
+    seen = [(50 * per_step, 2.0), (100 * per_step, 2.2)]
+    expected = Curve().tau_seen(seen, 264 * per_step, num_tokens=210)
+    assert said[-1].startswith(f"By its evaluations so far: held-out tau {expected:.2f}, about ")
+    assert said[-1].endswith(" times plain speed after 264 steps.")
+    # what was said at the beginning is what the end is compared with
+    assert told.tau == first
+    state.global_step = 264
+    told.on_evaluate(ARGS, state, None)
+    assert len(said) == num_said + 1
+
+
 def test_speed_comes_from_this_machine() -> None:
     """A speed-up is promised from nothing."""
     target = tiny_target()
