@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -602,9 +603,6 @@ class _DSparkContext(DraftContext):
     def __init__(self, drafter: DSparkAssistantModel, target: TargetAdapter, batch_size: int):
         self._drafter = drafter
         self._target = target
-        self._head = drafter.draft_head(target)
-        if self._head.rows is not None:
-            pack_beside(target.model, self._head.rows)
         self._ids = drafter.draft_token_ids
         self._num_slots = drafter.config.num_slots
         self._windows = [drafter.config.window_of(layer) for layer in range(len(drafter.layers))]
@@ -616,6 +614,14 @@ class _DSparkContext(DraftContext):
         self._widths: Sequence[int] = ()
         self._compiled_read: Any = None
         self._compiled_block: Any = None
+
+    @cached_property
+    def _head(self) -> DraftHead:
+        # not before something is drafted, and outside of what is compiled: to copy a head's rows takes its time
+        head = self._drafter.draft_head(self._target)
+        if head.rows is not None:
+            pack_beside(self._target.model, head.rows)
+        return head
 
     def fix_size(self, size: FixedSize) -> None:
         self.cache.fix_size(size.num_slots)
@@ -685,22 +691,23 @@ class _DSparkContext(DraftContext):
         self, anchors: Tensor, positions: Tensor, num_drafts: int
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return what `_run_block` does, compiled where sizes are fixed, behind all that was read."""
-        drafter, positions = self._drafter, positions.to(self._drafter.device)
+        drafter, head, positions = self._drafter, self._head, positions.to(self._drafter.device)
         context = [self.cache.read(layer) for layer in range(len(drafter.layers))]
         masks = {window: self.cache.mask(window) for window in set(self._windows)}
         seen = [masks[window] for window in self._windows]
         if self._compiled_block is None:
             # the target lends its embedding and its head
             with below_autograd(drafter, self._target.model):
-                return self._run_block(anchors, positions, num_drafts, context, seen)
+                return self._run_block(head, anchors, positions, num_drafts, context, seen)
         fix_shapes([mask for mask in masks.values() if mask is not None])
         hidden_states, unnormed, state, logits = run_compiled(
-            self._compiled_block, anchors, positions, drafter.block_size, context, seen
+            self._compiled_block, head, anchors, positions, drafter.block_size, context, seen
         )
         return hidden_states[:, :num_drafts], unnormed[:, :num_drafts], state, logits[:, :num_drafts]
 
     def _run_block(
         self,
+        head: DraftHead,
         anchors: Tensor,
         positions: Tensor,
         num_drafts: int,
@@ -715,7 +722,7 @@ class _DSparkContext(DraftContext):
         )
         hidden_states, unnormed, state = drafter.drafting_slots(normed[:, 0], unnormed[:, 0], anchors)
         hidden_states, unnormed = hidden_states[:, :num_drafts], unnormed[:, :num_drafts]
-        return hidden_states, unnormed, state, self._head(hidden_states)
+        return hidden_states, unnormed, state, head(hidden_states)
 
     def select_rows(self, rows: Tensor) -> None:
         self.cache.select_rows(rows)

@@ -105,12 +105,17 @@ def test_rows_of_inference_mode_are_not_kept_for_others():
     assert states.grad is not None
 
 
-def test_rows_are_not_packed_before_anything_is_drafted(packed):
+def test_rows_are_neither_copied_nor_packed_before_anything_is_drafted(packed, monkeypatch):
     """A text that is over before a draft pays for drafts."""
     target, drafter = _pair()
+    copied: list[int] = []
+    rows = TargetAdapter.head_rows
+    monkeypatch.setattr(TargetAdapter, "head_rows", lambda *given: copied.append(1) or rows(*given))
     firsts = [row[-1] for row in _generate(target, None, max_new_tokens=1)]
     _generate(target, drafter, eos_token_id=firsts)
-    assert packed and (len(DRAFT_IDS), target.config.hidden_size) not in packed
+    assert packed and not copied and (len(DRAFT_IDS), target.config.hidden_size) not in packed
+    _generate(target, drafter)
+    assert len(copied) == 1
 
 
 def test_rows_of_one_drafter_serve_targets_in_turn():
