@@ -12,22 +12,17 @@ from torch import nn
 
 from dspark_hf import DSparkAssistantModel
 from dspark_hf.generation import packing
-from dspark_hf.generation.packing import can_pack, forget_packed, pack_beside, pack_weights, packed_weights
+from dspark_hf.generation.packing import can_pack, pack_beside, pack_weights, packed_weights
 from dspark_hf.generation.targets.adapter import TargetAdapter
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="no products with packed weights here")
+pytestmark = [
+    pytest.mark.skipif(not can_pack(), reason="no products with packed weights here"),
+    pytest.mark.usefixtures("small_models_too"),
+]
 
 DRAFT_IDS = [3, 4, 9, 17, 30, 31, 62]
-
-
-@pytest.fixture(autouse=True)
-def small_models_too(monkeypatch):
-    """Pack however small a model is, and keep nothing for the next test."""
-    monkeypatch.setattr(packing, "LEAST_BYTES", 0)
-    yield
-    forget_packed()
 
 
 @pytest.fixture

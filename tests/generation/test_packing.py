@@ -17,24 +17,19 @@ from transformers import CompileConfig
 
 from dspark_hf import DSparkAssistantModel, LookupAssistant, generate_stream
 from dspark_hf.generation import packing
-from dspark_hf.generation.packing import can_pack, forget_packed, pack_weights, packed_weights
+from dspark_hf.generation.packing import can_pack, pack_weights, packed_weights
 from dspark_hf.generation.requests.request import Request
 from dspark_hf.generation.scheduling.costs.online import OnlineCosts
 from tests.generation.prompts import ragged_prompts
 from tests.tiny import tiny_target
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="no products with packed weights here")
+pytestmark = [
+    pytest.mark.skipif(not can_pack(), reason="no products with packed weights here"),
+    pytest.mark.usefixtures("small_models_too"),
+]
 
 HAS_BF16 = can_pack() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 DTYPES = [torch.float32, *([torch.bfloat16] if HAS_BF16 else [])]
-
-
-@pytest.fixture(autouse=True)
-def small_models_too(monkeypatch):
-    """Pack however small a model is, and keep nothing for the next test."""
-    monkeypatch.setattr(packing, "LEAST_BYTES", 0)
-    yield
-    forget_packed()
 
 
 @pytest.fixture
