@@ -18,9 +18,9 @@ passes, from language models (Muennighoff et al., arXiv 2305.16264). More layers
 guesses, which `range_of` names; larger targets than of 270 million parameters are guesses too.
 
 Text that is easy to draft brings more than this tells: a drafter that was adapted to a fine-tune's short lines of
-arithmetic came to 2.41 where 1.86 were expected. A run's own evaluations tell how easy its text is and what the drafter
-had learnt before (`Curve.tau_seen`). From a quarter of a run on they predict its end within 7% for six runs, among
-them one on such text, and within 11% for one whose learning rate rose anew.
+arithmetic came to 2.41 where 1.86 were expected. A run's own evaluations tell how easy its text is and what the
+drafter had learnt before (`Curve.tau_seen`). From a quarter of a run on they predict its end within 7% for six runs,
+among them one on such text, and within 11% for one whose learning rate rose anew.
 """
 
 from __future__ import annotations
