@@ -12,7 +12,7 @@ from dspark_hf.generation.packing import pack_weights, packed_weights
 
 @contextmanager
 def fast_passes(*models: Any) -> Iterator[None]:
-    """Let this thread's passes of `models` multiply with packed weights, and attend by groups of heads."""
+    """Let this thread's passes of `models` multiply with packed weights, and leave out what they can."""
     pack_weights(*models)
     with packed_weights(*models), lean_passes():
         yield

@@ -140,7 +140,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as Transformers' own function of this signature does, with `query` `(B, H, W, E)`."""
     is_plain = not dropout and not any(_is_given(kwargs.get(name)) for name in _UNKNOWN_HERE)
-    if not (is_plain and _fits(module, query, key, attention_mask)):
+    # the function is everybody's
+    passes = passes_here()
+    if passes is None or not (is_plain and _fits(module, query, key, attention_mask)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -149,7 +151,7 @@ def _attend(
     rows = query.reshape(batch_size, num_groups, -1, query.shape[-1])  # [B, N, G * W, E]
     mask = attention_mask
     if mask is not None:
-        mask = _THREADS[threading.get_ident()].mask_of_groups(mask, num_heads // num_groups, query.dtype)
+        mask = passes.mask_of_groups(mask, num_heads // num_groups, query.dtype)
     found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return found.reshape(batch_size, num_heads, width, -1).transpose(1, 2).contiguous(), None
 
@@ -165,8 +167,6 @@ def _fits(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) ->
     num_shared = getattr(module, "num_key_value_groups", 1)
     return (
         not torch.compiler.is_compiling()
-        # the function is everybody's
-        and passes_here() is not None
         and query.device.type == "cpu"
         and not torch.is_grad_enabled()
         and num_shared > 1

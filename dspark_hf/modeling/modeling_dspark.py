@@ -641,13 +641,13 @@ class _DSparkContext(DraftContext):
             fix_shapes([hidden_states, positions])
             run_compiled(self._compiled_read, hidden_states, positions)
         else:
-            self._read(hidden_states, positions)
+            with below_autograd(drafter):
+                self._read(hidden_states, positions)
         self.cache.lengthen(num_tokens)
 
     def _read(self, hidden_states: Tensor, positions: Tensor) -> None:
-        with below_autograd(self._drafter):
-            features = self._drafter.project_context(hidden_states)
-            self.cache.write(self._drafter.context_keys_and_values(features, positions))
+        features = self._drafter.project_context(hidden_states)
+        self.cache.write(self._drafter.context_keys_and_values(features, positions))
 
     def draft(self, anchor_ids: Tensor, positions: Tensor, num_drafts: int, sampler: Sampler) -> DraftedBlock:
         drafter, anchors = self._drafter, anchor_ids.to(self._drafter.device)

@@ -63,8 +63,7 @@ class Curve:
             layers: of the drafter.
             block_size: drafts of a round.
         """
-        worth = worth_of(blocks, num_tokens)
-        gain = strength(num_tokens, layers, self.layers_power) * worth / (self.rest * worth + self.half)
+        gain = strength(num_tokens, layers, self.layers_power) * self._share(worth_of(blocks, num_tokens))
         return 1 + min(gain, block_size)
 
     def blocks_of(self, tau: float, *, num_tokens: int, layers: int) -> float:
@@ -79,8 +78,7 @@ class Curve:
         if math.isinf(had):
             return start
         # what it had came from other text, and is not read again
-        worth = had + worth_of(blocks, num_tokens)
-        gain = strength(num_tokens, layers, self.layers_power) * worth / (self.rest * worth + self.half)
+        gain = strength(num_tokens, layers, self.layers_power) * self._share(had + worth_of(blocks, num_tokens))
         return 1 + min(gain, block_size)
 
     def tau_seen(
