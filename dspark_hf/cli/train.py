@@ -12,6 +12,7 @@ from dspark_hf.cli.options import Dtype, as_given, packaged_folder
 
 if TYPE_CHECKING:
     from dspark_hf.training.conversations import Conversation
+    from dspark_hf.training.trainer import DSparkTrainer
 
 
 class Preset(str, Enum):
@@ -251,11 +252,7 @@ def train(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        # a run that goes on was told at its beginning
-        is_first = drafter is not None and not any(output.glob("checkpoint-*"))
-        before = trainer.evaluate()["eval_expected_tau"] if is_first else None
-        if before is not None and trainer.is_world_process_zero():
-            typer.echo(f"The drafter's held-out tau on this text: {before:.2f} (teacher-forced).", err=True)
+        before = None if drafter is None else _tau_before(trainer)
         forecast = Forecast(
             start,
             trainer.target,
@@ -264,7 +261,7 @@ def train(
             max_minutes=max_minutes,
             start=before,
         )
-        if drafter is None or is_first:
+        if drafter is None or before is not None:
             trainer.add_callback(forecast)
         trainer.train()
     except KeyboardInterrupt:
@@ -273,6 +270,21 @@ def train(
     if trainer.is_world_process_zero():
         save_trained(trainer, output / RESULT)
         typer.echo(describe_result(target, output / RESULT, trainer.best_tau, expected=forecast.tau, before=before))
+
+
+def _tau_before(trainer: "DSparkTrainer") -> float | None:
+    """Return the held-out tau that an existing drafter has, or had when the run that goes on began."""
+    from transformers import TrainerState
+
+    from dspark_hf.training.forecast import tau_before
+
+    checkpoint = trainer.newest_checkpoint()
+    if checkpoint is not None:
+        return tau_before(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
+    tau = float(trainer.evaluate()["eval_expected_tau"])
+    if trainer.is_world_process_zero():
+        typer.echo(f"The drafter's held-out tau on this text: {tau:.2f} (teacher-forced).", err=True)
+    return tau
 
 
 def describe_result(

@@ -21,7 +21,7 @@ _STEPS_AWAITED, _STEPS_LEFT_OUT = 20, 5
 _CONTEXT = 128
 # from so many on they tell more than runs of others do
 _EVALUATIONS = 2
-_TAU = "eval_expected_tau"
+_TAU, _BEFORE = "eval_expected_tau", "tau_before"
 
 
 class Forecast(TrainerCallback):
@@ -33,7 +33,7 @@ class Forecast(TrainerCallback):
         conversations: the text that it is trained on.
         say: takes a line.
         max_minutes: the run's limit, or None.
-        start: held-out tau of the drafter before the run; None for a fresh one.
+        start: held-out tau of the drafter before the run, which is noted in the run's log; None for a fresh one.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class Forecast(TrainerCallback):
         if not state.is_world_process_zero or args.confidence_only:
             return
         self._first_step, self._times = state.global_step, []
+        if self._start is not None and tau_before(state.log_history) is None:
+            state.log_history.insert(0, {"step": 0, _BEFORE: self._start})
         self._break_even = measure_break_even(self._drafter, self._target)
         self._tell(args, state.max_steps, "")
         if self._max_minutes is not None:
@@ -127,6 +129,11 @@ class Forecast(TrainerCallback):
         counts = [min(int((mask[:-1] & mask[1:]).sum()), args.num_anchors) for mask in self._masks]
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return sequences * sum(counts) / max(len(counts), 1)
+
+
+def tau_before(log_history: Sequence[dict[str, Any]]) -> float | None:
+    """Return the held-out tau that the drafter of a run began with, by its log; None if it was a fresh one."""
+    return next((one[_BEFORE] for one in log_history if _BEFORE in one), None)
 
 
 def measure_break_even(drafter: DSparkAssistantModel, target: TargetAdapter) -> float | None:

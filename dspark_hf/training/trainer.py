@@ -135,14 +135,18 @@ class DSparkTrainer(Trainer):
         check_output(output_dir)
         if resume_from_checkpoint is True:
             check_same_drafter(output_dir, self._drafter.config)
-            # one process moves away what is damaged, before the others look
-            with self.args.main_process_first(local=False):
-                found = last_whole_checkpoint(output_dir)
+            found = self.newest_checkpoint()
             resume_from_checkpoint = None if found is None else str(found)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._progress.close()
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the last whole checkpoint in `output_dir`, or None; damaged ones are moved out of the way."""
+        # one process moves them, before the others look
+        with self.args.main_process_first(local=False):
+            return last_whole_checkpoint(Path(str(self.args.output_dir)))
 
     @property
     def best_tau(self) -> float:

@@ -247,6 +247,22 @@ def test_an_existing_drafter_is_adapted(folder: Path, fine_tune: Path, caplog: p
     )
 
 
+def test_an_adaptation_that_goes_on_knows_where_it_began(folder: Path, fine_tune: Path) -> None:
+    """What an evening brings is told on the first of two evenings only."""
+    further = ("--drafter", str(folder / "drafter"), "--target", str(fine_tune), "--every", "1")
+    _, output = _run(folder, "two-evenings", *further, "--max-minutes", "0.00001")
+    before = re.search(r"The drafter's held-out tau on this text: (\d\.\d\d)", output)
+    assert before is not None, output
+    code, output = _run(folder, "two-evenings", *further)
+    assert code == 0, output
+    # it is that of the drafter as it was given
+    assert "on this text" not in output
+    assert f"It was {before[1]} before." in output
+    assert re.search(r"expected held-out tau \d\.\d\d.* after 6 steps", output)
+    log = (folder / "two-evenings" / "drafter" / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+
+
 def test_an_adapter_that_cannot_be_read_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A LoRA's owner gets a traceback for a package that is missing, or a name that is."""
     (folder / "unread").mkdir()

@@ -39,7 +39,7 @@ def _run(clock: SimpleNamespace, seconds: float, **options: Any) -> tuple[Foreca
     drafter = DSparkAssistantModel.from_target(target, num_hidden_layers=1, markov_rank=4)
     said: list[str] = []
     told = Forecast(drafter, TargetAdapter(target, drafter.target_layer_ids), TEXTS, said.append, **options)
-    state = SimpleNamespace(global_step=0, max_steps=1000, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=0, max_steps=1000, is_world_process_zero=True, log_history=[])
     told.on_train_begin(ARGS, state, None)
     for step in range(25):
         told.on_step_begin(ARGS, state, None)
