@@ -3,8 +3,9 @@
     python -m benchmarks.recipes --chats answers.jsonl --held-out-answers others.jsonl --work runs/recipes --minutes 5
 
 Time is the processor's, of one thread, so that other work on the machine does not decide. A few steps tell what a step
-of a recipe takes, the target's pass included, and the time becomes a number of steps, over which the learning rate
-decays. Each recipe is kept in `--work` as soon as it is measured; what was interrupted begins again there.
+of a recipe takes, the target's pass included (where text is read again, with and without it), and the time becomes a
+number of steps, over which the learning rate decays. Each recipe is kept in `--work` as soon as it is measured; what
+was interrupted begins again there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Annotated, Any
 
@@ -33,6 +35,8 @@ from dspark_hf.training.trainer import DSparkTrainer
 
 # compiling is over after the first of them
 _TIMING_STEPS, _TIMED = 6, 4
+# conversations
+_A_STEP = 4
 _MOST_TOKENS = 96
 
 
@@ -130,18 +134,32 @@ class Bench:
 
     def measure(self, recipe: Recipe, minutes: float) -> Result:
         """Train for the time and measure."""
-        clock = _Clock()
-        self._trainer(recipe, _TIMING_STEPS, [clock]).train()
-        seconds = (clock.times[-1] - clock.times[-1 - _TIMED]) / _TIMED
-        steps = max(round(60 * minutes / seconds), 2)
-        trainer = self._trainer(recipe, steps, [])
-        trainer.train()
+        # states that an earlier run has left would cost nothing
+        with TemporaryDirectory(dir=self.work) as states:
+            steps = self._steps_within(recipe, 60 * minutes, states)
+            trainer = self._trainer(recipe, steps, states)
+            trainer.train()
         tau = trainer.evaluate()["eval_expected_tau"]
         drafter = trainer.accelerator.unwrap_model(trainer.model).eval()
         weights = sum(one.numel() for one in drafter.parameters())
         return Result(steps, tau, tokens_a_block(self.target, drafter.to(torch.bfloat16), self.answers), weights)
 
-    def _trainer(self, recipe: Recipe, steps: int, callbacks: list[TrainerCallback]) -> DSparkTrainer:
+    def _steps_within(self, recipe: Recipe, seconds: float, states: str) -> int:
+        """Return how many steps the time allows, two at least."""
+        first = self._seconds_a_step(recipe, states)
+        if recipe.num_conversations is None:
+            return max(round(seconds / first), 2)
+        # the same ones again, whose states are kept now
+        later = self._seconds_a_step(recipe, states)
+        num_first = recipe.num_conversations / _A_STEP
+        return max(round(min(num_first, seconds / first) + max(seconds - num_first * first, 0) / later), 2)
+
+    def _seconds_a_step(self, recipe: Recipe, states: str) -> float:
+        clock = _Clock()
+        self._trainer(recipe, _TIMING_STEPS, states, clock).train()
+        return (clock.times[-1] - clock.times[-1 - _TIMED]) / _TIMED
+
+    def _trainer(self, recipe: Recipe, steps: int, states: str, *callbacks: TrainerCallback) -> DSparkTrainer:
         # what two recipes have in common begins alike
         set_seed(0)
         drafter = build_drafter(self.target, self.training, **recipe.drafter)
@@ -150,19 +168,19 @@ class Bench:
             max_steps=steps,
             per_device_train_batch_size=1,
             per_device_eval_batch_size=1,
-            gradient_accumulation_steps=4,
+            gradient_accumulation_steps=_A_STEP,
             bf16=True,
             compile_loss=True,
             compile_drafter=True,
             state_cache_gb=8 if recipe.num_conversations else 0,
-            state_cache_dir=str(self.work / "states"),
+            state_cache_dir=states,
             save_strategy="no",
             logging_steps=50,
             report_to="none",
             **recipe.training,
         )
         text = self.training[: recipe.num_conversations]
-        return DSparkTrainer(drafter, self.target, arguments, text, self.held_out, callbacks=callbacks)
+        return DSparkTrainer(drafter, self.target, arguments, text, self.held_out, callbacks=list(callbacks))
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
 """The comparison of recipes: what is counted behind answers, and what its table says of it."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from benchmarks.recipes import RECIPES, Result, make_table, tokens_a_block
+from benchmarks.recipes import RECIPES, Bench, Result, make_table, tokens_a_block
 from dspark_hf import DSparkAssistantModel
 from tests.tiny import tiny_target
 
@@ -31,6 +34,21 @@ def test_tokens_behind_answers_are_those_of_greedy_blocks():
         for weight in drafter.parameters():
             weight.zero_()
     assert tokens_a_block(target, drafter, [([5, 6, 7], [0] * 12)]) == 4
+
+
+@pytest.mark.parametrize(
+    ("num_conversations", "seconds", "steps"),
+    # 50 steps with the target's pass and 150 without it; fewer than these 50; all of them with it
+    [(200, 500, 200), (200, 100, 20), (None, 500, 100)],
+)
+def test_text_that_is_read_again_costs_less(
+    monkeypatch: pytest.MonkeyPatch, num_conversations: int | None, seconds: float, steps: int
+) -> None:
+    """Old text is compared with new text as if the target had to read it each time."""
+    recipe = next(one for one in RECIPES if one.num_conversations == num_conversations)
+    took = iter([5.0, 5 / 3])
+    monkeypatch.setattr(Bench, "_seconds_a_step", lambda *_: next(took))
+    assert Bench(None, None, [], [], [], Path())._steps_within(recipe, seconds, "") == steps
 
 
 def test_the_table_compares_with_the_first():
