@@ -193,7 +193,7 @@ class DSparkTrainer(Trainer):
             optimizer.step()
             optimizer.zero_grad()
             self.state.global_step += 1
-            total += float(loss)
+            total += loss.item()
         self._drafter.eval()
         return total / max(num_steps, 1)
 
