@@ -139,7 +139,7 @@ class Bench:
             steps = self._steps_within(recipe, 60 * minutes, states)
             trainer = self._trainer(recipe, steps, states)
             trainer.train()
-        tau = trainer.evaluate()["eval_expected_tau"]
+            tau = trainer.evaluate()["eval_expected_tau"]
         drafter = trainer.accelerator.unwrap_model(trainer.model).eval()
         weights = sum(one.numel() for one in drafter.parameters())
         return Result(steps, tau, tokens_a_block(self.target, drafter.to(torch.bfloat16), self.answers), weights)
