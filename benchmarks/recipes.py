@@ -179,8 +179,14 @@ class Bench:
             report_to="none",
             **recipe.training,
         )
-        text = self.training[: recipe.num_conversations]
+        # of all kinds, whatever the order of the files
+        text = spread(self.training, recipe.num_conversations or len(self.training))
         return DSparkTrainer(drafter, self.target, arguments, text, self.held_out, callbacks=list(callbacks))
+
+
+def spread(items: Sequence[Any], num_items: int) -> list[Any]:
+    """Return so many items, evenly spread over all."""
+    return [items[place * len(items) // num_items] for place in range(num_items)]
 
 
 @torch.no_grad()

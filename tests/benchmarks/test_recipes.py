@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.recipes import RECIPES, Bench, Result, make_table, tokens_a_block
+from benchmarks.recipes import RECIPES, Bench, Result, make_table, spread, tokens_a_block
 from dspark_hf import DSparkAssistantModel
 from tests.tiny import tiny_target
 
@@ -49,6 +49,12 @@ def test_text_that_is_read_again_costs_less(
     took = iter([5.0, 5 / 3])
     monkeypatch.setattr(Bench, "_seconds_a_step", lambda *_: next(took))
     assert Bench(None, None, [], [], [], Path())._steps_within(recipe, seconds, "") == steps
+
+
+def test_few_conversations_are_of_all_kinds() -> None:
+    """A recipe of few conversations learns one file's kind, and is compared with those of all."""
+    assert spread(list("aaaabbbbcc"), 5) == list("aabbc")
+    assert spread([1, 2, 3], 3) == [1, 2, 3]
 
 
 def test_the_table_compares_with_the_first():
