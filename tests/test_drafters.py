@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dspark_hf import DSparkAssistantModel
+from dspark_hf.demo.tiny import write_tiny_pair
 from dspark_hf.modeling.formats.remote_code import write_custom_generate
 
 DRAFTERS = Path(__file__).parent.parent / "drafters"
@@ -61,6 +62,26 @@ def test_packing_rounds_to_the_nearest() -> None:
     power = torch.exp2(weights.float().abs().log2().floor())
     assert ((rounded.float() - weights.float()).abs() <= power / 32).all()
     assert round_mantissa(torch.tensor([0.0, 1.0, -2.0]).bfloat16(), 4).tolist() == [0.0, 1.0, -2.0]
+
+
+def test_packing_names_the_target_that_users_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shipped folder names a folder of ours as its target, brings that one's tokenizer, or loses its card."""
+    target, _ = write_tiny_pair(tmp_path)
+    trained, shipped = tmp_path / "drafter", tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "README.md").write_text("what is known of it", encoding="utf-8")
+    config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": str(target), "target_fingerprint": "0123456789abcdef"}
+    (trained / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in trained.glob("tokenizer*"):
+        path.unlink()
+    monkeypatch.setattr(sys, "argv", ["pack.py", str(trained), str(shipped), "--target", "someone/model"])
+    runpy.run_path(str(DRAFTERS / "pack.py"))["main"]()
+    packed = DSparkAssistantModel.from_pretrained(shipped)
+    assert packed.config.base_model_name_or_path == "someone/model"
+    assert packed.config.target_fingerprint is None
+    assert not list(shipped.glob("tokenizer*"))
+    assert (shipped / "README.md").read_text(encoding="utf-8") == "what is known of it"
 
 
 def test_prompts_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
