@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.loading import DTYPES, DtypeName, Packaged, PackagedName, load_packaged
 from dspark_hf import DSparkAssistantModel
+from dspark_hf.calibration.diagrams import draw_reliability
 from dspark_hf.calibration.observations import Observations, join_observations
 from dspark_hf.calibration.report import score
 from dspark_hf.generation.drafting.chain import sample_block
@@ -98,6 +99,7 @@ def main(
     target: Annotated[str, typer.Option(help="Folder of a fine-tune of the packaged target, in its place.")] = "",
     num_texts: Annotated[int, typer.Option(min=1, help="Of each file at most.")] = 80,
     most_tokens: Annotated[int, typer.Option(min=16, help="Of a text.")] = 96,
+    figure: Annotated[Path | None, typer.Option(help="PNG of how far the confidence is off, over all files.")] = None,
 ) -> None:
     """Print the rates, what blocks bring and how far their confidence is off."""
     packaged = load_packaged(model, dtype)
@@ -107,11 +109,15 @@ def main(
     if target:
         tuned = AutoModelForCausalLM.from_pretrained(target, dtype=DTYPES[dtype])
         packaged = replace(packaged, target=tuned, tokenizer=AutoTokenizer.from_pretrained(target))
+    if figure is not None and packaged.drafter.confidence_head is None:
+        raise typer.BadParameter("`--figure` needs a drafter with a confidence head, this one has none. Leave it out.")
     files_blocks = [_blocks_of(path, packaged, num_texts, most_tokens) for path in files]
     blocks = join_observations(files_blocks)
     print(rates_of(blocks.num_accepted.tolist(), packaged.drafter.block_size))
     for name, part in [*zip([path.name for path in files], files_blocks, strict=True), ("all", blocks)]:
         print(f"{name}: {_described(part)}")
+    if figure is not None and _is_believed(blocks):
+        draw_reliability(figure, blocks, title=f"{packaged.title}, greedy, {dtype}: {len(blocks):,} blocks")
 
 
 def _blocks_of(path: Path, packaged: Packaged, num_texts: int, most_tokens: int) -> Observations:
@@ -132,12 +138,17 @@ def _blocks_of(path: Path, packaged: Packaged, num_texts: int, most_tokens: int)
     return join_observations(parts)
 
 
+def _is_believed(blocks: Observations) -> bool:
+    """Return whether there are blocks, and a confidence head that said something of them."""
+    return len(blocks) > 0 and not bool(blocks.confidence_logits.isnan().any())
+
+
 def _described(blocks: Observations) -> str:
     """Return how many tokens blocks bring, and how far their confidence is off."""
     told = (
         f"{len(blocks)} blocks, {1 + blocks.num_accepted.double().mean():.3f} tokens each, the bonus token's included"
     )
-    if not len(blocks) or blocks.confidence_logits.isnan().any():
+    if not _is_believed(blocks):
         return told
     scores = score(blocks, [1.0] * blocks.block_size)
     first = scores.survival[0]

@@ -1,4 +1,4 @@
-"""Reliability diagrams of a calibration: what was believed against what came true, before and after."""
+"""Reliability diagrams: what was believed against what came true, as it is or before and after a calibration."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ _NUM_COLUMNS = 4
 def draw_reliability(
     path: Path,
     observations: Observations,
-    temperatures: Sequence[float],
+    temperatures: Sequence[float] | None = None,
     *,
     num_bins: int = NUM_BINS,
     title: str = "",
 ) -> None:
-    """Write a PNG with one diagram per slot: survival believed and survival seen, at temperature 1 and at the given.
+    """Write a PNG with one diagram per slot: survival believed and survival seen.
 
-    A dot is a bin of predictions, its area after the number of blocks in it. Dots below the line are over-confidence.
-    `title` says whose diagrams they are.
+    Both are at temperature 1, and beside it at those `temperatures` that are given. A dot is a bin of predictions, its
+    area after the number of blocks in it. Dots below the line are over-confidence. `title` says whose diagrams they
+    are.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -36,7 +37,10 @@ def draw_reliability(
     check_plotting()
     import matplotlib
 
-    curves = {"before": [1.0] * observations.block_size, "after": list(temperatures)}
+    curves = {"before": [1.0] * observations.block_size}
+    if temperatures is not None:
+        curves["after"] = list(temperatures)
+    colors = COLORS[len(curves) - 1 :: -1]
     num_rows = -(-observations.block_size // _NUM_COLUMNS)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(3 * _NUM_COLUMNS, 0.9 + 3.3 * num_rows)
@@ -47,17 +51,17 @@ def draw_reliability(
                 continue
             errors = [
                 _draw_slot(axes, observations, position, scale, num_bins, color)
-                for scale, color in zip(curves.values(), COLORS[1::-1], strict=True)
+                for scale, color in zip(curves.values(), colors, strict=True)
             ]
             drafts = "draft 1" if position == 0 else f"drafts 1 to {position + 1}"
-            axes.set_title(f"{drafts}: ECE {errors[0]:.1%} to {errors[1]:.1%}", fontsize=10)
+            axes.set_title(f"{drafts}: ECE {' to '.join(f'{error:.1%}' for error in errors)}", fontsize=10)
             # a panel need not have another below it
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("believed survival")
         for row in grid:
             row[0].set_ylabel("observed survival")
         # the colours in the order of the names
-        name_colors(figure, ["after", "before"])
+        name_colors(figure, list(curves)[::-1])
         name_figure(figure, title)
         write_whole(path, to_png(figure))
 

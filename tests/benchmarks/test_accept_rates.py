@@ -69,7 +69,9 @@ def test_a_fine_tune_takes_the_packaged_targets_place(tmp_path, monkeypatch, cap
     answers.write_text(json.dumps(line), encoding="utf-8")
     packaged = Packaged("A target", tiny_target(seed=1), None, drafter)
     monkeypatch.setattr(accept_rates, "load_packaged", lambda name, dtype: packaged)
-    main([answers], dtype="fp32", target=str(tmp_path / "tuned"))
+    figure = tmp_path / "reliability.png"
+    main([answers], dtype="fp32", target=str(tmp_path / "tuned"), figure=figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")
     ((prompt, text),) = read_texts(answers, tokenizer, 4)
     blocks, _ = blocks_behind(tuned, drafter, prompt, text)
     right = [num_right(block, text[place + 1 :]) for place, block in enumerate(blocks.tolist()[:-4])]

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dspark_hf import figures
+from dspark_hf.calibration import diagrams
 from dspark_hf.calibration.diagrams import draw_reliability
 from tests.calibration.synthetic import synthetic_observations
 from tests.thinning import slow
@@ -20,6 +21,18 @@ def test_a_diagram_is_written(tmp_path, block_size):
     draw_reliability(path, synthetic_observations(300, [1.0] * block_size), [2.0] * block_size)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
+
+
+def test_a_diagram_of_no_calibration_says_one_error_a_slot(tmp_path, monkeypatch):
+    """A head that was never calibrated is drawn as if it had been, with the same numbers twice."""
+    pytest.importorskip("matplotlib")
+    figures_made = []
+    monkeypatch.setattr(diagrams, "to_png", lambda figure: figures_made.append(figure) or b"")
+    draw_reliability(tmp_path / "reliability.png", synthetic_observations(300, [1.0, 1.0]))
+    draw_reliability(tmp_path / "reliability.png", synthetic_observations(300, [1.0, 1.0]), [2.0, 2.0])
+    once, twice = ([axes.get_title(loc="left").count("%") for axes in figure.axes[:2]] for figure in figures_made)
+    assert (once, twice) == ([1, 1], [2, 2])
+    assert [len(figure.legends) for figure in figures_made] == [0, 1]
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path):
