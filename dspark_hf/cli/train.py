@@ -131,6 +131,10 @@ def train(
             rich_help_panel=_SCHEDULE,
         ),
     ] = False,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0, help="What it will be used at; 0 (greedy): --confidence-only.", rich_help_panel=_SCHEDULE),
+    ] = 1.0,
     state_cache_gb: Annotated[
         float | None,
         typer.Option(metavar="GB", min=0, help="Disk for the target's states; 0: none.", rich_help_panel=_MEMORY),
@@ -209,6 +213,7 @@ def train(
             early_stopping_patience=patience,
             max_minutes=max_minutes,
             confidence_only=confidence_only,
+            temperature=temperature,
             bf16=bf16,
             **({"gradient_checkpointing": True} if gradient_checkpointing else {}),
             compile_loss=compile_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,8 @@ from transformers import TrainingArguments
 from dspark_hf.training.losses import LossWeights
 
 OPTIMIZERS = ("adamw", "muon")
+# below it nearly all gradients of the draft's distribution are zero, and the others large
+_LEAST_TEMPERATURE = 0.2
 
 
 @dataclass
@@ -24,6 +27,9 @@ class DSparkTrainingArguments(TrainingArguments):
         loss_tv: weight of the total variation (0.9, paper Eq. 12).
         loss_confidence: weight of the confidence term (1.0, paper Eq. 12).
         loss_decay_gamma: slot k weighs `exp(-k / loss_decay_gamma)` (Eq. 9; 4.0, as released).
+        temperature: what the drafter will be used at: both distributions are divided by it in the objective, and the
+            confidence is that of a draft at this temperature. 1.0 is the paper's. 0 is greedy decoding, from which
+            the confidence head alone can learn (`confidence_only`).
         confidence_only: train the confidence head alone, everything else frozen. On text that the drafter has not seen
             it unlearns the over-confidence of a drafter that knows its training text by heart; drafts stay the same.
         state_cache_gb: disk space for the target's hidden states, in GB; 0 computes them anew in every epoch.
@@ -45,6 +51,7 @@ class DSparkTrainingArguments(TrainingArguments):
     loss_tv: float = field(default=0.9, metadata={"help": "Weight of the total variation."})
     loss_confidence: float = field(default=1.0, metadata={"help": "Weight of the confidence term."})
     loss_decay_gamma: float = field(default=4.0, metadata={"help": "Slot k weighs exp(-k / loss_decay_gamma)."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature that the drafter will be used at."})
     confidence_only: bool = field(default=False, metadata={"help": "Train the confidence head alone."})
     state_cache_gb: float = field(default=0.0, metadata={"help": "Disk space for the target's states, in GB."})
     state_cache_dir: str | None = field(default=None, metadata={"help": "Folder of the target's states."})
@@ -73,6 +80,13 @@ class DSparkTrainingArguments(TrainingArguments):
             raise ValueError(f"`num_anchors` must be at least 1, got {self.num_anchors}. 512 is the paper's choice.")
         if self.state_cache_gb < 0:
             raise ValueError(f"`state_cache_gb` must be at least 0, got {self.state_cache_gb}. 0 keeps no states.")
+        least = 0.0 if self.confidence_only else _LEAST_TEMPERATURE
+        if not least <= self.temperature < math.inf:
+            remedy = "1.0 is the paper's choice" if least == 0 else "Only `confidence_only` can learn from colder ones"
+            raise ValueError(f"`temperature` must be at least {least} and finite, got {self.temperature}. {remedy}.")
+        if self.confidence_only and self.metric_for_best_model == "eval_expected_tau":
+            # the drafts, and so tau, stay what they are: the first evaluation would be the best for ever
+            self.metric_for_best_model, self.greater_is_better = "eval_loss_confidence", False
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"`max_minutes` must be above 0, got {self.max_minutes}. Leave it out for no limit.")
         if not torch.accelerator.is_available():
@@ -82,5 +96,6 @@ class DSparkTrainingArguments(TrainingArguments):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """The weights of the loss terms."""
-        return LossWeights(self.loss_ce, self.loss_tv, self.loss_confidence, self.loss_decay_gamma)
+        """The weights of the loss terms; those of the drafts are 0 where the confidence head is trained alone."""
+        of_drafts = (0.0, 0.0) if self.confidence_only else (self.loss_ce, self.loss_tv)
+        return LossWeights(*of_drafts, self.loss_confidence, self.loss_decay_gamma)

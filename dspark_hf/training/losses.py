@@ -15,6 +15,9 @@ from torch.autograd.function import Function, once_differentiable
 
 from dspark_hf.generation.targets.adapter import cap_logits
 
+# lower temperatures, 0 among them, are as this one: argmax, but of logits that are equal up to rounding
+COLDEST = 1e-3
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -89,6 +92,7 @@ class _DraftLoss(Function):
         draft_head: TargetHead,
         slots: Slots,
         loss_weights: LossWeights,
+        temperature: float,
         chunk_size: int,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +108,13 @@ class _DraftLoss(Function):
             latent = None if latents is None else latents[part].to(dtype)
             bias = None if latent is None or transition is None else latent @ transition.T
             cross_entropy[part], distance[part], grad_bias, grad_products = chunk_terms(
-                draft_head.products(states), bias, *_target_terms(head, slots, part), head, draft_head, loss_weights
+                draft_head.products(states),
+                bias,
+                *_target_terms(head, slots, part),
+                head,
+                draft_head,
+                loss_weights,
+                max(temperature, COLDEST),
             )
             grads[0][part] = (grad_products @ draft_head.weight).to(hidden_states.dtype)
             if latent is not None and transition is not None and grads[1] is not None and grads[2] is not None:
@@ -121,7 +131,7 @@ class _DraftLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads = [grad * grad_loss for grad in ctx.saved_tensors]
-        return (grads[0], *(grads[1:] if ctx.has_markov else (None, None)), None, None, None, None, None, None)
+        return (grads[0], *(grads[1:] if ctx.has_markov else (None, None)), *(None,) * 7)
 
 
 def _target_terms(head: TargetHead, slots: Slots, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -143,6 +153,7 @@ def _chunk_terms(
     head: TargetHead,
     draft_head: TargetHead,
     loss_weights: LossWeights,
+    temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return one chunk's cross-entropy, L1 distance, and the loss's gradients by Markov bias and by head products.
 
@@ -151,9 +162,14 @@ def _chunk_terms(
     """
     plain = draft_head.finish(products)
     draft_logits = plain if bias is None else plain + bias.float()
+    target_logits = head.finish(target_products)
+    if temperature != 1.0:
+        draft_logits, target_logits = draft_logits / temperature, target_logits / temperature
+        # what rounding adds to a logit is divided by the temperature too, and could make more of it than certainty
+        target_lse = torch.maximum(target_lse, target_logits.logsumexp(-1))
     log_norm = draft_logits.logsumexp(-1)
     draft_probs = torch.exp(draft_logits - log_norm[:, None])
-    target_probs = torch.exp(head.finish(target_products) - target_lse[:, None])
+    target_probs = torch.exp(target_logits - target_lse[:, None])
     outside = (1 - target_probs.sum(-1)).clamp_min(0)[inverse]
     difference = draft_probs - target_probs[inverse]
     distance = difference.abs().sum(-1) + outside
@@ -167,6 +183,8 @@ def _chunk_terms(
     grad = draft_probs * (grad * (loss_weights.tv * weights)[:, None] + ce_weights[:, None])
     is_label = torch.arange(grad.shape[-1], device=labels.device) == labels[:, None]
     grad = torch.where(is_label, grad - ce_weights[:, None], grad)
+    if temperature != 1.0:
+        grad = grad / temperature
     by_products = grad if not draft_head.cap else grad * (1 - (plain / draft_head.cap) ** 2)
     by_products = by_products if draft_head.factor == 1.0 else by_products * draft_head.factor
     return cross_entropy, distance, grad.to(products.dtype), by_products.to(products.dtype)
@@ -210,10 +228,14 @@ def draft_losses(
     weights: LossWeights,
     *,
     draft_head: TargetHead | None = None,
+    temperature: float = 1.0,
     chunk_size: int = 256,
     compiled: bool = False,
 ) -> DraftLosses:
     """Return the paper's objective over P slots: cross-entropy, L1 distance and confidence (Eq. 9-12).
+
+    All of them are of the distributions at `temperature`, and so is what the confidence learns: how likely a draft is
+    to be accepted where both are divided by it. 0 is greedy decoding, which has no gradient but for the confidence.
 
     Args:
         hidden_states: backbone outputs `(P, D)`.
@@ -224,11 +246,21 @@ def draft_losses(
         slots: labels, target distributions and weights.
         weights: weights of the terms.
         draft_head: what makes the drafts' logits of `hidden_states`, frozen too; None: `head`.
+        temperature: of the distributions; `slots.target_lse` is at the same.
         chunk_size: slots per chunk; memory is `chunk_size * V`, whatever P is.
         compiled: whether to run the vocabulary-sized element-wise work through `torch.compile`.
     """
     loss, cross_entropy, distance = _DraftLoss.apply(
-        hidden_states, latents, markov_weight, head, draft_head or head, slots, weights, chunk_size, compiled
+        hidden_states,
+        latents,
+        markov_weight,
+        head,
+        draft_head or head,
+        slots,
+        weights,
+        temperature,
+        chunk_size,
+        compiled,
     )
     confidence = torch.zeros_like(distance)
     if confidence_logits is not None:

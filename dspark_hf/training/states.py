@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from dspark_hf.files import remove_stale, whole_file
 from dspark_hf.generation.targets.adapter import TargetAdapter
+from dspark_hf.training.losses import COLDEST
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,8 @@ class TargetStates:
     """What a drafter learns from sequences.
 
     `context` `(B, T, M * D)` are the tapped hidden states, `last` `(B, T, D)` the states that enter the output head,
-    both bf16; `lse` `(B, T)`, fp32, is the log-sum-exp of the logits over the whole vocabulary.
+    both bf16; `lse` `(B, T)`, fp32, is the log-sum-exp of the logits over the whole vocabulary, at the temperature
+    that the drafter is trained for.
     """
 
     context: Tensor
@@ -44,12 +46,21 @@ class StateSource:
         target: the frozen target, on a device of its own.
         dtype: what the target computes in; autocast where it differs from the weights.
         cache: remembers states on disk; None computes every sequence anew.
+        temperature: what logits are divided by before their log-sum-exp is taken.
     """
 
-    def __init__(self, target: TargetAdapter, *, dtype: torch.dtype, cache: StateCache | None = None):
+    def __init__(
+        self,
+        target: TargetAdapter,
+        *,
+        dtype: torch.dtype,
+        cache: StateCache | None = None,
+        temperature: float = 1.0,
+    ):
         self._target = target
         self._dtype = dtype
         self._cache = cache
+        self._temperature = max(temperature, COLDEST)
 
     def get(self, sequences: list[Tensor]) -> TargetStates:
         """Return the states of `sequences`, token ids `(T_b,)` each, padded on the right to the longest."""
@@ -75,7 +86,8 @@ class StateSource:
             last = output.last_hidden_state.to(torch.bfloat16)
             # the whole vocabulary only ever exists for one chunk of positions
             parts = last.reshape(-1, width).split(chunk_size)
-            lse = torch.cat([logsumexp(self._target.head(part)) for part in parts]).view(last.shape[:2])
+            lse = torch.cat([logsumexp(self._target.head(part), temperature=self._temperature) for part in parts])
+            lse = lse.view(last.shape[:2])
         return [
             (context[row, : len(ids)], last[row, : len(ids)], lse[row, : len(ids)])
             for row, ids in enumerate(sequences)
@@ -86,18 +98,27 @@ class StateCache:
     """States on disk, one file a sequence, at most `max_bytes` in all; what does not fit is not kept.
 
     Files are whole or absent, so processes and runs may share a folder. Its subfolder is named after the target, the
-    tapped layers and the dtype: states of another target are never found. A file that is damaged all the same is
-    named in a warning and counts as absent: the states are computed again, and replace it.
+    tapped layers, the dtype and the temperature: states of another target are never found. A file that is damaged all
+    the same is named in a warning and counts as absent: the states are computed again, and replace it.
 
     Args:
         folder: where the files lie.
         target: whose states they are.
         dtype: what the target computes in.
         max_bytes: size of all files.
+        temperature: what the logits of the states' log-sum-exps were divided by.
     """
 
-    def __init__(self, folder: str | Path, target: TargetAdapter, *, dtype: torch.dtype, max_bytes: int):
-        self._folder = Path(folder) / _fingerprint(target, dtype)
+    def __init__(
+        self,
+        folder: str | Path,
+        target: TargetAdapter,
+        *,
+        dtype: torch.dtype,
+        max_bytes: int,
+        temperature: float = 1.0,
+    ):
+        self._folder = Path(folder) / _fingerprint(target, dtype, temperature)
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_stale(self._folder)
         self._max_bytes = max_bytes
@@ -147,19 +168,25 @@ class StateCache:
         return self._folder / f"{digest[:32]}.safetensors"
 
 
-def logsumexp(logits: Tensor, size: int = 4096) -> Tensor:
-    """Return the fp32 logarithm of the sum of the exponentials of logits `(T, V)`, `(T,)`."""
+def logsumexp(logits: Tensor, size: int = 4096, *, temperature: float = 1.0) -> Tensor:
+    """Return the fp32 logarithm of the sum of the exponentials of logits `(T, V)` over a temperature, `(T,)`."""
+
+    def of(part: Tensor) -> Tensor:
+        return (part.float() if temperature == 1.0 else part.float() / temperature).logsumexp(-1)
+
     if logits.device.type != "cpu":
-        return logits.float().logsumexp(-1)
+        return of(logits)
     # parts that stay in a processor's cache: gigabytes of fp32 copies went in and out of memory otherwise
-    parts = [part.float().logsumexp(-1) for part in logits.split(size, dim=-1)]
+    parts = [of(part) for part in logits.split(size, dim=-1)]
     return torch.stack(parts, dim=-1).logsumexp(-1)
 
 
-def _fingerprint(target: TargetAdapter, dtype: torch.dtype) -> str:
+def _fingerprint(target: TargetAdapter, dtype: torch.dtype, temperature: float) -> str:
     """Return a name for what determines the states; of the weights, a sample of every tensor."""
     digest = hashlib.sha256()
     description = [target.config.to_dict(), target.layer_ids, str(dtype), str(target.model.dtype)]
+    # states that were kept before there was a choice stay what they are
+    description += [] if temperature == 1.0 else [temperature]
     digest.update(json.dumps(description, sort_keys=True, default=str).encode())
     for name, parameter in target.model.named_parameters():
         digest.update(name.encode())

@@ -119,7 +119,9 @@ class DSparkTrainer(Trainer):
         self._dtype = torch.bfloat16 if args.bf16 else drafter.dtype
         self._read_vocabulary()
         self.add_callback(_VocabularyFirst(self))
-        self._states = StateSource(self.target, dtype=self._dtype, cache=self._state_cache())
+        self._states = StateSource(
+            self.target, dtype=self._dtype, cache=self._state_cache(), temperature=args.temperature
+        )
         self._metrics = DraftMetrics(drafter.block_size)
 
     def train(  # type: ignore[override]  # every further argument is passed on
@@ -293,6 +295,7 @@ class DSparkTrainer(Trainer):
             slots,
             self.args.loss_weights,
             draft_head=self._draft_head,
+            temperature=self.args.temperature,
             compiled=self.args.compile_loss,
         )
         metrics.add(losses, valid.flatten(0, 1))
@@ -347,7 +350,9 @@ class DSparkTrainer(Trainer):
             return None
         folder = self.args.state_cache_dir or Path(str(self.args.output_dir)) / "states"
         max_bytes = int(self.args.state_cache_gb * 1e9 / self.args.world_size)
-        return StateCache(folder, self.target, dtype=self._dtype, max_bytes=max_bytes)
+        return StateCache(
+            folder, self.target, dtype=self._dtype, max_bytes=max_bytes, temperature=self.args.temperature
+        )
 
 
 class _VocabularyFirst(TrainerCallback):

@@ -151,6 +151,7 @@ def test_goes_on_from_a_drafter_and_from_an_interruption(folder: Path) -> None:
         (("--target-layers", "1;2"), "`--target-layers` must be numbers with commas between them, got '1;2'"),
         (("--target-device", "nowhere"), "`--device` must be auto or a device PyTorch can use here, got 'nowhere'"),
         (("--drafter", "/nowhere"), "/nowhere"),
+        (("--temperature", "0"), "`temperature` must be at least 0.2 and finite, got 0.0. Only `confidence_only` can"),
         (
             ("--drafter", "/nowhere", "--markov-head", "rnn"),
             "`--markov-head` must be left out with `--drafter`, got rnn",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dspark_hf.training.losses import DraftLosses, LossWeights, Slots, TargetHead, draft_losses, slot_weights
+from dspark_hf.training.losses import COLDEST, DraftLosses, LossWeights, Slots, TargetHead, draft_losses, slot_weights
 from tests.reference.objective import OracleLosses, OracleSlot, objective
 
 VOCAB_SIZE, HIDDEN_SIZE, RANK = 23, 8, 5
@@ -76,7 +76,7 @@ def _problem(
     )
 
 
-def _fused(problem: Problem, weights: LossWeights, chunk_size: int = 5) -> DraftLosses:
+def _fused(problem: Problem, weights: LossWeights, chunk_size: int = 5, *, temperature: float = 1.0) -> DraftLosses:
     ids = torch.tensor(problem.draft_ids)
     whole = TargetHead(problem.weight, problem.bias, problem.factor, problem.cap)
     head = TargetHead(
@@ -88,7 +88,7 @@ def _fused(problem: Problem, weights: LossWeights, chunk_size: int = 5) -> Draft
         labels=to_draft_id[problem.true_ids],
         target_rows=problem.target_rows,
         target_states=problem.target_states,
-        target_lse=whole.logits(problem.target_states).logsumexp(-1),
+        target_lse=(whole.logits(problem.target_states) / max(temperature, COLDEST)).logsumexp(-1),
         weights=slot_weights(problem.valid, weights.decay).flatten(),
     )
     return draft_losses(
@@ -99,6 +99,7 @@ def _fused(problem: Problem, weights: LossWeights, chunk_size: int = 5) -> Draft
         head,
         slots,
         weights,
+        temperature=temperature,
         chunk_size=chunk_size,
     )
 
@@ -111,16 +112,18 @@ def _logits(problem: Problem, states: Tensor) -> Tensor:
     return logits if problem.cap is None else problem.cap * torch.tanh(logits / problem.cap)
 
 
-def _slow(problem: Problem, leaves: dict[str, Tensor], weights: LossWeights) -> OracleLosses:
+def _slow(problem: Problem, leaves: dict[str, Tensor], weights: LossWeights, temperature: float = 1.0) -> OracleLosses:
     draft_logits, slots = [], []
     for index in range(NUM_BLOCKS * BLOCK_SIZE):
         logits = _logits(problem, leaves["hidden_states"][index])[problem.draft_ids]
         if problem.latents is not None:
             logits = logits + leaves["markov_weight"] @ leaves["latents"][index]
-        draft_logits.append(logits)
+        draft_logits.append(logits / temperature)
         block, k = divmod(index, BLOCK_SIZE)
         believed = _logits(problem, problem.target_states[problem.target_rows[index]].double())
-        slots.append(OracleSlot(k, bool(problem.valid[block, k]), int(problem.true_ids[index]), believed))
+        slots.append(
+            OracleSlot(k, bool(problem.valid[block, k]), int(problem.true_ids[index]), believed / temperature)
+        )
     confidence = None if problem.confidence_logits is None else list(leaves["confidence_logits"])
     return objective(
         draft_logits,
@@ -152,11 +155,13 @@ CASES: dict[str, dict[str, Any]] = {
     [LossWeights(), LossWeights(ce=1.0, tv=0.0, confidence=0.0), LossWeights(ce=0.0, tv=1.0, decay=2.0)],
     ids=["paper", "cross-entropy", "distance"],
 )
-def test_equals_the_equations(case: dict[str, Any], weights: LossWeights) -> None:
-    """Drafters would be trained towards something else than the paper's objective."""
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
+def test_equals_the_equations(case: dict[str, Any], weights: LossWeights, temperature: float) -> None:
+    """Drafters would be trained towards something else than the paper's objective, or for another temperature."""
     problem = _problem(**case)
     leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in problem.leaves().items()}
-    fused, slow = _fused(problem, weights), _slow(problem, leaves, weights)
+    fused = _fused(problem, weights, temperature=temperature)
+    slow = _slow(problem, leaves, weights, temperature)
     torch.testing.assert_close(fused.total.double(), slow.total, atol=1e-5, rtol=1e-5)
     for ours, theirs in (
         (fused.cross_entropy, slow.cross_entropy),
@@ -199,6 +204,24 @@ def test_bf16_stays_close() -> None:
     for ours, theirs in zip(rounded.leaves().values(), exact.leaves().values(), strict=True):
         similarity = torch.cosine_similarity(ours.grad.flatten().float(), theirs.grad.flatten(), dim=0)
         assert similarity > 0.99
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_confidence_of_greedy_decoding_is_whether_both_say_the_same(reduced: bool) -> None:
+    """A head that is trained for greedy decoding learns how often sampled drafts are accepted."""
+    problem = _problem(reduced=reduced, dtype=torch.bfloat16)
+    drafted = _fused(problem, LossWeights(), temperature=0.0)
+    weight = problem.weight.float()
+    believed = (problem.target_states.float() @ weight.T)[problem.target_rows].argmax(-1)
+    draft_logits = (problem.hidden_states @ problem.weight.T)[:, problem.draft_ids].float()
+    assert problem.latents is not None and problem.markov_weight is not None
+    draft_logits = draft_logits + (problem.latents @ problem.markov_weight.T).float()
+    draft = torch.tensor(problem.draft_ids)[draft_logits.argmax(-1)]
+    # two logits that round to the same number share the chance
+    top = draft_logits.topk(2).values
+    clear = top[:, 0] - top[:, 1] > 0.02
+    assert clear.sum() > 8
+    torch.testing.assert_close(drafted.accept_rate[clear], (draft == believed)[clear].float(), atol=1e-3, rtol=0)
 
 
 def test_confidence_does_not_move_the_drafts() -> None:

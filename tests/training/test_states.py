@@ -54,6 +54,19 @@ def test_states_are_those_of_the_target(family: str) -> None:
         torch.testing.assert_close(probs, output.logits[0].softmax(-1), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_states_for_a_temperature_are_kept_apart(tmp_path: Path, temperature: float) -> None:
+    """Probabilities at a temperature do not sum to one, or are those that a run at another one has kept."""
+    target = tiny_target()
+    adapter, sequences = TargetAdapter(target, [0]), _sequences(9, 20)
+    usual = StateSource(adapter, dtype=torch.float32, cache=_cache(tmp_path, target)).get(sequences)
+    cache = _cache(tmp_path, target, temperature=temperature)
+    states = StateSource(adapter, dtype=torch.float32, cache=cache, temperature=temperature).get(sequences)
+    assert torch.equal(states.last, usual.last)
+    probs = (adapter.head(states.last[1].float()) / temperature - states.lse[1, :, None]).exp()
+    torch.testing.assert_close(probs.sum(-1), torch.ones(20), atol=1e-5, rtol=0)
+
+
 def test_remembered_states_are_the_computed_ones(tmp_path: Path) -> None:
     """A second epoch would train on other states, or run the target again."""
     target = tiny_target()

@@ -360,13 +360,32 @@ def test_the_confidence_head_alone(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, target, texts, {}, **options)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     loss = trainer.evaluate()["eval_loss_confidence"]
+    # what cannot change is no part of the loss: at cold temperatures it would drown what can
+    assert (trainer.args.loss_weights.ce, trainer.args.loss_weights.tv) == (0, 0)
     trainer.train()
     after = trainer.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"confidence_head.proj.weight", "confidence_head.proj.bias"}
     assert trainer.evaluate()["eval_loss_confidence"] < loss
+    # tau stays the same, so the first of several evaluations would be the best
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("eval_loss_confidence", False)
     with pytest.raises(ValueError, match="`confidence_only` must be False for a drafter without"):
         _trainer(tmp_path, target, texts, {"enable_confidence_head": False}, **options)
+
+
+def test_a_drafter_is_trained_for_its_temperature(tmp_path: Path) -> None:
+    """A drafter that will be used greedily is judged, and judges itself, by what sampling accepts."""
+    target = tiny_target()
+    texts = _own_text(target, 6)
+    usual = _trainer(tmp_path / "usual", target, texts, {}).evaluate()
+    greedy = _trainer(tmp_path / "greedy", target, texts, {}, confidence_only=True, temperature=0.0).evaluate()
+    # argmax of a fresh drafter is seldom that of the target, which believes many tokens possible
+    assert greedy["eval_accept_rate_1"] != pytest.approx(usual["eval_accept_rate_1"], abs=0.05)
+    for temperature, remedy in ((0.1, "Only `confidence_only` can"), (-1.0, "Only"), (float("nan"), "Only")):
+        with pytest.raises(ValueError, match=f"`temperature` must be at least 0.2 and finite, got .*{remedy}"):
+            _trainer(tmp_path, target, texts, {}, temperature=temperature)
+    with pytest.raises(ValueError, match="`temperature` must be at least 0.0 and finite, got -1.0"):
+        _trainer(tmp_path, target, texts, {}, temperature=-1.0, confidence_only=True)
 
 
 def test_evaluation_needs_texts(tmp_path: Path) -> None:
