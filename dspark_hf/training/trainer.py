@@ -205,7 +205,8 @@ class DSparkTrainer(Trainer):
     ) -> dict[str, float]:
         """Return loss, expected tau and accept rates on the held-out conversations, always on the same blocks.
 
-        The rates also go into the drafter's configuration, for decoding to start from.
+        The rates also go into the drafter's configuration, for decoding to start from; where the confidence head is
+        trained alone, those that it has stay, since drafts do.
 
         Raises:
             ValueError: if there are none.
@@ -223,8 +224,10 @@ class DSparkTrainer(Trainer):
                 self._draft_losses(self._drafter, batch, self.args.seed, metrics)
         found = self._summary(metrics)
         rates = [found.get(f"accept_rate_{position}", 0.0) for position in range(1, self._drafter.block_size + 1)]
-        # rounding may leave the interval by a hair
-        self._drafter.config.accept_rates = [min(max(rate, 0.0), 1.0) for rate in rates]
+        config = self._drafter.config
+        if not (self.args.confidence_only and config.accept_rates):
+            # rounding may leave the interval by a hair
+            config.accept_rates = [min(max(rate, 0.0), 1.0) for rate in rates]
         summary = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(summary))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, summary)

@@ -360,6 +360,9 @@ def test_the_confidence_head_alone(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, target, texts, {}, **options)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     loss = trainer.evaluate()["eval_loss_confidence"]
+    # a fresh drafter has none; later ones, which may have been counted while it decoded, are not replaced
+    assert trainer.model.config.accept_rates is not None
+    counted = trainer.model.config.accept_rates = [0.25] * trainer.model.block_size
     # what cannot change is no part of the loss: at cold temperatures it would drown what can
     assert (trainer.args.loss_weights.ce, trainer.args.loss_weights.tv) == (0, 0)
     trainer.train()
@@ -367,6 +370,7 @@ def test_the_confidence_head_alone(tmp_path: Path) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"confidence_head.proj.weight", "confidence_head.proj.bias"}
     assert trainer.evaluate()["eval_loss_confidence"] < loss
+    assert trainer.model.config.accept_rates == counted
     # tau stays the same, so the first of several evaluations would be the best
     assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("eval_loss_confidence", False)
     with pytest.raises(ValueError, match="`confidence_only` must be False for a drafter without"):
