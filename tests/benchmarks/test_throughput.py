@@ -87,7 +87,8 @@ def test_a_page_is_written_and_an_interrupted_run_goes_on(app, tmp_path, monkeyp
     page = (folder / "throughput-tiny-fp32.md").read_text(encoding="utf-8")
     assert "Acceptance is simulated" in page
     assert [line.split("|")[1].strip() for line in page.splitlines() if line.endswith("6 of 6 |")] == ["1", "2"]
-    assert (folder / "throughput-tiny-fp32-simulated-acceptance.png").stat().st_size > 10_000
+    # an empty one has some hundreds of bytes
+    assert (folder / "throughput-tiny-fp32-simulated-acceptance.png").stat().st_size > 2_000
 
 
 def test_numbers_of_two_machines_are_told_apart(tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ def test_a_diagram_is_written(tmp_path, block_size):
     path = tmp_path / "reliability.png"
     draw_reliability(path, synthetic_observations(300, [1.0] * block_size), [2.0] * block_size)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size > 10_000
+    # an empty one has some hundreds of bytes
+    assert path.stat().st_size > 2_000
 
 
 def test_a_diagram_of_no_calibration_says_one_error_a_slot(tmp_path, monkeypatch):
