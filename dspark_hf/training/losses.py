@@ -16,7 +16,7 @@ from torch.autograd.function import Function, once_differentiable
 from dspark_hf.generation.targets.adapter import cap_logits
 
 # lower temperatures, 0 among them, are as this one: argmax, but of logits that are equal up to rounding
-COLDEST = 1e-3
+_COLDEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _DraftLoss(Function):
                 head,
                 draft_head,
                 loss_weights,
-                max(temperature, COLDEST),
+                temperature,
             )
             grads[0][part] = (grad_products @ draft_head.weight).to(hidden_states.dtype)
             if latent is not None and transition is not None and grads[1] is not None and grads[2] is not None:
@@ -164,7 +164,7 @@ def _chunk_terms(
     draft_logits = plain if bias is None else plain + bias.float()
     target_logits = head.finish(target_products)
     if temperature != 1.0:
-        draft_logits, target_logits = draft_logits / temperature, target_logits / temperature
+        draft_logits, target_logits = (cooled(logits, temperature) for logits in (draft_logits, target_logits))
         # what rounding adds to a logit is divided by the temperature too, and could make more of it than certainty
         target_lse = torch.maximum(target_lse, target_logits.logsumexp(-1))
     log_norm = draft_logits.logsumexp(-1)
@@ -183,11 +183,15 @@ def _chunk_terms(
     grad = draft_probs * (grad * (loss_weights.tv * weights)[:, None] + ce_weights[:, None])
     is_label = torch.arange(grad.shape[-1], device=labels.device) == labels[:, None]
     grad = torch.where(is_label, grad - ce_weights[:, None], grad)
-    if temperature != 1.0:
-        grad = grad / temperature
+    grad = cooled(grad, temperature)
     by_products = grad if not draft_head.cap else grad * (1 - (plain / draft_head.cap) ** 2)
     by_products = by_products if draft_head.factor == 1.0 else by_products * draft_head.factor
     return cross_entropy, distance, grad.to(products.dtype), by_products.to(products.dtype)
+
+
+def cooled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits, or their gradient, over a temperature; 0 is greedy decoding."""
+    return logits if temperature == 1.0 else logits / max(temperature, _COLDEST)
 
 
 @cache

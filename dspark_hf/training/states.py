@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from dspark_hf.files import remove_stale, whole_file
 from dspark_hf.generation.targets.adapter import TargetAdapter
-from dspark_hf.training.losses import COLDEST
+from dspark_hf.training.losses import cooled
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +60,7 @@ class StateSource:
         self._target = target
         self._dtype = dtype
         self._cache = cache
-        self._temperature = max(temperature, COLDEST)
+        self._temperature = temperature
 
     def get(self, sequences: list[Tensor]) -> TargetStates:
         """Return the states of `sequences`, token ids `(T_b,)` each, padded on the right to the longest."""
@@ -172,7 +172,7 @@ def logsumexp(logits: Tensor, size: int = 4096, *, temperature: float = 1.0) -> 
     """Return the fp32 logarithm of the sum of the exponentials of logits `(T, V)` over a temperature, `(T,)`."""
 
     def of(part: Tensor) -> Tensor:
-        return (part.float() if temperature == 1.0 else part.float() / temperature).logsumexp(-1)
+        return cooled(part.float(), temperature).logsumexp(-1)
 
     if logits.device.type != "cpu":
         return of(logits)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dspark_hf.training.losses import COLDEST, DraftLosses, LossWeights, Slots, TargetHead, draft_losses, slot_weights
+from dspark_hf.training.losses import DraftLosses, LossWeights, Slots, TargetHead, cooled, draft_losses, slot_weights
 from tests.reference.objective import OracleLosses, OracleSlot, objective
 
 VOCAB_SIZE, HIDDEN_SIZE, RANK = 23, 8, 5
@@ -88,7 +88,7 @@ def _fused(problem: Problem, weights: LossWeights, chunk_size: int = 5, *, tempe
         labels=to_draft_id[problem.true_ids],
         target_rows=problem.target_rows,
         target_states=problem.target_states,
-        target_lse=(whole.logits(problem.target_states) / max(temperature, COLDEST)).logsumexp(-1),
+        target_lse=cooled(whole.logits(problem.target_states), temperature).logsumexp(-1),
         weights=slot_weights(problem.valid, weights.decay).flatten(),
     )
     return draft_losses(
